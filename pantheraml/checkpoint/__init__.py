@@ -1,0 +1,1 @@
+"""Saving that leaves nothing half-written."""

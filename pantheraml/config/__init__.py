@@ -1,0 +1,1 @@
+"""Typed, validated settings; loads no torch."""

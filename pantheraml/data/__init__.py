@@ -1,0 +1,1 @@
+"""From rows in any known format to token ids and labels."""

@@ -1,0 +1,1 @@
+"""The demonstration run behind ``make demo``."""

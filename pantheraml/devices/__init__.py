@@ -1,0 +1,1 @@
+"""What hardware is there and how full it is."""

@@ -1,0 +1,61 @@
+"""Errors that say what we got, what is needed, and what to type.
+
+Every error of PantheraML is one paragraph of three parts; each class also is the built-in
+exception that existing code would catch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PantheraMLError(Exception):
+    """Base of all errors raised on purpose by PantheraML.
+
+    Args:
+        got: what was found, as a sentence.
+        need: what is needed instead and why, as a sentence.
+        fix: what to type or do, as a sentence.
+    """
+
+    def __init__(self, got: str, need: str = "", fix: str = "") -> None:
+        self.got, self.need, self.fix = got, need, fix
+        super().__init__(" ".join(part.strip() for part in (got, need, fix) if part))
+
+    def __reduce__(self) -> tuple[type[PantheraMLError], tuple[str, str, str]]:
+        return type(self), (self.got, self.need, self.fix)
+
+
+class ConfigError(PantheraMLError, ValueError):
+    """A setting, flag or combination of flags is wrong."""
+
+
+class ModelLoadError(PantheraMLError, ValueError):
+    """A model or tokenizer cannot be loaded."""
+
+
+class AdapterError(PantheraMLError, ValueError):
+    """An adapter cannot be created, loaded or merged."""
+
+
+class DataError(PantheraMLError, ValueError):
+    """A data set cannot be read, recognised or trained on."""
+
+
+class SaveError(PantheraMLError, RuntimeError):
+    """Nothing was saved, or what was there before is kept."""
+
+
+class HardwareError(PantheraMLError, RuntimeError):
+    """The machine lacks what was asked for."""
+
+
+class NotYetError(PantheraMLError, NotImplementedError):
+    """A promised feature that this version does not have; the message says what to use."""
+
+
+def did_you_mean(word: str, known: Iterable[str], most: int = 3) -> str:
+    """Close names as a sentence (``Did you mean 'q_proj'?``), empty when nothing is close."""
+    close = difflib.get_close_matches(word, list(known), n=most, cutoff=0.6)
+    return f"Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""

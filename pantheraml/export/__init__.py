@@ -1,0 +1,1 @@
+"""Adapter, merged weights, hub."""

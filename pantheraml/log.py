@@ -1,0 +1,52 @@
+"""What the library tells its user: one logger, each notice once.
+
+Importing configures nothing. The first message attaches a stderr handler to the ``pantheraml``
+logger, and only when the program has configured no logging of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+logger = logging.getLogger("pantheraml")
+
+_said: set[str] = set()
+
+
+class _Stderr(logging.StreamHandler[object]):
+    """Writes to the stderr of the moment, so that redirections made later are honoured."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+        self.setFormatter(logging.Formatter("PantheraML: %(message)s"))
+
+    @property
+    def stream(self) -> object:
+        return sys.stderr
+
+
+def _ensure_handler() -> None:
+    if logger.hasHandlers():
+        return
+    logger.addHandler(_Stderr())
+    logger.setLevel(logging.INFO)
+
+
+def say(message: str) -> None:
+    """Tell the user something they should know now (level INFO)."""
+    _ensure_handler()
+    logger.info(message)
+
+
+def warn(message: str) -> None:
+    """Tell the user something that may be wrong (level WARNING)."""
+    _ensure_handler()
+    logger.warning(message)
+
+
+def say_once(message: str) -> None:
+    """Tell the user something once per process, however often it comes up."""
+    if message not in _said:
+        _said.add(message)
+        say(message)

@@ -1,0 +1,1 @@
+"""Load a model to its place, swap in fused parts, attach LoRA."""

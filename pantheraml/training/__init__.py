@@ -1,0 +1,1 @@
+"""The trainers: TRL and transformers own the loop, methods are overridden here."""

@@ -1,0 +1,40 @@
+"""Shared fixtures: tiny checkpoints, made once per test process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Tests never touch the network; set before any Hugging Face library is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from tests import tiny
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """``checkpoints("llama")`` -> folder of a tiny checkpoint with a tokenizer; read-only."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def get(family: str = "llama") -> Path:
+        folder = root / family
+        if not folder.exists():
+            tiny.save_checkpoint(folder, family)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def llama(checkpoints) -> Path:
+    """A tiny Llama checkpoint folder; read-only."""
+    return checkpoints("llama")
+
+
+@pytest.fixture
+def tokenizer():
+    """A fresh tiny tokenizer with a ChatML template."""
+    return tiny.build_tokenizer()
