@@ -1,0 +1,47 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+OLDEST := .venv-oldest
+BIN    := $(VENV)/bin
+MODEL  ?=
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.PHONY: demo test lint unit oldest test-oldest test-gpu clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# The oldest supported libraries, on top of the same torch.
+$(OLDEST)/installed: pyproject.toml constraints/oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet --editable '.[dev]' --constraint constraints/oldest.txt
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/pantheraml demo $(if $(MODEL),--model $(MODEL))
+
+# Everything CI runs: style, types, layers, tests, and the family and trainer tests with the oldest libraries.
+test: lint unit test-oldest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pyright
+
+unit: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile tests/families tests/training
+
+# On a machine with a CUDA GPU, with whatever environment is active.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu tests
+
+clean:
+	rm -rf $(VENV) $(OLDEST) demo-output build dist *.egg-info

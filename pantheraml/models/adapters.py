@@ -1,0 +1,283 @@
+"""Attach LoRA through PEFT: names checked first, random numbers from the given seed only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from pantheraml.errors import AdapterError, ConfigError, did_you_mean
+from pantheraml.log import say
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from pantheraml.models.families import ModelFamily
+
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_WHOLE_MODULES = ("embed_tokens", "lm_head")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What an adapter trains.
+
+    Attributes:
+        modules: names for PEFT's ``target_modules`` (a list, or a regular expression as text).
+        parameters: names for PEFT's ``target_parameters`` (fused expert weights).
+        whole: modules trained in full (``modules_to_save``).
+    """
+
+    modules: list[str] | str
+    parameters: list[str]
+    whole: list[str]
+
+
+def resolve_targets(
+    model: PreTrainedModel,
+    family: ModelFamily | None,
+    target_modules: str | Sequence[str] | None,
+    layers: Sequence[int] | None = None,
+) -> Targets:
+    """Turn the names a user writes into the names this architecture has.
+
+    The seven well-known projection names work for every family: where a model merges projections (phi3) or
+    fuses experts (mixtral, qwen3_moe, gpt_oss) they are mapped, and the log says so.
+
+    Args:
+        model: the base model.
+        family: its architecture, or None.
+        target_modules: names, a regular expression, ``"all-linear"``, or None for the seven projections.
+        layers: layers to adapt, or None for all.
+
+    Raises:
+        AdapterError: a name that matches nothing.
+    """
+    if isinstance(target_modules, str) and target_modules != "all-linear":
+        if not any(re.fullmatch(target_modules, name) for name, _ in model.named_modules()):
+            raise AdapterError(
+                got=f"target_modules={target_modules!r} matches no module of this {model.config.model_type} model.",
+                need="A text is a regular expression over whole module names such as 'model.layers.0.mlp.up_proj'.",
+                fix=f"Give a list of names instead: {_quoted(_linear_names(model))}.",
+            )
+        return Targets(target_modules, [], [])
+    names = _linear_names(model)
+    if target_modules == "all-linear" or (target_modules is None and family is None):
+        parameters = list(family.target_parameters) if family else []
+        return Targets("all-linear", _per_layer(parameters, layers), [])
+
+    wanted = list(dict.fromkeys(target_modules if target_modules is not None else DEFAULT_TARGETS))
+    merged = dict(family.merged_projections) if family else {}
+    experts = dict(family.expert_projections) if family else {}
+    modules: list[str] = []
+    parameters: list[str] = []
+    for name in wanted:
+        if name in _WHOLE_MODULES:
+            continue
+        if name in names or any(module.endswith(f".{name}") for module, _ in model.named_modules()):
+            modules.append(name)
+        elif name in merged:
+            modules.append(merged[name])
+        if name in experts:
+            parameters.append(experts[name])
+        if name not in names and not {name} & {*merged, *experts, *modules}:
+            known = sorted({*names, *merged, *experts, *_WHOLE_MODULES})
+            raise AdapterError(
+                got=f"target_modules has {name!r}, which this {model.config.model_type} model does not have.",
+                need=f"Its layers have {_quoted(known)}. {did_you_mean(name, known)}",
+                fix='Write one of these, or target_modules="all-linear".',
+            )
+    mapped = sorted({f"{name} -> {merged[name]}" for name in wanted if name in merged and name not in names})
+    mapped += sorted({f"{name} -> {experts[name]}" for name in wanted if name in experts})
+    if mapped:
+        say(f"{model.config.model_type} names its projections differently: {', '.join(mapped)}.")
+    whole = [name for name in wanted if name in _WHOLE_MODULES]
+    if whole:
+        say(f"{' and '.join(whole)} are trained in full (as modules_to_save), not by LoRA.")
+    return Targets(list(dict.fromkeys(modules)), _per_layer(list(dict.fromkeys(parameters)), layers), whole)
+
+
+def _per_layer(parameters: list[str], layers: Sequence[int] | None) -> list[str]:
+    """PEFT's ``layers_to_transform`` does not reach ``target_parameters``, so layers are written out."""
+    if layers is None:
+        return parameters
+    return [f"layers.{layer}.{name}" for layer in layers for name in parameters]
+
+
+def _linear_names(model: nn.Module) -> set[str]:
+    """Last name parts of all modules that multiply by a matrix, heads and embeddings excluded."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore[reportCallIssue]
+    return {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if module is not head and _is_linear(module)
+    }
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)  # bitsandbytes layers are subclasses of nn.Linear
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in sorted(names))
+
+
+def check_layers(model: PreTrainedModel, layers: int | Sequence[int] | None) -> list[int] | None:
+    """``layers_to_transform`` as a list of existing layer numbers.
+
+    Raises:
+        AdapterError: a layer the model does not have.
+    """
+    if layers is None:
+        return None
+    chosen = [layers] if isinstance(layers, int) else list(layers)
+    count = model.config.get_text_config().num_hidden_layers
+    bad = [layer for layer in chosen if not 0 <= layer < count]
+    if bad or not chosen:
+        raise AdapterError(
+            got=f"layers_to_transform={layers!r} was given to a model of {count} layers.",
+            need=f"Layers are numbered from 0 to {count - 1}.",
+            fix="Leave layers_to_transform out to adapt all of them.",
+        )
+    return chosen
+
+
+def build_lora_config(model: PreTrainedModel, family: ModelFamily | None, **settings: Any) -> LoraConfig:
+    """A checked PEFT configuration from the arguments of ``get_peft_model``.
+
+    Args:
+        model: the base model.
+        family: its architecture, or None.
+        settings: the arguments; names PEFT's LoraConfig does not know are refused.
+
+    Raises:
+        AdapterError: targets or layers that the model does not have, or that PEFT refuses.
+        ConfigError: a setting that is unknown or out of range.
+    """
+    from peft import LoftQConfig, LoraConfig, TaskType
+
+    known = {field.name for field in fields(LoraConfig)}
+    for name in settings:
+        if name not in known:
+            raise ConfigError(
+                got=f"get_peft_model got {name}={settings[name]!r}.",
+                need=f"It is no argument of get_peft_model nor of peft.LoraConfig. {did_you_mean(name, known)}",
+                fix="Remove it or correct the name.",
+            )
+    _check_numbers(settings)
+    layers = check_layers(model, settings.pop("layers_to_transform", None))
+    targets = resolve_targets(model, family, settings.pop("target_modules", None), layers)
+    if targets.parameters and settings.get("lora_dropout"):
+        raise AdapterError(
+            got=f"lora_dropout={settings['lora_dropout']} was given for a mixture of experts.",
+            need="PEFT applies no dropout to the fused expert weights, so the flag would act on a part of the model.",
+            fix="Use lora_dropout=0, or leave gate_proj, up_proj and down_proj out of target_modules.",
+        )
+    loftq = settings.pop("loftq_config", None)
+    if settings.get("init_lora_weights") == "loftq":
+        loftq = loftq or {"loftq_bits": 4}
+        settings["loftq_config"] = LoftQConfig(**loftq) if isinstance(loftq, dict) else loftq
+    elif loftq:
+        raise ConfigError(
+            got=f"loftq_config was given with init_lora_weights={settings.get('init_lora_weights', True)!r}.",
+            need="It is read only by the LoftQ initialisation.",
+            fix='Add init_lora_weights="loftq", or drop loftq_config.',
+        )
+    whole = [*(settings.pop("modules_to_save", None) or []), *targets.whole]
+    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+    parameters = [*(settings.pop("target_parameters", None) or []), *targets.parameters]
+    return LoraConfig(
+        task_type=TaskType.SEQ_CLS if is_classifier else TaskType.CAUSAL_LM,
+        target_modules=targets.modules,
+        target_parameters=parameters or None,
+        modules_to_save=list(dict.fromkeys(whole)) or None,
+        layers_to_transform=layers,
+        **settings,
+    )
+
+
+def _check_numbers(settings: dict[str, Any]) -> None:
+    rank, dropout, bias = settings.get("r", 8), settings.get("lora_dropout", 0.0), settings.get("bias", "none")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ConfigError(got=f"r={rank!r} was given.", need="The LoRA rank is a whole number of 1 or more.", fix="Use r=16.")
+    if not 0 <= dropout < 1:
+        raise ConfigError(
+            got=f"lora_dropout={dropout!r} was given.", need="It is a share, 0 or more and less than 1.", fix="Use lora_dropout=0."
+        )
+    if bias not in ("none", "all", "lora_only"):
+        raise ConfigError(
+            got=f"bias={bias!r} was given.",
+            need=f"It is 'none', 'all' or 'lora_only'. {did_you_mean(str(bias), ('none', 'all', 'lora_only'))}",
+            fix='Use bias="none".',
+        )
+
+
+def attach_adapter(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> PeftModel:
+    """Wrap ``model`` with a fresh adapter whose random start depends on ``seed`` alone.
+
+    The process's own random state is left as it was.
+
+    Raises:
+        AdapterError: PEFT refuses the combination.
+    """
+    import torch
+    from peft import get_peft_model
+
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            return get_peft_model(model, config)
+    except (ValueError, TypeError, NotImplementedError, KeyError) as error:
+        raise AdapterError(
+            got=f"PEFT cannot attach this adapter: {str(error).splitlines()[0]}",
+            need=f"The settings were {config.target_modules=}, {config.init_lora_weights=}, {config.use_dora=}.",
+            fix="Change the one it names, or leave it out for plain LoRA.",
+        ) from error
+
+
+def load_adapter(model: PreTrainedModel, folder: Any) -> PeftModel:
+    """Attach the saved adapter of ``folder``, trainable.
+
+    Raises:
+        AdapterError: the adapter lacks weights this model would need, or has others.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    try:
+        wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise _foreign(folder, model, str(error).splitlines()[0]) from error
+    expected = set(get_peft_model_state_dict(wrapped))
+    with safe_open(f"{folder}/adapter_model.safetensors", framework="pt") as file:
+        stored = set(file.keys())
+    if expected != stored:
+        odd = sorted(expected ^ stored)
+        raise _foreign(folder, model, f"{len(odd)} adapter weights do not match, first {odd[0]}")
+    return wrapped
+
+
+def _foreign(folder: Any, model: PreTrainedModel, reason: str) -> AdapterError:
+    return AdapterError(
+        got=f"The adapter in '{folder}' does not fit the base model '{model.config.name_or_path}' ({reason}).",
+        need="An adapter only fits the model it was trained on.",
+        fix="Load it with that model: set 'base_model_name_or_path' in its adapter_config.json.",
+    )
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; packed 4-bit weights count as the values they hold."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = state.shape.numel() if state is not None else parameter.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total

@@ -1,0 +1,92 @@
+"""From a checked request to a model in its place: files, precision, weights, tokenizer, fused parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pantheraml.models import loading
+from pantheraml.models.families import find_family
+from pantheraml.models.precision import PrecisionFlags, choose_precision
+from pantheraml.models.source import resolve_source
+from pantheraml.models.state import ModelState, Recompute, set_state
+from pantheraml.models.tokenizer import check_vocabulary, load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """The arguments of ``FastLanguageModel.from_pretrained``, checked; see there for what each one means."""
+
+    model_name: str
+    max_seq_length: int
+    dtype: str | torch.dtype | None
+    flags: PrecisionFlags
+    token: str | None
+    device_map: str | int | dict[str, Any] | None
+    rope_scaling: dict[str, Any] | None
+    fix_tokenizer: bool
+    trust_remote_code: bool
+    recompute: Recompute
+    resize_model_vocab: int | None
+    revision: str | None
+    random_state: int
+    kernels: str
+    attn_implementation: str | None
+    num_labels: int | None
+
+
+def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelState]:
+    """Load the base model of ``request`` and its tokenizer; the model carries its ``ModelState``.
+
+    The process's random state is left as it was; whatever starts random depends on ``random_state`` alone.
+
+    Raises:
+        ConfigError, ModelLoadError, NotYetError, HardwareError: as ``from_pretrained`` says.
+    """
+    import torch
+
+    from pantheraml.devices.inventory import resolve_device
+    from pantheraml.models.fused import apply_fused_parts
+
+    device = resolve_device(request.device_map)
+    trust = request.trust_remote_code
+    source = resolve_source(
+        request.model_name, revision=request.revision, token=request.token, trust_remote_code=trust
+    )
+    config = loading.load_config(source.folder, trust_remote_code=trust)
+    stored = getattr(config, "quantization_config", None)
+    precision = choose_precision(request.flags, request.dtype, device, stored)
+    loading.extend_positions(config, request.max_seq_length, request.rope_scaling)
+    tokenizer = load_tokenizer(
+        source.tokenizer_folder,
+        max_seq_length=request.max_seq_length,
+        fix=request.fix_tokenizer,
+        trust_remote_code=trust,
+    )
+    options = loading.LoadOptions(device, precision, request.attn_implementation, request.num_labels, trust)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(request.random_state)
+        model = loading.load_model(source.folder, config, options)
+        if request.resize_model_vocab is not None:
+            model.resize_token_embeddings(request.resize_model_vocab, mean_resizing=False)
+    model.config._name_or_path = model.name_or_path = source.name
+    check_vocabulary(model, tokenizer)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+    state = ModelState(
+        source=source,
+        max_seq_length=request.max_seq_length,
+        precision=precision,
+        recompute=request.recompute,
+        full_finetuning=request.flags.full_finetuning,
+        family=find_family(config),
+    )
+    set_state(model, state)
+    if request.kernels == "auto":
+        apply_fused_parts(model, state.family, state.patches)
+    return model, tokenizer, state

@@ -1,0 +1,234 @@
+"""Find the files of a model: a local folder or a hub id, a base model or a saved adapter.
+
+Only safetensors weights are used; a folder or repository that offers nothing but pickles is refused.
+Files of a hub model are fetched by name (configuration, tokenizer, the weight shards the index lists),
+so copies in other formats are neither downloaded nor opened.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pantheraml.errors import ModelLoadError
+
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer*", "*.tiktoken"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's files are.
+
+    Attributes:
+        name: what the user wrote, and what saved adapters will name as their base.
+        folder: local folder of the base model (``config.json`` and safetensors).
+        adapter: local folder of the adapter (``adapter_config.json``), or None.
+    """
+
+    name: str
+    folder: Path
+    adapter: Path | None = None
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The adapter's folder when a tokenizer was saved with it, else the base model's."""
+        if self.adapter is not None and (self.adapter / "tokenizer_config.json").exists():
+            return self.adapter
+        return self.folder
+
+
+def resolve_source(
+    name: str | Path, *, revision: str | None = None, token: str | None = None, trust_remote_code: bool = False
+) -> ModelSource:
+    """Locate ``name`` and check that its weight files are whole.
+
+    Args:
+        name: local folder or hub id, of a base model or of a saved adapter.
+        revision: branch, tag or commit on the hub.
+        token: hub access token.
+        trust_remote_code: also fetch the Python files of a hub repository.
+
+    Raises:
+        ModelLoadError: nothing there, weights missing, cut short or pickled, or the hub cannot be reached.
+    """
+    folder = _local_folder(str(name), revision, token, trust_remote_code)
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        if not base:
+            raise ModelLoadError(
+                got=f"The adapter in '{name}' does not say which model it belongs to.",
+                need="Its adapter_config.json must name the base model in 'base_model_name_or_path'.",
+                fix="Add that entry, or load the base model and attach the adapter with peft.PeftModel.",
+            )
+        check_weights(folder, "adapter_model")
+        try:
+            inner = resolve_source(base, token=token, trust_remote_code=trust_remote_code)
+        except ModelLoadError as error:
+            raise ModelLoadError(
+                got=f"The adapter in '{name}' was trained on '{base}', which cannot be loaded: {error.got}",
+                need=error.need,
+                fix=f"Put that model where it was, or change 'base_model_name_or_path' in {folder}/adapter_config.json.",
+            ) from error
+        return ModelSource(inner.name, inner.folder, folder)
+    if not (folder / "config.json").exists():
+        raise ModelLoadError(
+            got=f"The folder '{folder}' holds no config.json and no adapter_config.json.",
+            need="A model folder as written by save_pretrained is needed.",
+            fix="Check the path; a checkpoint of a run is one level deeper, in checkpoint-<step>.",
+        )
+    check_weights(folder, "model")
+    return ModelSource(str(name), folder)
+
+
+def check_weights(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files of ``folder``, each checked to be complete.
+
+    Args:
+        folder: a model or adapter folder.
+        stem: ``"model"`` or ``"adapter_model"``.
+
+    Returns:
+        The shards, in the order of the index.
+
+    Raises:
+        ModelLoadError: no safetensors, a shard of the index is missing, or a file is cut short.
+    """
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.exists():
+        shards = [single]
+    elif index.exists():
+        shards = [folder / file for file in dict.fromkeys(_read_json(index).get("weight_map", {}).values())]
+    else:
+        shards = []
+    if not shards:
+        pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+        if pickles:
+            raise ModelLoadError(
+                got=f"'{folder}' offers its weights as pickles only ({', '.join(pickles[:3])}).",
+                need="Pickles can run code when they are opened, so only safetensors are read.",
+                fix="Convert the folder where you trust it: AutoModelForCausalLM.from_pretrained(FOLDER)"
+                ".save_pretrained(NEW_FOLDER) writes safetensors.",
+            )
+        raise ModelLoadError(
+            got=f"'{folder}' holds no weights.",
+            need=f"{single.name} or {index.name} with its shards is needed.",
+            fix="Copy the missing files, or download the model again.",
+        )
+    missing = [file.name for file in shards if not file.exists()]
+    if missing:
+        raise ModelLoadError(
+            got=f"'{folder}' lacks {len(missing)} of {len(shards)} weight files: {', '.join(missing[:4])}.",
+            need=f"All files that {index.name} lists are needed.",
+            fix="Copy the missing files, or download the model again.",
+        )
+    for file in shards:
+        _check_complete(file)
+    return shards
+
+
+def _check_complete(file: Path) -> None:
+    """Compare a safetensors file's size with what its header promises."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        header: dict[str, Any] | None = None
+        if 2 <= length <= size - 8:
+            try:
+                header = json.loads(stream.read(length))
+            except ValueError:
+                header = None
+    if header is None:
+        raise ModelLoadError(
+            got=f"'{file}' ({size:,} bytes) has no readable safetensors header.",
+            need="The file is damaged, was cut short, or is not a safetensors file (a Git LFS pointer, perhaps).",
+            fix="Copy or download this file again.",
+        )
+    ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise ModelLoadError(
+            got=f"'{file}' has {size:,} bytes where its header promises {expected:,}.",
+            need="The file was cut short or overwritten; its tensors cannot be trusted.",
+            fix="Copy or download this file again.",
+        )
+
+
+def _local_folder(name: str, revision: str | None, token: str | None, trust_remote_code: bool) -> Path:
+    """The local folder of ``name``, fetched from the hub when it is not a path."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or path.exists()
+    if looks_like_path or not name:
+        raise ModelLoadError(
+            got=f"There is no folder '{name}' (looked in {Path.cwd()}).",
+            need="A model is given as a local folder or as a hub id such as 'org/name'.",
+            fix="Check the path.",
+        )
+    return _fetch(name, revision, token, trust_remote_code)
+
+
+def _fetch(repo_id: str, revision: str | None, token: str | None, trust_remote_code: bool) -> Path:
+    """Download configuration and tokenizer, then exactly the weight files the index names."""
+    from huggingface_hub import snapshot_download
+
+    def download(patterns: list[str]) -> Path:
+        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
+
+    try:
+        folder = download([*_SMALL_FILES, *(["*.py"] if trust_remote_code else [])])
+        stem = "model" if (folder / "config.json").exists() else "adapter_model"
+        index = folder / f"{stem}.safetensors.index.json"
+        shards = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else []
+        return download(shards or [f"{stem}.safetensors"])
+    except Exception as error:
+        raise _explain_hub_error(repo_id, revision, error) from error
+
+
+def _explain_hub_error(repo_id: str, revision: str | None, error: Exception) -> ModelLoadError:
+    from huggingface_hub import errors as hub
+
+    if isinstance(error, hub.GatedRepoError):
+        return ModelLoadError(
+            got=f"The model '{repo_id}' is gated and this account may not read it.",
+            need="Its owner must grant access first.",
+            fix=f"Ask for access on the page of {repo_id}, then pass token='hf_...' or run `hf auth login`.",
+        )
+    if isinstance(error, hub.RevisionNotFoundError):
+        return ModelLoadError(
+            got=f"'{repo_id}' has no revision '{revision}'.",
+            need="A branch, tag or commit of that repository is needed.",
+            fix="Leave revision=None for the main branch.",
+        )
+    if isinstance(error, hub.RepositoryNotFoundError | hub.HFValidationError):
+        return ModelLoadError(
+            got=f"'{repo_id}' is neither a folder here nor a model on the hub that this account can see.",
+            need="A local folder or a hub id such as 'org/name' is needed; private models need a token.",
+            fix="Check the spelling, or pass token='hf_...'.",
+        )
+    return ModelLoadError(
+        got=f"'{repo_id}' is not a folder here, is not in the local cache, and the hub cannot be reached"
+        f" ({type(error).__name__}).",
+        need="The files must be on this machine before a run without network.",
+        fix=f"Give a local folder, or run `hf download {repo_id}` once with network"
+        " (and unset HF_HUB_OFFLINE if it is set).",
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelLoadError(
+            got=f"'{file}' is not valid JSON ({error}).",
+            need="The file is damaged or was cut short.",
+            fix="Copy or download it again.",
+        ) from error
+    if not isinstance(content, dict):
+        raise ModelLoadError(got=f"'{file}' holds no JSON object.", fix="Copy or download it again.")
+    return content

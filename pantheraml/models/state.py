@@ -1,0 +1,53 @@
+"""What PantheraML knows about a model it loaded, kept on the model itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from pantheraml.models.patching import PatchSet
+from pantheraml.models.precision import Precision
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pantheraml.models.families import ModelFamily
+    from pantheraml.models.source import ModelSource
+
+Recompute = bool | Literal["auto", "unsloth"]
+
+_ATTRIBUTE = "pantheraml_state"
+
+
+@dataclass
+class ModelState:
+    """Facts about one loaded model.
+
+    Attributes:
+        source: where it came from.
+        max_seq_length: longest training row, in tokens.
+        precision: how its weights are held.
+        recompute: the user's ``use_gradient_checkpointing``.
+        full_finetuning: whether all weights are trained.
+        family: its architecture as data, or None for the generic path.
+        patches: the ledger of everything that was swapped on it.
+    """
+
+    source: ModelSource
+    max_seq_length: int
+    precision: Precision
+    recompute: Recompute
+    full_finetuning: bool
+    family: ModelFamily | None
+    patches: PatchSet = field(default_factory=PatchSet)
+
+
+def set_state(model: nn.Module, state: ModelState) -> None:
+    """Keep ``state`` on ``model``; wrappers such as PEFT's forward the attribute."""
+    setattr(model, _ATTRIBUTE, state)
+
+
+def get_state(model: nn.Module) -> ModelState | None:
+    """The state of a model loaded by PantheraML (also through wrappers), or None for any other model."""
+    state = getattr(model, _ATTRIBUTE, None)
+    return state if isinstance(state, ModelState) else None

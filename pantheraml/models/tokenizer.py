@@ -1,0 +1,70 @@
+"""Load a tokenizer and mend what would spoil training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pantheraml.errors import ModelLoadError
+from pantheraml.log import say, warn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Tokens that model makers set aside for padding, in order of preference.
+_PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|endoftext|>", "<unk>")
+
+
+def load_tokenizer(
+    folder: Path, *, max_seq_length: int, fix: bool, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder.
+
+    Args:
+        folder: where ``tokenizer.json`` or its kin are.
+        max_seq_length: becomes ``model_max_length`` when ``fix`` is set.
+        fix: give it a padding token that is not the end-of-text token, and pad on the right.
+        trust_remote_code: run the folder's own Python code.
+
+    Raises:
+        ModelLoadError: no tokenizer that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise ModelLoadError(
+            got=f"No tokenizer could be read from '{folder}' ({type(error).__name__}: {str(error).splitlines()[0]}).",
+            need="A tokenizer.json (or a sentencepiece tokenizer.model) is needed beside the weights.",
+            fix="Copy the tokenizer's files there; for tokenizer.model also `pip install 'pantheraml[sentencepiece]'`.",
+        ) from error
+    if fix:
+        tokenizer.padding_side = "right"
+        tokenizer.model_max_length = max_seq_length
+        _ensure_pad_token(tokenizer)
+    return tokenizer
+
+
+def _ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
+        return
+    vocabulary = tokenizer.get_vocab()
+    for token in _PAD_TOKENS:
+        if token in vocabulary and token != tokenizer.eos_token:
+            tokenizer.pad_token = token
+            say(f"padding uses {token!r}: the tokenizer named {'the end-of-text token' if token else 'none'} for it.")
+            return
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    say(f"padding uses the end-of-text token {tokenizer.pad_token!r}; padded places are never trained on.")
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn when the tokenizer can produce ids that the embedding has no row for."""
+    rows = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess, reportCallIssue, reportIndexIssue]
+    if len(tokenizer) > rows:
+        warn(
+            f"the tokenizer has {len(tokenizer)} tokens but the model embeds {rows}; a row that uses the extra ones "
+            f"will fail. Load with resize_model_vocab={len(tokenizer)} to add rows for them."
+        )

@@ -1,0 +1,94 @@
+"""Training arguments: TRL's SFTConfig plus what it lacks, with a precision the hardware has."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, fields
+
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from pantheraml.devices.inventory import is_bfloat16_supported
+from pantheraml.errors import ConfigError
+
+
+@dataclass
+class PantheraMLTrainingArguments(SFTConfig):
+    """SFTConfig with these differences.
+
+    Attributes:
+        embedding_learning_rate: learning rate of trained embeddings and heads (``embed_tokens``, ``lm_head``);
+            None gives them the common one.
+        max_length: longest row in tokens; None means the model's ``max_seq_length`` (SFTConfig: 1024).
+        bf16: None (with ``fp16`` unset) chooses by hardware: bf16 where the GPU has it, else fp16 on a GPU,
+            float32 on a CPU (SFTConfig: bf16 everywhere).
+    """
+
+    embedding_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of trained embeddings and heads."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest row in tokens; None means the model's max_seq_length."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None and not self.fp16:
+            import torch
+
+            on_gpu = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = on_gpu and is_bfloat16_supported()
+            self.fp16 = on_gpu and not self.bf16
+        rate = self.embedding_learning_rate
+        if rate is not None and rate <= 0:
+            raise ConfigError(
+                got=f"embedding_learning_rate={rate} was given.",
+                need="A learning rate is more than 0.",
+                fix="Leave it out to use learning_rate for embeddings too.",
+            )
+        super().__post_init__()
+
+
+UnslothTrainingArguments = PantheraMLTrainingArguments
+
+
+def to_sft_config(args: TrainingArguments | None, **overrides: object) -> SFTConfig:
+    """A private SFTConfig from any kind of training arguments; the caller's object is never changed.
+
+    Args:
+        args: SFTConfig, PantheraMLTrainingArguments, TrainingArguments, or None for our defaults.
+        overrides: fields to set (``dataset_text_field`` and the like, as older scripts pass to the trainer).
+
+    Raises:
+        ConfigError: something that is not training arguments.
+    """
+    if args is None:
+        config = PantheraMLTrainingArguments()
+    elif isinstance(args, SFTConfig):
+        config = copy.copy(args)
+    elif isinstance(args, TrainingArguments):
+        known = {entry.name for entry in fields(SFTConfig)}
+        values = {key: value for key, value in args.to_dict().items() if key in known}
+        values["hub_token"] = args.hub_token  # to_dict hides it
+        config = SFTConfig(**values)
+    else:
+        raise ConfigError(
+            got=f"args is a {type(args).__name__}.",
+            need="The trainer takes SFTConfig, TrainingArguments or PantheraMLTrainingArguments.",
+            fix="Write args=PantheraMLTrainingArguments(output_dir='outputs', ...).",
+        )
+    for name, value in overrides.items():
+        if value is not None:
+            setattr(config, name, value)
+    return config
+
+
+def resolve_max_length(config: SFTConfig, model_length: int | None) -> int | None:
+    """Longest row in tokens.
+
+    SFTConfig's default of 1024 cannot be told from a 1024 that was written; when the model was loaded with
+    another ``max_seq_length``, that is what its user asked for, and it wins over the default.
+    """
+    if model_length is None:
+        return config.max_length
+    default = 1024 if not isinstance(config, PantheraMLTrainingArguments) else None
+    return model_length if config.max_length in (None, default) else config.max_length

@@ -1,0 +1,281 @@
+"""The supervised trainer: TRL's SFTTrainer, with the data understood and the figures exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from trl import SFTTrainer
+
+from pantheraml.data.formats import format_dataset
+from pantheraml.data.masking import check_labels
+from pantheraml.data.preview import describe_sample
+from pantheraml.devices.memory import format_memory_stats, get_memory_stats
+from pantheraml.errors import ConfigError, DataError
+from pantheraml.log import say
+from pantheraml.models.adapters import attach_adapter, build_lora_config, count_parameters
+from pantheraml.models.recompute import is_recompute_on
+from pantheraml.models.state import get_state
+from pantheraml.training.arguments import PantheraMLTrainingArguments, resolve_max_length, to_sft_config
+from pantheraml.training.evaluation import TokenSums
+from pantheraml.training.optimizer import embedding_parameters, split_embedding_group
+
+Rows = Dataset | IterableDataset
+
+
+class PantheraMLTrainer(SFTTrainer):
+    """SFTTrainer for models of ``FastLanguageModel`` (and any other causal language model).
+
+    What it adds to TRL's trainer:
+
+    - rows in any known format are recognised, and one is shown with what is trained on marked;
+    - a model without an adapter gets a LoRA adapter, unless it was loaded for full fine-tuning;
+    - recompute follows the model's policy, row length the model's ``max_seq_length``;
+    - adapters are trained in float32, also on quantised models;
+    - evaluation loss, perplexity and accuracy are means over all label tokens;
+    - ``embedding_learning_rate`` has optimizer groups of its own.
+
+    Args:
+        model: the model, or a name that ``FastLanguageModel`` would take is not accepted here: load it first.
+        args: SFTConfig, PantheraMLTrainingArguments or TrainingArguments; never changed.
+        train_dataset: rows; see ``docs/data-formats.md``.
+        eval_dataset: rows, or a mapping of name to rows.
+        processing_class: the tokenizer.
+        tokenizer: the tokenizer, under its older name.
+        formatting_func: turns a row into text; switches recognition off.
+        max_seq_length: longest row in tokens; None: from the arguments or the model.
+        dataset_text_field: the column of plain text, as older scripts pass it here.
+        packing: join short rows into full ones, as older scripts pass it here.
+        dataset_num_proc: processes that tokenise, as older scripts pass it here.
+        kwargs: everything else SFTTrainer takes.
+
+    Raises:
+        ConfigError: arguments that contradict each other.
+        DataError: rows that cannot be recognised, are empty, or leave nothing to train on.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments | None = None,
+        *,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        formatting_func: Callable[[dict[str, Any]], str] | None = None,
+        max_seq_length: int | None = None,
+        dataset_text_field: str | None = None,
+        packing: bool | None = None,
+        dataset_num_proc: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        processing_class = _one_tokenizer(processing_class, tokenizer)
+        if isinstance(model, str):
+            raise ConfigError(
+                got=f"model={model!r} was given to the trainer.",
+                need="The trainer takes a loaded model.",
+                fix=f"Write model, tokenizer = FastLanguageModel.from_pretrained({model!r}).",
+            )
+        if train_dataset is None:
+            raise DataError(got="No train_dataset was given.", fix="Pass train_dataset=load_dataset(...).")
+        config = to_sft_config(
+            args, dataset_text_field=dataset_text_field, packing=packing, dataset_num_proc=dataset_num_proc
+        )
+        state = get_state(model)
+        if state is not None:
+            config.gradient_checkpointing = is_recompute_on(state.recompute, model.device.type)
+            if kwargs.get("peft_config") is None and not state.full_finetuning:
+                model = _ensure_adapter(model)
+        config.max_length = max_seq_length or resolve_max_length(config, state.max_seq_length if state else None)
+        if config.padding_free and not config.packing:
+            self._padding_free_length, config.max_length = config.max_length, None
+        else:
+            self._padding_free_length = None
+
+        if formatting_func is None:
+            train_dataset = _format(train_dataset, processing_class, config.dataset_text_field, "training")
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {
+                    name: _format(rows, processing_class, config.dataset_text_field, name)
+                    for name, rows in eval_dataset.items()
+                }
+            elif eval_dataset is not None:
+                eval_dataset = _format(eval_dataset, processing_class, config.dataset_text_field, "evaluation")
+
+        self._eval_sums: TokenSums | None = None
+        with _kept_trainable_weights(model):
+            super().__init__(
+                model,
+                config,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                formatting_func=formatting_func,
+                **kwargs,
+            )
+        self._report_rows()
+
+    # --- data -----------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset: Rows, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Rows:
+        """Prepare as TRL does; padding-free rows are cut here, because TRL does not cut them."""
+        before = len(dataset) if isinstance(dataset, Dataset) else None
+        prepared = super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
+        length = self._padding_free_length
+        if length is not None:
+            prepared = prepared.map(lambda row: {key: row[key][:length] for key in ("input_ids", "labels")})
+        is_packed = "seq_lengths" in (prepared.column_names or ())
+        if before is not None and isinstance(prepared, Dataset) and not is_packed:
+            _report_losses(before, prepared, length or args.max_length)
+        return prepared
+
+    def _report_rows(self) -> None:
+        """Refuse an empty result; show one row and what the run will do."""
+        rows = self.train_dataset
+        if isinstance(rows, Dataset):
+            if len(rows) == 0:
+                raise DataError(
+                    got="No training row has a label left: every token of every row is masked.",
+                    need="At least one token must be trained on; long prompts can push all answers past max_length.",
+                    fix="Raise max_seq_length, or check the completion or assistant part of the rows.",
+                )
+            check_labels(rows)
+        sample = next(iter(rows))
+        if "input_ids" in sample:
+            say(describe_sample(sample, self.processing_class))
+        trainable, total = count_parameters(self.model)
+        args = self.args
+        precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
+        count = len(rows) if isinstance(rows, Dataset) else "streamed"
+        say(
+            f"{trainable:,} of {total:,} parameters are trained on {args.device} in {precision}; {count} rows; "
+            f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size} = "
+            f"{args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size} rows a step "
+            f"(per device x accumulation x ranks); recompute {'on' if args.gradient_checkpointing else 'off'}."
+        )
+
+    # --- optimizer ------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The optimizer of the arguments, embeddings and heads in groups of their own when a rate is given."""
+        existed = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = getattr(self.args, "embedding_learning_rate", None)
+        if rate is not None and not existed:
+            split_embedding_group(optimizer, embedding_parameters(self.model), rate)
+        return optimizer
+
+    # --- evaluation -----------------------------------------------------------------------------------------
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """One batch of evaluation; its label tokens are counted."""
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        if self._eval_sums is not None and inputs.get("labels") is not None:
+            metrics = self._metrics["eval"]
+            loss = float(result[0])
+            if self.aux_loss_enabled and metrics["aux_loss"]:
+                loss -= self.router_aux_loss_coef * metrics["aux_loss"][-1]
+            tokens = int((inputs["labels"][:, 1:] != -100).sum())
+            self._eval_sums.add(loss, metrics["mean_token_accuracy"][-1], tokens)
+        return result
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Evaluation whose loss is the sum over all label tokens divided by their number."""
+        self._eval_sums = TokenSums()
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            sums = self._eval_sums
+        finally:
+            self._eval_sums = None
+        if output.metrics is not None and sums.tokens:
+            output.metrics.update(sums.metrics(metric_key_prefix))
+            self._metrics["eval"]["mean_token_accuracy"] = [sums.correct / sums.tokens]
+        return output
+
+    # --- memory ---------------------------------------------------------------------------------------------
+
+    def get_model_memory_usage(self) -> dict[str, dict[str, float]]:
+        """Memory of the devices of this run in GiB: ``{"gpu_0": {...}}``, or ``{"cpu": {...}}`` without a GPU."""
+        return get_memory_stats()
+
+    def print_memory_stats(self) -> None:
+        """Show ``get_model_memory_usage()`` as a table."""
+        say("memory\n" + format_memory_stats(self.get_model_memory_usage()))
+
+
+UnslothTrainer = PantheraMLTrainer
+
+
+def _one_tokenizer(
+    processing_class: PreTrainedTokenizerBase | None, tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
+    if processing_class is not None and tokenizer is not None and processing_class is not tokenizer:
+        raise ConfigError(
+            got="tokenizer= and processing_class= were given, and they differ.",
+            need="They are two names of the same argument.",
+            fix="Keep one.",
+        )
+    chosen = processing_class if processing_class is not None else tokenizer
+    if chosen is None:
+        raise ConfigError(
+            got="The trainer got no tokenizer.",
+            need="Rows are formatted and tokenised by the tokenizer that came with the model.",
+            fix="Pass tokenizer=tokenizer, the second value of FastLanguageModel.from_pretrained.",
+        )
+    return chosen
+
+
+def _ensure_adapter(model: Any) -> Any:
+    """Attach a default LoRA adapter to a model that has none."""
+    if isinstance(model, PeftModel):
+        return model
+    say(
+        "this model has no adapter, so LoRA r=16 is attached to its projections; call get_peft_model for other "
+        "settings, or load with full_finetuning=True to train all weights."
+    )
+    from pantheraml.fast_model import FastLanguageModel
+
+    return FastLanguageModel.get_peft_model(model)
+
+
+def _format(rows: Rows, tokenizer: PreTrainedTokenizerBase, text_field: str, name: str) -> Rows:
+    formatted, found = format_dataset(rows, tokenizer, text_field=text_field)
+    say(f"{name} rows: {found.reason}")
+    return formatted
+
+
+def _report_losses(before: int, prepared: Dataset, max_length: int | None) -> None:
+    """Say how many rows were dropped because nothing in them is trained on, and how many were cut."""
+    if len(prepared) < before:
+        say(f"{before - len(prepared)} of {before} rows have no token to train on and are left out.")
+    if max_length is None or "input_ids" not in prepared.column_names:
+        return
+    import pyarrow.compute as pc
+
+    lengths = pc.list_value_length(prepared.with_format("arrow")[:]["input_ids"])
+    cut = pc.sum(pc.greater_equal(lengths, max_length)).as_py() or 0
+    if cut:
+        say(f"{cut} of {len(prepared)} rows reach {max_length} tokens; what was longer is cut. Raise max_seq_length to keep it.")
+
+
+@contextmanager
+def _kept_trainable_weights(model: Any) -> Iterator[None]:
+    """Undo TRL's rounding of a quantised model's adapter to bf16.
+
+    TRL casts trained weights of quantised models to bf16 when it is built; float32 ones lose updates that are
+    smaller than 1/256 of a weight. Autocast computes in 16 bit either way.
+    """
+    before = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in before and parameter.dtype != before[name].dtype:
+            parameter.data = before[name]
+
+
+__all__ = ["PantheraMLTrainer", "PantheraMLTrainingArguments", "UnslothTrainer"]
