@@ -161,7 +161,7 @@ def _check_complete(file: Path) -> None:
 def _local_folder(name: str, revision: str | None, token: str | None, trust_remote_code: bool) -> Path:
     """The local folder of ``name``, fetched from the hub when it is not a path."""
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or path.exists()
     if looks_like_path or not name:
