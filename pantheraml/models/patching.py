@@ -1,15 +1,15 @@
 """The ledger of what was swapped in one model.
 
-A ``PatchSet`` changes one model instance, never a class or a module of another library, and can
-undo it: after ``revert()`` the model computes bitwise what it computed before. Each change says
-where, what and why; what could not be changed says why not.
+A ``PatchSet`` changes instances (a model, its parts, its config, a wrapper around it), never a class or
+a module of another library, and can undo it: after ``revert()`` the model computes bitwise what it
+computed before. Each change says where, what and why; what could not be changed says why not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
@@ -18,7 +18,10 @@ from pantheraml.errors import ConfigError
 
 
 class Change(NamedTuple):
-    """One line of the ledger: the spot, what was done there ("skipped" if nothing), and the reason."""
+    """One line of the ledger: the spot, what was done there ("skipped" if nothing), and the reason.
+
+    The spot is a dotted path from the model for modules, a class name for attributes.
+    """
 
     path: str
     what: str
@@ -35,6 +38,11 @@ class _Spot:
     def __init__(self, owner: object, name: str, new: object, change: Change) -> None:
         self.owner, self.name, self.new, self.change = owner, name, new, change
         self.old = getattr(owner, name) if _holds(owner, name) else _Absent
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A deep copy of a model that carries its ledger has spots of its own.
+        vars(self).update(state)
+        _changed[id(self.owner), self.name] = self
 
     def restore(self) -> None:
         if self.old is _Absent:
@@ -58,20 +66,15 @@ _changed: WeakValueDictionary[tuple[int, str], _Spot] = WeakValueDictionary()
 class PatchSet:
     """Changes to one model that can be listed and undone.
 
-    Paths are dotted, from ``model``; the empty path is the model itself. A deep copy or a pickle of the
-    model keeps the changes; the ledger stays with the original.
-
-    Args:
-        model: the model to change.
+    A deep copy or a pickle of the model keeps the changes, and its own ledger if the model carries it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self) -> None:
         self._spots: list[_Spot] = []
         self._skipped: list[Change] = []
 
-    def replace(self, path: str, new: nn.Module, why: str) -> None:
-        """Put ``new`` where the module ``path`` is.
+    def replace(self, model: nn.Module, path: str, new: nn.Module, why: str) -> None:
+        """Put ``new`` where the module ``path`` of ``model`` is.
 
         ``new`` must hold the old module's own Parameters, buffers and those of its children that it uses,
         under the same names. Training flag and hooks are taken over.
@@ -81,7 +84,7 @@ class PatchSet:
                 ``forward`` on the module.
         """
         parent_path, _, name = path.rpartition(".")
-        parent, old = self.model.get_submodule(parent_path), self.model.get_submodule(path)
+        parent, old = model.get_submodule(parent_path), model.get_submodule(path)
         _check_shares_state(path, old, new)
         if "forward" in vars(old):
             raise ConfigError(
@@ -90,28 +93,27 @@ class PatchSet:
                 fix="Swap fused parts in first, or leave this module as it is.",
             )
         what = f"{type(old).__name__} -> {type(new).__name__}"
-        self._change(path, parent, name, new, Change(path, what, why))
+        self._change(parent, name, new, Change(path, what, why))
         _take_over(old, new)
 
-    def bind(self, path: str, name: str, function: Callable[..., object], why: str) -> None:
-        """Give the object at ``path`` a method: ``name(...)`` calls ``function(object, ...)``.
+    def bind(self, owner: object, name: str, function: Callable[..., object], why: str) -> None:
+        """Give ``owner`` a method: ``owner.name(...)`` calls ``function(owner, ...)``.
 
-        A bound ``functools.partial`` rather than a method, which could not be pickled with its model.
+        A bound ``functools.partial`` rather than a method, which could not be pickled with its owner.
         """
-        owner = self._owner(path)
         method: partial[object] = partial(function, owner)
         for attribute in ("__name__", "__doc__"):
             setattr(method, attribute, getattr(function, attribute, None))
-        self._set(path, name, method, f"{name}() added", why)
+        self._set(owner, name, method, f"{name}() added", why)
 
-    def set(self, path: str, name: str, value: object, why: str) -> None:
-        """Set a plain attribute of the object at ``path``, such as ``("config", "_attn_implementation")``.
+    def set(self, owner: object, name: str, value: object, why: str) -> None:
+        """Set a plain attribute, such as ``_attn_implementation`` of a config.
 
         Raises:
             ConfigError: the value, or what it would hide, is a module or tensor; or the spot is changed
                 already.
         """
-        self._set(path, name, value, f"{name}={value!r}", why)
+        self._set(owner, name, value, f"{name}={value!r}", why)
 
     def skip(self, path: str, reason: str) -> None:
         """Record that ``path`` was left as it is, and why."""
@@ -142,30 +144,24 @@ class PatchSet:
             _changed.pop((id(spot.owner), spot.name), None)
         self._skipped.clear()
 
-    def _owner(self, path: str) -> object:
-        owner: object = self.model
-        for name in path.split(".") if path else ():
-            owner = getattr(owner, name)
-        return owner
-
-    def _set(self, path: str, name: str, value: object, what: str, why: str) -> None:
-        owner = self._owner(path)
+    def _set(self, owner: object, name: str, value: object, what: str, why: str) -> None:
+        place = type(owner).__name__
         held = getattr(owner, name, None)
         if isinstance(value, nn.Module | Tensor) or isinstance(held, nn.Module | Tensor):
             raise ConfigError(
-                got=f"{name!r} of {path or 'the model'} is, or would become, a module or tensor.",
+                got=f"{name!r} of {place} is, or would become, a module or tensor.",
                 need="Changing it as an attribute would change the names in the state dict.",
                 fix="Use PatchSet.replace for modules.",
             )
-        self._change(path, owner, name, value, Change(path, what, why))
+        self._change(owner, name, value, Change(place, what, why))
 
-    def _change(self, path: str, owner: object, name: str, new: object, change: Change) -> None:
+    def _change(self, owner: object, name: str, new: object, change: Change) -> None:
         key = (id(owner), name)
         if key in _changed:
             raise ConfigError(
-                got=f"{name!r} of {path or 'the model'} is already changed ({_changed[key].change.what}).",
-                need="Two ledgers on one spot could not be undone in any order.",
-                fix="Call revert() on the PatchSet that changed it, or add to that one elsewhere.",
+                got=f"{name!r} of {type(owner).__name__} is already changed ({_changed[key].change.what}).",
+                need="Two changes of one spot could not be undone in any order.",
+                fix="Call revert() on the PatchSet that changed it first.",
             )
         spot = _Spot(owner, name, new, change)
         setattr(owner, name, new)

@@ -57,18 +57,18 @@ def logits(model):
         return model(input_ids=IDS).logits
 
 
-def swap_norm(patchset):
-    patchset.replace(NORM, Doubled(patchset.model.get_submodule(NORM)), "twice as good")
+def swap_norm(model, patchset):
+    patchset.replace(model, NORM, Doubled(model.get_submodule(NORM)), "twice as good")
 
 
 def test_changes_act_and_revert_is_bitwise(model):
     before, names, ids = logits(model), list(model.state_dict()), [id(p) for p in model.parameters()]
     stock = model.config._attn_implementation
-    patchset = PatchSet(model)
-    swap_norm(patchset)
-    patchset.replace(MLP, HalvedMLP(model.get_submodule(MLP)), "half is enough")
-    patchset.bind("", "greet", greet, "to be polite")
-    patchset.set("config", "_attn_implementation", "eager", "to see the mask")
+    patchset = PatchSet()
+    swap_norm(model, patchset)
+    patchset.replace(model, MLP, HalvedMLP(model.get_submodule(MLP)), "half is enough")
+    patchset.bind(model, "greet", greet, "to be polite")
+    patchset.set(model.config, "_attn_implementation", "eager", "to see the mask")
     patchset.skip("model.norm", "left for later")
 
     assert not torch.allclose(logits(model), before)
@@ -78,8 +78,8 @@ def test_changes_act_and_revert_is_bitwise(model):
     assert patchset.report() == [
         (NORM, "LlamaRMSNorm -> Doubled", "twice as good"),
         (MLP, "LlamaMLP -> HalvedMLP", "half is enough"),
-        ("", "greet() added", "to be polite"),
-        ("config", "_attn_implementation='eager'", "to see the mask"),
+        ("LlamaForCausalLM", "greet() added", "to be polite"),
+        ("LlamaConfig", "_attn_implementation='eager'", "to see the mask"),
         ("model.norm", "skipped", "left for later"),
     ]
 
@@ -94,8 +94,8 @@ def test_changes_act_and_revert_is_bitwise(model):
 
 
 def test_a_bound_name_hides_and_gives_back_a_method(model):
-    patchset = PatchSet(model)
-    patchset.bind("", "num_parameters", lambda owner: "many", "test")
+    patchset = PatchSet()
+    patchset.bind(model, "num_parameters", lambda owner: "many", "test")
     assert model.num_parameters() == "many"
     patchset.revert()
     assert model.num_parameters() == sum(p.numel() for p in model.parameters())
@@ -104,7 +104,7 @@ def test_a_bound_name_hides_and_gives_back_a_method(model):
 def test_a_module_that_does_not_share_is_refused(model):
     before = logits(model)
     norm = model.get_submodule(NORM)
-    patchset = PatchSet(model)
+    patchset = PatchSet()
     other_weight = Doubled(norm)
     other_weight.weight = nn.Parameter(norm.weight.detach().clone())
     more = Doubled(norm)
@@ -113,33 +113,33 @@ def test_a_module_that_does_not_share_is_refused(model):
     child.extra = nn.Identity()
     for new, name in ((other_weight, "weight"), (nn.Identity(), "weight"), (more, "scale"), (child, "extra")):
         with pytest.raises(ConfigError, match=rf"{NORM} does not share {name}"):
-            patchset.replace(NORM, new, "test")
+            patchset.replace(model, NORM, new, "test")
     for value in (nn.Linear(1, 1), torch.ones(1), nn.Parameter(torch.ones(1))):
         with pytest.raises(ConfigError, match="state dict"):
-            patchset.set("", "extra", value, "test")
+            patchset.set(model, "extra", value, "test")
     with pytest.raises(ConfigError, match="state dict"):
-        patchset.set("", "lm_head", None, "test")
+        patchset.set(model, "lm_head", None, "test")
     assert patchset.report() == [] and torch.equal(logits(model), before)
 
 
 def test_one_spot_has_one_ledger(model):
-    first, second = PatchSet(model), PatchSet(model)
-    swap_norm(first)
-    first.set("config", "_attn_implementation", "eager", "test")
+    first, second = PatchSet(), PatchSet()
+    swap_norm(model, first)
+    first.set(model.config, "_attn_implementation", "eager", "test")
     doubled = model.get_submodule(NORM)
     again = copy.copy(doubled)
     with pytest.raises(ConfigError, match=r"already changed \(LlamaRMSNorm -> Doubled\)"):
-        second.replace(NORM, again, "test")
+        second.replace(model, NORM, again, "test")
     with pytest.raises(ConfigError, match="already changed"):
-        second.set("config", "_attn_implementation", "sdpa", "test")
+        second.set(model.config, "_attn_implementation", "sdpa", "test")
     assert model.get_submodule(NORM) is doubled and model.config._attn_implementation == "eager"
     first.revert()
-    swap_norm(second)
+    swap_norm(model, second)
 
 
 def test_revert_keeps_what_came_later(model):
-    patchset = PatchSet(model)
-    swap_norm(patchset)
+    patchset = PatchSet()
+    swap_norm(model, patchset)
     later = nn.LayerNorm(64)
     model.model.layers[0].input_layernorm = later
     with pytest.raises(ConfigError, match=f"{NORM} no longer holds"):
@@ -151,7 +151,7 @@ def test_a_forward_put_there_by_another_library_is_not_lost(model):
     norm = model.get_submodule(NORM)
     norm.forward = lambda x: x
     with pytest.raises(ConfigError, match="Another library"):
-        swap_norm(PatchSet(model))
+        swap_norm(model, PatchSet())
 
 
 def test_hooks_and_training_flag_move_both_ways(model):
@@ -159,8 +159,8 @@ def test_hooks_and_training_flag_move_both_ways(model):
     old = model.get_submodule(NORM)
     first = old.register_forward_hook(lambda module, args, out: calls.append("first"))
     model.train()
-    patchset = PatchSet(model)
-    swap_norm(patchset)
+    patchset = PatchSet()
+    swap_norm(model, patchset)
     new = model.get_submodule(NORM)
     assert new.training
     new.register_forward_pre_hook(lambda module, args: calls.append("second"))
@@ -179,8 +179,8 @@ def test_hooks_and_training_flag_move_both_ways(model):
 def test_an_adapter_added_after_a_swap_survives_revert(model):
     from peft import LoraConfig, get_peft_model
 
-    patchset = PatchSet(model)
-    patchset.replace(MLP, HalvedMLP(model.get_submodule(MLP)), "test")
+    patchset = PatchSet()
+    patchset.replace(model, MLP, HalvedMLP(model.get_submodule(MLP)), "test")
     torch.manual_seed(0)
     adapted = get_peft_model(model, LoraConfig(target_modules=["up_proj"], init_lora_weights=False))
     patchset.revert()
@@ -192,9 +192,9 @@ def test_an_adapter_added_after_a_swap_survives_revert(model):
 
 
 def test_a_deep_copy_is_a_model_of_its_own(model):
-    patchset = PatchSet(model)
-    swap_norm(patchset)
-    patchset.bind("", "greet", greet, "to be polite")
+    patchset = PatchSet()
+    swap_norm(model, patchset)
+    patchset.bind(model, "greet", greet, "to be polite")
     patched = logits(model)
     twin = copy.deepcopy(model)
     assert torch.equal(logits(twin), patched)
@@ -206,10 +206,27 @@ def test_a_deep_copy_is_a_model_of_its_own(model):
     assert type(twin.get_submodule(NORM)).__name__ == "Doubled"
 
 
+def test_a_deep_copy_carries_its_own_ledger(model):
+    before = logits(model)
+    patchset = PatchSet()
+    patchset.set(model, "ledger", patchset, "to find it again")
+    swap_norm(model, patchset)
+    patchset.set(model.config, "_attn_implementation", "eager", "test")
+    patched = logits(model)
+    twin = copy.deepcopy(model)
+    with pytest.raises(ConfigError, match="already changed"):
+        PatchSet().set(twin.config, "_attn_implementation", "sdpa", "test")
+    twin.ledger.revert()
+    assert torch.equal(logits(twin), before) and torch.equal(logits(model), patched)
+    assert model.config._attn_implementation == "eager" != twin.config._attn_implementation
+    patchset.revert()
+    assert torch.equal(logits(model), before)
+
+
 def test_a_patched_model_can_be_pickled(model):
-    patchset = PatchSet(model)
-    swap_norm(patchset)
-    patchset.bind("", "greet", greet, "to be polite")
+    patchset = PatchSet()
+    swap_norm(model, patchset)
+    patchset.bind(model, "greet", greet, "to be polite")
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -222,9 +239,9 @@ def test_a_saved_checkpoint_does_not_know(model, tmp_path):
     from transformers import AutoModelForCausalLM
 
     before = logits(model)
-    patchset = PatchSet(model)
-    swap_norm(patchset)
-    patchset.set("config", "_attn_implementation", "eager", "test")
+    patchset = PatchSet()
+    swap_norm(model, patchset)
+    patchset.set(model.config, "_attn_implementation", "eager", "test")
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert torch.equal(logits(again), before)
@@ -232,7 +249,7 @@ def test_a_saved_checkpoint_does_not_know(model, tmp_path):
 
 
 def test_a_ledger_that_is_gone_frees_its_spots(model):
-    swap_norm(PatchSet(model))
+    swap_norm(model, PatchSet())
     gc.collect()
     doubled = model.get_submodule(NORM)
 
@@ -241,7 +258,7 @@ def test_a_ledger_that_is_gone_frees_its_spots(model):
             nn.Module.__init__(self)
             self.weight, self.eps = old.weight, old.eps
 
-    patchset = PatchSet(model)
-    patchset.replace(NORM, Again(doubled), "on top")
+    patchset = PatchSet()
+    patchset.replace(model, NORM, Again(doubled), "on top")
     patchset.revert()
     assert model.get_submodule(NORM) is doubled
