@@ -141,9 +141,9 @@ def get_chat_template(
     missing = [token for token in special if token not in vocabulary]
     if missing:
         warn(
-            f"The vocabulary of this tokenizer lacks {', '.join(missing)}, which the {name} template writes: they are "
-            "split into pieces that mean nothing to the model. Choose the template the model was made for, or "
-            "'alpaca', which needs no special token."
+            f"The vocabulary of this tokenizer lacks {', '.join(missing)}, which the {name} template writes: "
+            "they are split into pieces that mean nothing to the model. Choose the template that the model was "
+            "made for, or 'alpaca', which needs no special token."
         )
     if map_eos_token and eos_token in vocabulary:
         tokenizer.eos_token = eos_token
@@ -163,15 +163,18 @@ def template_text(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return text.get("default") if isinstance(text, dict) else text
 
 
+def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts its begin token before every text."""
+    begin = tokenizer.bos_token_id
+    return begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
+
+
 def _bos_prelude(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """Rendered conversations are tokenised without special tokens, so the template writes the first token.
 
     Needed for templates that do not write it themselves, on tokenizers that put it before plain text.
     """
-    begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [
-        tokenizer.bos_token_id
-    ]
-    return "{{- bos_token }}\n" if begins and "bos_token" not in text else ""
+    return "{{- bos_token }}\n" if begins_with_bos(tokenizer) and "bos_token" not in text else ""
 
 
 def _mapping_prelude(mapping: Mapping[str, str] | None) -> str:
@@ -183,7 +186,7 @@ def _mapping_prelude(mapping: Mapping[str, str] | None) -> str:
         raise ConfigError(
             got=f"The mapping has the key {', '.join(map(repr, sorted(unknown)))}.",
             need="A mapping may have the keys 'role', 'content', 'user', 'assistant' and 'system'.",
-            fix='Write for example {"role": "from", "content": "value", "user": "human", "assistant": "gpt"}.',
+            fix='For ShareGPT: {"role": "from", "content": "value", "user": "human", "assistant": "gpt"}.',
         )
     names = {**_DEFAULT_MAPPING, **mapping}
     roles = {names[role]: role for role in ("user", "assistant", "system") if role in names}
@@ -194,7 +197,8 @@ def _mapping_prelude(mapping: Mapping[str, str] | None) -> str:
         "{%- for m in messages %}\n"
         f"    {{%- set role = m[{role_key}] if {role_key} in m else m.role %}}\n"
         f"    {{%- set content = m[{content_key}] if {content_key} in m else m.content %}}\n"
-        "    {%- set read.messages = read.messages + [dict(m, role=roles.get(role, role), content=content)] %}\n"
+        "    {%- set message = dict(m, role=roles.get(role, role), content=content) %}\n"
+        "    {%- set read.messages = read.messages + [message] %}\n"
         "{%- endfor %}\n"
         "{%- set messages = read.messages %}\n"
     )
@@ -204,8 +208,9 @@ def _system_prelude(system_message: str | None) -> str:
     """Jinja that puts ``system_message`` before conversations that bring no system turn."""
     if system_message is None:
         return ""
+    turn = json.dumps({"role": "system", "content": system_message})
     return (
         "{%- if not messages or messages[0].role != 'system' %}\n"
-        f"    {{%- set messages = [{{'role': 'system', 'content': {json.dumps(system_message)}}}] + messages %}}\n"
+        f"    {{%- set messages = [{turn}] + messages %}}\n"
         "{%- endif %}\n"
     )

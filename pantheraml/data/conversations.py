@@ -108,9 +108,8 @@ def standardize_sharegpt(
     Raises:
         DataError: there is no such column, or a row holds no conversation.
     """
-    return _standardize(
-        dataset, ("conversations",), tokenizer, aliases_for_system, aliases_for_user, aliases_for_assistant
-    )
+    roles = _roles(aliases_for_system, aliases_for_user, aliases_for_assistant)
+    return _standardize(dataset, ("conversations",), tokenizer, roles)
 
 
 def standardize_data_formats(
@@ -121,19 +120,21 @@ def standardize_data_formats(
     aliases_for_assistant: Sequence[str] = ("gpt", "assistant", "output", "model"),
 ) -> Rows:
     """As `standardize_sharegpt`, for conversations in ``conversations``, ``conversation`` or ``messages``."""
-    columns = ("conversations", "conversation", "messages")
-    return _standardize(
-        dataset, columns, tokenizer, aliases_for_system, aliases_for_user, aliases_for_assistant
-    )
+    roles = _roles(aliases_for_system, aliases_for_user, aliases_for_assistant)
+    return _standardize(dataset, ("conversations", "conversation", "messages"), tokenizer, roles)
+
+
+def _roles(system: Sequence[str], user: Sequence[str], assistant: Sequence[str]) -> dict[str, str]:
+    """What each name of a speaker means: the given aliases before the known ones."""
+    named = {"system": system, "user": user, "assistant": assistant}
+    return {**ROLES, **{alias.lower(): role for role, aliases in named.items() for alias in aliases}}
 
 
 def _standardize(
     dataset: Rows,
     accepted: Sequence[str],
     tokenizer: PreTrainedTokenizerBase | None,
-    system: Sequence[str],
-    user: Sequence[str],
-    assistant: Sequence[str],
+    roles: Mapping[str, str],
 ) -> Rows:
     columns = column_names(dataset)
     column = next((name for name in accepted if name in columns), None)
@@ -143,8 +144,6 @@ def _standardize(
             need=f"A column {' or '.join(map(repr, accepted))} must hold the conversations.",
             fix="Rename yours with dataset.rename_column(...), or build one with to_sharegpt(...).",
         )
-    named = {"system": system, "user": user, "assistant": assistant}
-    roles = {**ROLES, **{alias.lower(): role for role, aliases in named.items() for alias in aliases}}
     kind = message_features(dataset, column)
     features = None
     if kind is not None:
@@ -170,7 +169,7 @@ def _standardize_batch(
     return {"conversations": [normalise_messages(messages, roles, index, column) for messages, index in rows]}
 
 
-def to_sharegpt(
+def to_sharegpt(  # noqa: PLR0917 - the signature people know
     dataset: Dataset,
     merged_prompt: str = "",
     merged_column_name: str = "instruction",
@@ -184,8 +183,8 @@ def to_sharegpt(
     Args:
         dataset: the rows.
         merged_prompt: how the columns become one question: ``{column}`` stands for the column's text, and a
-            block ``[[...]]`` disappears when a column in it is empty. Empty: the column ``merged_column_name``
-            is the question as it is.
+            block ``[[...]]`` disappears when a column in it is empty. Without it the column
+            ``merged_column_name`` is the question as it is.
         merged_column_name: the column that holds the question, and receives the merged one.
         output_column_name: the column with the answer.
         remove_unused_columns: keep ``conversations`` alone.

@@ -205,7 +205,7 @@ def _texts(batch: Batch, indices: list[int], columns: tuple[str, ...], bos: str)
 
 
 def _messages(batch: Batch, indices: list[int], source: Mapping[str, str], tools: bool) -> Batch:
-    """``source`` says which column each new one is made from; ``tools``, whether tool calls can be written."""
+    """``source`` maps new columns to old ones; ``tools`` says whether the template writes tool calls."""
     return {
         new: [
             _conversation(value, index, old, tools) for value, index in zip(batch[old], indices, strict=True)

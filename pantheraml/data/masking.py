@@ -44,6 +44,7 @@ class ResponseMask:
     parts: TurnParts
 
     def __call__(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        """The ``labels`` of a row or of a batch, -100 outside the responses."""
         rows = example["input_ids"]
         if rows and not isinstance(rows[0], int):
             columns = [key for key in ("input_ids", "labels", "seq_lengths") if key in example]
@@ -97,7 +98,7 @@ def find_responses(text: str, parts: TurnParts, eos_token: str | None = None) ->
     return spans
 
 
-def train_on_responses_only(
+def train_on_responses_only(  # noqa: PLR0917 - the signature people know
     trainer: Any = None,
     instruction_part: str | None = None,
     response_part: str | None = None,
@@ -164,9 +165,8 @@ def mask_rows_to_responses(
 
     Arguments and errors are those of `train_on_responses_only`.
     """
-    return _mask_rows(
-        dataset, _build_mask(tokenizer, instruction_part, response_part, force_match), num_proc, ""
-    )
+    mask = _build_mask(tokenizer, instruction_part, response_part, force_match)
+    return _mask_rows(dataset, mask, num_proc, "given")
 
 
 def check_labels(dataset: Rows) -> None:
@@ -184,8 +184,8 @@ def check_labels(dataset: Rows) -> None:
             return
     raise DataError(
         got=f"All labels of all {count} rows are -100." if count else "The data set has no rows left.",
-        need="At least one token must be trained on. Usually max_length cuts rows before the response begins, or "
-        "the text that marks a response does not occur in them.",
+        need="At least one token must be trained on. Usually max_length cuts rows before the response "
+        "begins, or the text that marks a response does not occur in them.",
         fix="Raise max_length (max_seq_length), or check instruction_part and response_part.",
     )
 
@@ -224,8 +224,8 @@ def _build_mask(
         raise ConfigError(
             got="The tokenizer has no chat template from which the parts of a conversation can be read.",
             need="What begins a question and what begins a response must be known.",
-            fix='Give instruction_part="..." and response_part="..." as they stand in your texts, or set a template '
-            "with get_chat_template(tokenizer, ...) before the data are formatted.",
+            fix='Give instruction_part="..." and response_part="..." as they stand in your texts, or set a '
+            "template with get_chat_template(tokenizer, ...) before the data are formatted.",
         )
     if not force_match:
         parts = TurnParts(parts.instruction_part.strip(), parts.response_part.strip(), parts.end_of_turn)
@@ -236,9 +236,9 @@ def _mask_rows(dataset: Rows, mask: ResponseMask, num_proc: int | None, name: st
     first = next(iter(dataset), None)
     if first is None or "input_ids" not in first:
         raise DataError(
-            got=f"The {name} rows have the columns {sorted(first or {})}.".replace("  ", " "),
-            need="Responses are masked in tokenised rows (a column input_ids), as trl's SFTTrainer makes them.",
-            fix="Call train_on_responses_only after the trainer is built, with at least one row in each data set.",
+            got=f"The {name} rows have the columns {sorted(first or {})}.",
+            need="Responses are masked in tokenised rows (a column input_ids), as SFTTrainer makes them.",
+            fix="Call train_on_responses_only after the trainer is built, and give each data set a row.",
         )
     if not isinstance(dataset, Dataset):
         masked = dataset.map(mask, batched=True).filter(_has_targets, batched=True)
@@ -251,8 +251,8 @@ def _mask_rows(dataset: Rows, mask: ResponseMask, num_proc: int | None, name: st
         raise _nothing_left(first, mask)
     if len(kept) < len(dataset):
         say(
-            f"{len(dataset) - len(kept)} of {len(dataset)} {name} rows hold no response and were removed: they were "
-            f"cut before it begins, or lack the text {mask.parts.response_part!r}.".replace("  ", " ")
+            f"{len(dataset) - len(kept)} of {len(dataset)} {name} rows hold no response and were removed: "
+            f"they were cut before it begins, or lack the text {mask.parts.response_part!r}."
         )
     return kept
 
@@ -261,7 +261,8 @@ def _nothing_left(row: Mapping[str, Any], mask: ResponseMask) -> DataError:
     text, _ = decode_with_offsets(row["input_ids"], mask.tokenizer)
     return DataError(
         got=f"No row holds a response. A row begins with {text[:300]!r}.",
-        need=f"A response begins after {mask.parts.response_part!r}, a question after {mask.parts.instruction_part!r}.",
-        fix="Give instruction_part and response_part as they stand in that row (force_match=False ignores white space "
-        "at their ends), or raise max_length if rows are cut before the response.",
+        need=f"A response begins after {mask.parts.response_part!r}, "
+        f"a question after {mask.parts.instruction_part!r}.",
+        fix="Give instruction_part and response_part as they stand in that row (force_match=False ignores "
+        "white space at their ends), or raise max_length if rows are cut before the response.",
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pantheraml.errors import ConfigError, DataError, did_you_mean
 
@@ -117,13 +117,24 @@ def _load_file(path: Path, split: str, streaming: bool) -> Dataset | IterableDat
         )
     if path.stat().st_size == 0:
         raise _empty(path)
-    options = {"delimiter": "\t"} if suffix == ".tsv" else {}
+    builder = _BUILDERS[suffix]
     try:
+        options = _as_written(path, "\t" if suffix == ".tsv" else ",") if builder == "csv" else {}
         return load_dataset(
-            _BUILDERS[suffix], data_files={"train": str(path)}, split=split, streaming=streaming, **options
+            builder, data_files={"train": str(path)}, split=split, streaming=streaming, **options
         )
     except Exception as error:
         raise _explain(error, path, split) from error
+
+
+def _as_written(path: Path, delimiter: str) -> dict[str, Any]:
+    """Options that keep the cells of a table as the texts they are: ``5`` and ``NA`` are answers too."""
+    import pandas
+    from datasets import Features, Value
+
+    columns = pandas.read_csv(path, sep=delimiter, nrows=0).columns
+    features = Features({str(column): Value("string") for column in columns})
+    return {"sep": delimiter, "features": features, "keep_default_na": False, "na_values": [""]}
 
 
 def _load_folder(path: Path, split: str, name: str | None, streaming: bool) -> Dataset | IterableDataset:
@@ -227,7 +238,7 @@ def _explain(error: Exception, path: Path, split: str) -> DataError:
         return DataError(
             got=f"{path} holds a loading script.",
             need="Code that comes with a data set is never run.",
-            fix="Convert the data to JSON lines, CSV or Parquet, and give that file or a folder without the script.",
+            fix="Convert the data to JSON lines, CSV or Parquet, and give them without the script.",
         )
     file, where = _broken_json(path)
     return DataError(
@@ -244,11 +255,12 @@ def _explain_hub(error: Exception, source: str, split: str) -> DataError:
         return _no_such_split(source, split, known[1])
     if isinstance(error, ConnectionError):
         return DataError(
-            got=f"There is neither a file or folder {source} here nor a cached data set of that name, and the hub "
-            "cannot be reached.",
+            got=f"There is neither a file or folder {source} here nor a cached data set of that name, and "
+            "the hub cannot be reached.",
             need="The data must be a path that exists or a data set that can be downloaded.",
-            fix="Check the path. To use the hub, go online and unset HF_HUB_OFFLINE; for a machine without network, run "
-            f"`hf download --repo-type dataset {source} --local-dir data` elsewhere and give that folder.",
+            fix="Check the path. To use the hub, go online and unset HF_HUB_OFFLINE; for a machine without "
+            f"network, run `hf download --repo-type dataset {source} --local-dir data` elsewhere and give "
+            "that folder.",
         )
     if "Config name is missing" in message:
         return DataError(
@@ -259,7 +271,8 @@ def _explain_hub(error: Exception, source: str, split: str) -> DataError:
     return DataError(
         got=f"The data set {source} cannot be loaded: {message.rstrip('.')}.",
         need="It must be a path that exists, or a data set on the hub that you may read.",
-        fix="Check the spelling; for a private or gated data set, accept its terms and give token=... or run `hf auth login`.",
+        fix="Check the spelling; for a private or gated data set, accept its terms and give token=... or run "
+        "`hf auth login`.",
     )
 
 

@@ -56,7 +56,7 @@ def find_turn_parts(tokenizer: PreTrainedTokenizerBase) -> TurnParts | None:
     _, to_answer, to_question, _, end = between
     ending = _common_start(to_question, end)
     instruction_part = to_question[len(ending) :]
-    # A user turn ends as an assistant turn does in most templates; that end is no part of the answer's header.
+    # A user turn mostly ends as an assistant turn does; that end is no part of the answer's header.
     response_part = to_answer[len(_common_start(to_answer, ending)) :]
     # Thoughts are said by the assistant, also the empty ones that some templates write for it.
     response_part = response_part.partition("<think>")[0]
