@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pantheraml.config.names import KNOWN_ELSEWHERE
 
@@ -45,7 +45,7 @@ def device_names(devices: object) -> list[str]:
     """``[0, "cpu"]`` -> ``["cuda:0", "cpu"]``; a single device counts as a list of one."""
     if devices is None:
         return []
-    listed: list[object] = list(devices) if isinstance(devices, list) else [devices]
+    listed = cast("list[object]", devices) if isinstance(devices, list) else [devices]
     return [
         "cuda:0" if one == "cuda" else f"cuda:{one}" if isinstance(one, int) else str(one) for one in listed
     ]

@@ -110,7 +110,7 @@ def _setting_path(detail: ErrorDetails) -> KeyPath:
 
 def _take_out(data: dict[str, Any], path: KeyPath) -> KeyPath:
     """Remove a wrong setting, or fill in a missing name of a model; returns what was removed."""
-    section = data.get(path[0])
+    section: Any = data.get(path[0])
     if path in (("model",), ("model", "model_name")) and not (len(path) == 1 and section is not None):
         data["model"] = {**(section or {}), "model_name": "not given"}
     elif len(path) == 2 and path[0] in _SECTIONS:
@@ -165,8 +165,8 @@ def _settings(section: str) -> dict[str, Any]:
 
 def _takes(path: KeyPath) -> str:
     """What a setting takes, in words, from its JSON schema."""
-    node = _settings(path[0])[path[1]] if len(path) > 1 else _settings("")[path[0]]
-    return _in_words(node)
+    *section, name = path
+    return _in_words(_settings("".join(section))[name])
 
 
 def _in_words(node: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -156,7 +156,7 @@ class _YamlFault(Exception):
 
 def _compose(text: str) -> yaml.Node | None:
     try:
-        return cast("yaml.Node | None", _Loader(text).get_single_node())
+        return _Loader(text).get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         reason = " ".join(part for part in (error.context, error.problem) if part)
