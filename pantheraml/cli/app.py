@@ -1,0 +1,150 @@
+"""The ``pantheraml`` command: parse, call, print.
+
+Nothing heavy is imported before a command needs it, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pantheraml.errors import ConfigError, PantheraMLError
+from pantheraml.version import __version__
+
+if TYPE_CHECKING:
+    from pantheraml.config.run import RunConfig
+
+FAILED = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Fine-tune language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    # Its tracebacks show local variables, and with them tokens.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        arguments: the words after the program's name; those of the process by default.
+
+    Raises:
+        SystemExit: always, with the exit code.
+    """
+    app(args=arguments, prog_name="pantheraml")
+
+
+@contextmanager
+def _clean_errors(debug: bool) -> Iterator[None]:
+    """Print our own errors as text and leave with their exit code."""
+    try:
+        yield
+    except PantheraMLError as error:
+        if debug:
+            raise
+        print(f"pantheraml: {error}", file=sys.stderr)
+        raise typer.Exit(FAILED) from None
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("pantheraml: interrupted", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CONFIG KEY=VALUE",
+            help="A run file, then settings that replace its own, such as trainer.learning_rate=1e-4. "
+            "Without a run file, the one in CONFIG_PATH.",
+        ),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="The run file, when not given first.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the run, load nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train as a YAML run file says."""
+    with _clean_errors(debug):
+        run = _read_settings(settings or [], config)
+        if dry_run:
+            from pantheraml.cli.describe import describe_run
+
+            print(describe_run(run))
+            return
+        from pantheraml.cli.train import run_training
+
+        run_training(run)
+
+
+def _read_settings(words: list[str], config: Path | None) -> RunConfig:
+    from pantheraml.config.load import load_config
+
+    if config is None and words and "=" not in words[0]:
+        config, words = Path(words[0]), words[1:]
+    if config is None and os.environ.get("CONFIG_PATH"):
+        config = Path(os.environ["CONFIG_PATH"])
+    if config is None:
+        raise ConfigError(
+            "No run file is given.",
+            "Training needs one that names at least the model and the data.",
+            "Type `pantheraml train run.yaml`, or set CONFIG_PATH.",
+        )
+    return load_config(config, words)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of run files."""
+    import json
+
+    from pantheraml.config.load import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def demo(
+    model: Annotated[str | None, typer.Option(help="Hub id or folder of the model to train.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for what the demo writes.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Train a small model and show what happened."""
+    with _clean_errors(debug):
+        from pantheraml.demo.run import main as run_demo
+
+        run_demo(model=model, output=output)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)

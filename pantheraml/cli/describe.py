@@ -1,0 +1,96 @@
+"""What a run would do, from its settings alone."""
+
+from __future__ import annotations
+
+from pantheraml.config.load import dump_config
+from pantheraml.config.run import RunConfig
+
+_LIBRARY = "TRL's default"
+
+
+def describe_run(config: RunConfig) -> str:
+    """The resolved settings as YAML, and a table of what they mean as comments below them.
+
+    The whole text is a valid run file.
+    """
+    rows = _rows(config)
+    width = max(len(name) for name, _ in rows)
+    table = [f"#   {name:<{width}}  {text}" for name, text in rows]
+    return "\n".join([dump_config(config).rstrip(), "", "# What would happen:", *table])
+
+
+def _rows(config: RunConfig) -> list[tuple[str, str]]:
+    model, data, trainer = config.model, config.data, config.trainer
+    length = trainer.max_length or model.max_seq_length
+    rows = [
+        (
+            "model",
+            f"{model.model_name}, {_precision(config)}, sequences of up to {model.max_seq_length} tokens",
+        ),
+        ("trained", _trained(config)),
+        ("device", config.device or "the first GPU, or the CPU"),
+        ("rows", _training_rows(config)),
+        ("evaluation", _evaluation_rows(config)),
+        ("batch", _batch(config)),
+        ("packing", f"into {length} tokens" if trainer.packing else "off"),
+        ("duration", _duration(config)),
+        ("learning rate", f"{trainer.learning_rate or _LIBRARY}"),
+    ]
+    if config.train_on_responses:
+        rows.append(("loss on", "the assistant's turns alone"))
+    folder = config.save.folder or trainer.output_dir or "trainer.output_dir"
+    formats = config.save.formats or []
+    rows.append(("saved", ", ".join(f"{folder}/{name}" for name in formats) or "checkpoints only"))
+    if data.max_rows is not None:
+        rows.append(("row limit", f"the first {data.max_rows} rows"))
+    return rows
+
+
+def _precision(config: RunConfig) -> str:
+    model = config.model
+    if model.load_in_8bit:
+        return "8-bit"
+    if model.load_in_16bit or model.full_finetuning or model.load_in_4bit is False:
+        return model.dtype or "16-bit"
+    return "4-bit"
+
+
+def _trained(config: RunConfig) -> str:
+    lora = config.lora
+    if lora is None:
+        return "all weights"
+    modules = lora.target_modules
+    where = ", ".join(modules) if isinstance(modules, list) else modules or "the usual layers of its family"
+    return f"LoRA of rank {lora.r} on {where}"
+
+
+def _training_rows(config: RunConfig) -> str:
+    data = config.data
+    if data.use_debug_dataset:
+        return f"the debug data set, split {data.split}"
+    return f"from {data.loader}" if data.loader else f"{data.path}, split {data.split}"
+
+
+def _evaluation_rows(config: RunConfig) -> str:
+    data = config.data
+    if data.validation_fraction is not None:
+        return f"{data.validation_fraction:.0%} of the rows, held out"
+    if data.has_eval:
+        source = data.eval_path or data.path or data.loader or "the debug data set"
+        return f"{source}, split {data.eval_split or 'train'}"
+    return "what the loader returns" if data.loader else "none"
+
+
+def _batch(config: RunConfig) -> str:
+    rows = config.trainer.per_device_train_batch_size
+    steps = config.trainer.gradient_accumulation_steps
+    if rows is None or steps is None:
+        return f"rows per device: {rows or _LIBRARY}; accumulated: {steps or _LIBRARY}"
+    return f"{rows} per device x {steps} accumulated = {rows * steps} per step"
+
+
+def _duration(config: RunConfig) -> str:
+    trainer = config.trainer
+    if trainer.max_steps is not None and trainer.max_steps > 0:
+        return f"{trainer.max_steps} steps"
+    return f"{trainer.num_train_epochs:g} epochs" if trainer.num_train_epochs else _LIBRARY

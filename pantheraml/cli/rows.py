@@ -1,0 +1,144 @@
+"""The training and evaluation rows that a run's settings name."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pantheraml.errors import DataError, did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from transformers import PreTrainedTokenizerBase
+
+    from pantheraml.config.run import DataSettings, RunConfig
+
+    Rows = Dataset | IterableDataset
+
+# Splits of a loader's DatasetDict that are evaluated on when data.eval_split names none.
+_EVAL_SPLITS = ("validation", "eval", "test")
+
+
+def read_rows(config: RunConfig) -> tuple[Rows, Rows | None]:
+    """Read the rows of ``data.path`` or of the debug data set; needs no model.
+
+    Returns:
+        Training rows, and evaluation rows or None.
+
+    Raises:
+        DataError: when rows cannot be read.
+    """
+    data = config.data
+    train = _load_split(config, data.split)
+    evaluation = _load_split(config, data.eval_split) if data.eval_split and not data.eval_path else None
+    return _cut(config, train, evaluation)
+
+
+def call_loader(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, Rows | None]:
+    """Let the function of ``data.loader`` make the rows.
+
+    Args:
+        config: a run with ``data.loader``; the function is called with its ``data`` section.
+        tokenizer: the run's tokenizer, the function's second argument.
+
+    Returns:
+        Training rows, and evaluation rows or None.
+
+    Raises:
+        DataError: when there is no such function, or it returns no data set.
+    """
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+    data = config.data
+    rows = find_loader(data.loader or "")(data, tokenizer)
+    evaluation = None
+    if isinstance(rows, DatasetDict | IterableDatasetDict):
+        wanted = data.eval_split or next((name for name in _EVAL_SPLITS if name in rows), None)
+        if wanted is not None and data.eval_path is None and data.validation_fraction is None:
+            evaluation = _pick(rows, wanted, data)
+        rows = _pick(rows, data.split, data)
+    elif data.eval_split is not None and data.eval_path is None:
+        raise DataError(
+            f"data.eval_split is {data.eval_split!r}, but {data.loader} returned one data set without splits.",
+            "A split can be chosen from a DatasetDict.",
+            "Return a DatasetDict, or use data.validation_fraction.",
+        )
+    if not isinstance(rows, Dataset | IterableDataset):
+        raise DataError(
+            f"{data.loader} returned {type(rows).__name__}.",
+            "It has to return a datasets.Dataset, or a DatasetDict with a training split.",
+            "Wrap a list of rows with datasets.Dataset.from_list(rows).",
+        )
+    return _cut(config, rows, evaluation)
+
+
+def find_loader(name: str) -> Any:
+    """The function that ``package.module:function`` names; the current folder is searched too.
+
+    Raises:
+        DataError: when the module cannot be found or has no such function.
+    """
+    module_name, _, function_name = name.partition(":")
+    # The pantheraml command starts with its own folder on the path, not the user's.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # a module that the user's own module needs
+        raise DataError(
+            f"data.loader is {name}, but there is no module {error.name}.",
+            "It is searched for in the current folder and among installed packages.",
+            f"Start from the folder that has {module_name.split('.')[0]}.",
+        ) from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise DataError(
+            f"data.loader is {name}, but {module_name} has no function {function_name}.",
+            "It is called with (data settings, tokenizer) and returns a Dataset or a DatasetDict.",
+            did_you_mean(function_name, vars(module)),
+        )
+    return function
+
+
+def _load_split(config: RunConfig, split: str) -> Rows:
+    from pantheraml.data.debug_dataset import load_debug_dataset
+    from pantheraml.data.sources import load_rows
+
+    data = config.data
+    if data.use_debug_dataset:
+        return load_debug_dataset(split)
+    return load_rows(data.path or "", split=split, name=data.name, token=config.model.token)
+
+
+def _pick(splits: Any, name: str, data: DataSettings) -> Any:
+    if name not in splits:
+        raise DataError(
+            f"{data.loader} returned no split {name!r}.",
+            f"It returned {', '.join(map(repr, splits))}.",
+            "Set data.split and data.eval_split to these.",
+        )
+    return splits[name]
+
+
+def _cut(config: RunConfig, train: Rows, evaluation: Rows | None) -> tuple[Rows, Rows | None]:
+    """Apply ``max_rows``, ``eval_path`` and ``validation_fraction``."""
+    from pantheraml.data.sources import load_rows, split_rows
+
+    data = config.data
+    if data.max_rows is not None:
+        train = train.take(data.max_rows)
+    if data.eval_path is not None:
+        evaluation = load_rows(data.eval_path, split=data.eval_split or "train", token=config.model.token)
+    if data.validation_fraction is not None:
+        train, evaluation = split_rows(train, data.validation_fraction, config.seed)
+    if evaluation is None and config.trainer.eval_strategy in ("steps", "epoch"):
+        raise DataError(
+            f"trainer.eval_strategy is {config.trainer.eval_strategy}, but {data.loader} returned no evaluation rows.",
+            "It can return a DatasetDict with a validation split.",
+            "Or set data.eval_path or data.validation_fraction.",
+        )
+    return train, evaluation

@@ -1,0 +1,149 @@
+"""A whole training run from its settings: load, attach the adapter, train, evaluate, save."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pantheraml.cli.rows import call_loader, read_rows
+from pantheraml.config.load import dump_config
+from pantheraml.config.run import ResponseMarks, RunConfig
+from pantheraml.errors import ConfigError, SaveError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pantheraml.training.arguments import PantheraMLTrainingArguments
+
+
+def run_training(config: RunConfig) -> dict[str, Any]:
+    """Train as ``config`` says, save what it names, and print where everything is.
+
+    What can fail early does: settings, device, folders and rows are checked before the model is loaded.
+
+    Returns:
+        ``{"metrics": {...}, "paths": {...}}``: what the trainer measured, and the folder of each saved
+        format, of the checkpoints (``output_dir``) and of the resolved run file (``run_file``).
+
+    Raises:
+        PantheraMLError: when a part of the run cannot be done.
+    """
+    from pantheraml.data.masking import train_on_responses_only
+    from pantheraml.training.trainer import PantheraMLTrainer
+
+    arguments = build_arguments(config)
+    paths = _prepare_folders(config, Path(str(arguments.output_dir)))
+    rows = None if config.data.loader else read_rows(config)
+    model, tokenizer = load_model(config)
+    train_rows, eval_rows = rows or call_loader(config, tokenizer)
+
+    trainer = PantheraMLTrainer(
+        model=model,
+        tokenizer=tokenizer,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        args=arguments,
+    )
+    if config.train_on_responses:
+        marks = config.train_on_responses
+        parts = dict(marks) if isinstance(marks, ResponseMarks) else {}
+        trainer = train_on_responses_only(trainer, **parts)
+    result = trainer.train(resume_from_checkpoint=config.trainer.resume_from_checkpoint)
+    metrics = dict(result.metrics)
+    if eval_rows is not None:
+        metrics |= trainer.evaluate()
+    _save(config, model, tokenizer, paths)
+    print("\n".join(["Training has ended.", *(f"  {name}: {path}" for name, path in paths.items())]))
+    return {"metrics": metrics, "paths": {name: str(path) for name, path in paths.items()}}
+
+
+def build_arguments(config: RunConfig) -> PantheraMLTrainingArguments:
+    """The trainer's arguments; a field that the run does not set keeps the library's default.
+
+    Raises:
+        ConfigError: when ``trainer.extra`` has an unknown name, or the library refuses a value.
+        HardwareError: when the run's device is not there.
+    """
+    import torch
+
+    from pantheraml.devices.inventory import gpu_device
+    from pantheraml.training.arguments import PantheraMLTrainingArguments
+
+    trainer = config.trainer
+    known = [field.name for field in dataclasses.fields(PantheraMLTrainingArguments) if field.init]
+    unknown = [name for name in trainer.extra if name not in known]
+    if unknown:
+        raise ConfigError(
+            f"trainer.extra has {', '.join(unknown)}, which the installed TRL does not know.",
+            "It takes fields of SFTConfig.",
+            " ".join(filter(None, (did_you_mean(name, known) for name in unknown))),
+        )
+    index = int(config.device.partition(":")[2]) if config.device and config.device != "cpu" else None
+    device = gpu_device(index) if index is not None else None
+    values = {"dataset_text_field": config.data.text_field, **trainer.given(), **trainer.extra}
+    values.pop("resume_from_checkpoint", None)  # given to train(), which also takes True
+    # Without packing, a padding-free batch is never cut, and TRL wants that said.
+    cuts = trainer.packing or not trainer.padding_free
+    values.setdefault("max_length", config.model.max_seq_length if cuts else None)
+    if config.device == "cpu":
+        values["use_cpu"] = True
+    try:
+        arguments = PantheraMLTrainingArguments(**values)
+    except ValueError as error:
+        raise ConfigError(f"The trainer section was refused: {error}") from error
+    if device is not None:
+        # transformers puts a single process on GPU 0, and on all visible GPUs at once.
+        arguments.__dict__["_setup_devices"] = device
+        arguments._n_gpu = 1
+        torch.cuda.set_device(device)
+    return arguments
+
+
+def load_model(config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load the model and tokenizer, put on the chat template, attach the adapter.
+
+    Returns:
+        The model ready for a trainer, and its tokenizer.
+    """
+    from pantheraml.data.chat_templates import get_chat_template
+    from pantheraml.fast_model import FastLanguageModel
+
+    # Not model_dump(), which leaves out the token.
+    settings = dict(config.model)
+    template = settings.pop("chat_template")
+    if config.device is not None:
+        settings["device_map"] = config.device
+    model, tokenizer = FastLanguageModel.from_pretrained(**settings)
+    if template is not None:
+        tokenizer = get_chat_template(tokenizer, chat_template=template)
+    if config.lora is not None:
+        model = FastLanguageModel.get_peft_model(model, **dict(config.lora))
+    return model, tokenizer
+
+
+def _prepare_folders(config: RunConfig, output_dir: Path) -> dict[str, Path]:
+    """Make the run's folders and write its resolved settings; a full or read-only disk shows here."""
+    folder = Path(config.save.folder) if config.save.folder else output_dir
+    paths = {name: folder / name for name in config.save.formats or ()}
+    paths |= {"output_dir": output_dir, "run_file": output_dir / "run.yaml"}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        paths["run_file"].write_text(dump_config(config), encoding="utf-8")
+    except OSError as error:
+        raise SaveError(
+            f"The run's folders cannot be written: {error}.",
+            "Checkpoints and the trained model go there.",
+            "Set trainer.output_dir and save.folder to folders that can be written.",
+        ) from error
+    return paths
+
+
+def _save(config: RunConfig, model: Any, tokenizer: PreTrainedTokenizerBase, paths: dict[str, Path]) -> None:
+    for name in config.save.formats or ():
+        if name in ("adapter", "model"):
+            model.save_pretrained(str(paths[name]))
+            tokenizer.save_pretrained(str(paths[name]))
+        else:
+            model.save_pretrained_merged(str(paths[name]), tokenizer, save_method=name)

@@ -1,0 +1,226 @@
+"""Settings that are right one by one and wrong together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from pantheraml.config.names import KNOWN_ELSEWHERE
+
+if TYPE_CHECKING:
+    from pantheraml.config.run import RunConfig
+
+_EMBEDDINGS = {"embed_tokens", "lm_head"}
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Settings that do not fit together.
+
+    Args:
+        paths: the settings, as dotted names.
+        text: what is wrong and what to write, as sentences.
+    """
+
+    paths: tuple[str, ...]
+    text: str
+
+
+class Conflicts(ValueError):
+    """All conflicts of one run; pydantic carries it to whoever reports the problems."""
+
+    def __init__(self, conflicts: list[Conflict]) -> None:
+        self.conflicts = conflicts
+        super().__init__(" ".join(conflict.text for conflict in conflicts))
+
+
+def find_conflicts(config: RunConfig) -> list[Conflict]:
+    """Every set of settings of ``config`` that does not fit together."""
+    checks = (_precision, _adapter, _lengths, _rows, _evaluation, _loss_marks, _devices, _extra, _saving)
+    return [conflict for check in checks for conflict in check(config)]
+
+
+def device_names(devices: object) -> list[str]:
+    """``[0, "cpu"]`` -> ``["cuda:0", "cpu"]``; a single device counts as a list of one."""
+    if devices is None:
+        return []
+    listed = cast("list[object]", devices) if isinstance(devices, list) else [devices]
+    return [
+        "cuda:0" if one == "cuda" else f"cuda:{one}" if isinstance(one, int) else str(one) for one in listed
+    ]
+
+
+def _precision(config: RunConfig) -> Iterator[Conflict]:
+    model = config.model
+    names = ("load_in_4bit", "load_in_8bit", "load_in_16bit")
+    loads = [f"model.{name}" for name in names if getattr(model, name)]
+    if len(loads) > 1:
+        yield Conflict(
+            tuple(loads), f"{_and(loads)} are true together; weights have one precision. Keep one."
+        )
+    quantised = [path for path in loads if path != "model.load_in_16bit"]
+    if model.full_finetuning and quantised:
+        yield Conflict(
+            ("model.full_finetuning", *quantised),
+            f"model.full_finetuning trains the weights themselves, which {_and(quantised)} would quantise. "
+            "Keep one of them.",
+        )
+    if config.trainer.fp16 and config.trainer.bf16:
+        yield Conflict(
+            ("trainer.fp16", "trainer.bf16"),
+            "trainer.fp16 and trainer.bf16 are both true; mixed precision has one dtype. "
+            "Keep one, or none: the hardware then decides.",
+        )
+
+
+def _adapter(config: RunConfig) -> Iterator[Conflict]:
+    lora, full = config.lora, config.model.full_finetuning
+    if full and lora is not None:
+        yield Conflict(
+            ("model.full_finetuning", "lora"),
+            "model.full_finetuning trains all weights, and lora asks for an adapter. "
+            "Remove the lora section (lora: null), or full_finetuning.",
+        )
+    if not full and lora is None and "lora" in config.model_fields_set:
+        yield Conflict(
+            ("lora", "model.full_finetuning"),
+            "lora is null and model.full_finetuning is off, so nothing would be trained. "
+            "Write lora: {} for the default adapter, or model.full_finetuning: true.",
+        )
+    if config.trainer.embedding_learning_rate is not None and not full and not _trains_embeddings(config):
+        yield Conflict(
+            ("trainer.embedding_learning_rate", "lora.modules_to_save", "lora.target_modules"),
+            "trainer.embedding_learning_rate is given, but neither embed_tokens nor lm_head is trained. "
+            "Add lora.modules_to_save: [embed_tokens, lm_head], or remove the rate.",
+        )
+
+
+def _trains_embeddings(config: RunConfig) -> bool:
+    if config.lora is None:
+        return False
+    named = [*(config.lora.modules_to_save or ())]
+    if isinstance(config.lora.target_modules, list):
+        named += config.lora.target_modules
+    return any(name.rsplit(".", 1)[-1] in _EMBEDDINGS for name in named)
+
+
+def _lengths(config: RunConfig) -> Iterator[Conflict]:
+    length, longest = config.trainer.max_length, config.model.max_seq_length
+    if length is not None and length > longest:
+        yield Conflict(
+            ("trainer.max_length", "model.max_seq_length"),
+            f"trainer.max_length is {length}, longer than model.max_seq_length, which is {longest}. "
+            "Raise model.max_seq_length; trainer.max_length can be left out.",
+        )
+    if length is not None and config.trainer.padding_free and not config.trainer.packing:
+        yield Conflict(
+            ("trainer.max_length", "trainer.padding_free", "trainer.packing"),
+            "trainer.padding_free without trainer.packing cuts no rows, so trainer.max_length would have no "
+            "effect. Add trainer.packing: true, or remove max_length.",
+        )
+
+
+def _rows(config: RunConfig) -> Iterator[Conflict]:
+    data = config.data
+    sources = {"path": data.path, "use_debug_dataset": data.use_debug_dataset, "loader": data.loader}
+    given = [f"data.{name}" for name, value in sources.items() if value]
+    if not given:
+        yield Conflict(
+            tuple(f"data.{name}" for name in sources),
+            "No training rows are named. Give one of data.path (a Hub id, a folder or a file), "
+            "data.use_debug_dataset: true and data.loader (package.module:function).",
+        )
+    if len(given) > 1:
+        yield Conflict(
+            tuple(given), f"{_and(given)} each name the training rows, which have one source. Keep one."
+        )
+    if data.name is not None and data.path is None:
+        yield Conflict(
+            ("data.name", "data.path"),
+            "data.name is a configuration of the data set in data.path, which is not given. Remove it.",
+        )
+
+
+def _evaluation(config: RunConfig) -> Iterator[Conflict]:
+    data, trainer = config.data, config.trainer
+    held_out = [f"data.{name}" for name in ("eval_path", "eval_split") if getattr(data, name) is not None]
+    if data.validation_fraction is not None and held_out:
+        yield Conflict(
+            ("data.validation_fraction", *held_out),
+            f"data.validation_fraction holds out training rows, and {_and(held_out)} names other evaluation "
+            "rows. Keep one of them.",
+        )
+    if trainer.eval_strategy in ("steps", "epoch") and not data.has_eval and data.loader is None:
+        yield Conflict(
+            ("trainer.eval_strategy", "data.eval_path", "data.eval_split", "data.validation_fraction"),
+            f"trainer.eval_strategy is {trainer.eval_strategy}, but there are no evaluation rows. "
+            "Give data.eval_path, data.eval_split or data.validation_fraction.",
+        )
+    if trainer.eval_steps is not None and trainer.eval_strategy != "steps":
+        yield Conflict(
+            ("trainer.eval_steps", "trainer.eval_strategy"),
+            "trainer.eval_steps needs trainer.eval_strategy: steps. Add it or remove eval_steps.",
+        )
+
+
+def _loss_marks(config: RunConfig) -> Iterator[Conflict]:
+    if not config.train_on_responses:
+        return
+    for name in ("assistant_only_loss", "completion_only_loss"):
+        if getattr(config.trainer, name):
+            yield Conflict(
+                ("train_on_responses", f"trainer.{name}"),
+                f"train_on_responses and trainer.{name} both decide which tokens the loss counts. "
+                "Keep one of them.",
+            )
+
+
+def _devices(config: RunConfig) -> Iterator[Conflict]:
+    names = device_names(config.devices)
+    if config.devices == []:
+        yield Conflict(("devices",), "devices is empty. Give one device, such as 0 or cpu, or leave it out.")
+    if len(names) > 1:
+        yield Conflict(
+            ("devices",),
+            f"devices names {len(names)}: {', '.join(names)}. Training on several GPUs is not available in "
+            "this version; give one device.",
+        )
+    if names and config.model.device_map is not None:
+        yield Conflict(
+            ("devices", "model.device_map"),
+            "devices and model.device_map both place the model. Keep one of them.",
+        )
+    if names and names[0] != "cpu" and config.trainer.use_cpu:
+        yield Conflict(
+            ("devices", "trainer.use_cpu"),
+            f"devices names {names[0]}, and trainer.use_cpu asks for the CPU. Keep one of them.",
+        )
+
+
+def _extra(config: RunConfig) -> Iterator[Conflict]:
+    declared = type(config.trainer).model_fields
+    for name in config.trainer.extra:
+        place = f"trainer.{name}" if name in declared else KNOWN_ELSEWHERE.get(name)
+        if place is not None:
+            yield Conflict(("trainer.extra",), f"trainer.extra has {name}. In its place, write {place}.")
+
+
+def _saving(config: RunConfig) -> Iterator[Conflict]:
+    formats = config.save.formats or []
+    full = config.model.full_finetuning
+    if full and "adapter" in formats:
+        yield Conflict(
+            ("save.formats", "model.full_finetuning"),
+            "save.formats has adapter, but full fine-tuning makes none. Write model in its place.",
+        )
+    if not full and "model" in formats:
+        yield Conflict(
+            ("save.formats", "model.full_finetuning"),
+            "save.formats has model, which is for full fine-tuning. Write adapter for the LoRA weights, or "
+            "merged_16bit for the whole model with them merged in.",
+        )
+
+
+def _and(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

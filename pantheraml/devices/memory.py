@@ -1,0 +1,91 @@
+"""How much memory this process uses, in GiB."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+import psutil
+import torch
+
+from pantheraml.devices.inventory import gpu_device, num_gpus
+
+GIB = 1024**3
+
+
+def gpu_memory(index: int) -> dict[str, float]:
+    """Memory of one GPU, in GiB.
+
+    Args:
+        index: GPU index as this process counts them.
+
+    Returns:
+        ``allocated``, ``reserved`` and ``peak_allocated`` of this process, ``total`` and ``free`` of the
+        GPU (``free`` counts what other processes took).
+
+    Raises:
+        HardwareError: there is no such GPU.
+    """
+    device = gpu_device(index)
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "allocated": torch.cuda.memory_allocated(device) / GIB,
+        "reserved": torch.cuda.memory_reserved(device) / GIB,
+        "peak_allocated": torch.cuda.max_memory_allocated(device) / GIB,
+        "total": total / GIB,
+        "free": free / GIB,
+    }
+
+
+def cpu_memory() -> dict[str, float]:
+    """Memory of this process and its machine, in GiB: ``rss``, ``peak_rss`` and ``total``."""
+    rss = psutil.Process().memory_info().rss
+    return {
+        "rss": rss / GIB,
+        "peak_rss": max(rss, _peak_rss()) / GIB,
+        "total": psutil.virtual_memory().total / GIB,
+    }
+
+
+def _peak_rss() -> int:
+    """The most memory this process ever held, in bytes; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def get_memory_stats() -> dict[str, dict[str, float]]:
+    """Memory of every GPU that this process uses, in GiB.
+
+    A GPU counts as used when it is the current one or holds tensors of this process: asking the driver
+    about any other would create a CUDA context there, which costs that GPU hundreds of MiB.
+
+    Returns:
+        ``{"gpu_0": {"allocated", "reserved", "peak_allocated", "total", "free"}, ...}``; without a GPU
+        ``{"cpu": {"rss", "peak_rss", "total"}}``.
+    """
+    count = num_gpus()
+    if count == 0:
+        return {"cpu": cpu_memory()}
+    current = torch.cuda.current_device()
+    used = [i for i in range(count) if i == current or torch.cuda.memory_reserved(i)]
+    return {f"gpu_{i}": gpu_memory(i) for i in used}
+
+
+def format_memory_stats(stats: Mapping[str, Mapping[str, float]]) -> str:
+    """``stats`` of ``get_memory_stats`` as a text table, one line per device, numbers in GiB."""
+    columns = list(dict.fromkeys(name for row in stats.values() for name in row))
+    header = ["GiB", *columns]
+    rows = [
+        [device, *(f"{row[c]:.2f}" if c in row else "-" for c in columns)] for device, row in stats.items()
+    ]
+    widths = [max(len(cells[i]) for cells in (header, *rows)) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+        )
+        for cells in (header, *rows)
+    )
