@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pantheraml.models import loading
 from pantheraml.models.families import find_family
+from pantheraml.models.patching import PatchSet
 from pantheraml.models.precision import PrecisionFlags, choose_precision
 from pantheraml.models.source import resolve_source
 from pantheraml.models.state import ModelState, Recompute, set_state
@@ -50,7 +51,7 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
     import torch
 
     from pantheraml.devices.inventory import resolve_device
-    from pantheraml.models.fused import apply_fused_parts
+    from pantheraml.models.fusing import apply_fused_parts
 
     device = resolve_device(request.device_map)
     trust = request.trust_remote_code
@@ -85,6 +86,7 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
         recompute=request.recompute,
         full_finetuning=request.flags.full_finetuning,
         family=find_family(config),
+        patches=PatchSet(model),
     )
     set_state(model, state)
     if request.kernels == "auto":

@@ -30,7 +30,8 @@ class ModelState:
         recompute: the user's ``use_gradient_checkpointing``.
         full_finetuning: whether all weights are trained.
         family: its architecture as data, or None for the generic path.
-        patches: the ledger of everything that was swapped on it.
+        patches: the ledger of fused parts that were swapped in.
+        bindings: ledgers of the methods that were bound, one for the model and one for an adapter around it.
     """
 
     source: ModelSource
@@ -39,7 +40,15 @@ class ModelState:
     recompute: Recompute
     full_finetuning: bool
     family: ModelFamily | None
-    patches: PatchSet = field(default_factory=PatchSet)
+    patches: PatchSet
+    bindings: list[PatchSet] = field(default_factory=list)
+
+    def revert(self) -> None:
+        """Undo every change to the model: methods first, then fused parts."""
+        for ledger in reversed(self.bindings):
+            ledger.revert()
+        self.bindings.clear()
+        self.patches.revert()
 
 
 def set_state(model: nn.Module, state: ModelState) -> None:
