@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pantheraml.errors import DataError, did_you_mean
@@ -61,7 +61,7 @@ def call_loader(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
         rows = _pick(rows, data.split, data)
     elif data.eval_split is not None and data.eval_path is None:
         raise DataError(
-            f"data.eval_split is {data.eval_split!r}, but {data.loader} returned one data set without splits.",
+            f"data.eval_split is {data.eval_split!r}, but {data.loader} returned a data set without splits.",
             "A split can be chosen from a DatasetDict.",
             "Return a DatasetDict, or use data.validation_fraction.",
         )
@@ -82,8 +82,9 @@ def find_loader(name: str) -> Any:
     """
     module_name, _, function_name = name.partition(":")
     # The pantheraml command starts with its own folder on the path, not the user's.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
@@ -137,8 +138,8 @@ def _cut(config: RunConfig, train: Rows, evaluation: Rows | None) -> tuple[Rows,
         train, evaluation = split_rows(train, data.validation_fraction, config.seed)
     if evaluation is None and config.trainer.eval_strategy in ("steps", "epoch"):
         raise DataError(
-            f"trainer.eval_strategy is {config.trainer.eval_strategy}, but {data.loader} returned no evaluation rows.",
-            "It can return a DatasetDict with a validation split.",
+            f"trainer.eval_strategy is {config.trainer.eval_strategy}, but there are no evaluation rows.",
+            f"{data.loader} can return a DatasetDict with a validation split.",
             "Or set data.eval_path or data.validation_fraction.",
         )
     return train, evaluation
