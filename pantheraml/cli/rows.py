@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sized
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,23 +37,26 @@ def read_rows(config: RunConfig) -> tuple[Rows, Rows | None]:
     return _cut(config, train, evaluation)
 
 
-def call_loader(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, Rows | None]:
-    """Let the function of ``data.loader`` make the rows.
+def call_loader(
+    loader: Any, config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Rows, Rows | None]:
+    """Let a function of the user make the rows.
 
     Args:
-        config: a run with ``data.loader``; the function is called with its ``data`` section.
+        loader: what :func:`find_loader` found for ``data.loader``.
+        config: the run; the function is called with its ``data`` section.
         tokenizer: the run's tokenizer, the function's second argument.
 
     Returns:
         Training rows, and evaluation rows or None.
 
     Raises:
-        DataError: when there is no such function, or it returns no data set.
+        DataError: when it returns no data set, or lacks a split.
     """
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
     data = config.data
-    rows = find_loader(data.loader or "")(data, tokenizer)
+    rows = loader(data, tokenizer)
     evaluation = None
     if isinstance(rows, DatasetDict | IterableDatasetDict):
         wanted = data.eval_split or next((name for name in _EVAL_SPLITS if name in rows), None)
@@ -131,7 +135,8 @@ def _cut(config: RunConfig, train: Rows, evaluation: Rows | None) -> tuple[Rows,
 
     data = config.data
     if data.max_rows is not None:
-        train = train.take(data.max_rows)
+        # A stream has no length; older versions of datasets refuse to take more rows than there are.
+        train = train.take(min(data.max_rows, len(train)) if isinstance(train, Sized) else data.max_rows)
     if data.eval_path is not None:
         evaluation = load_rows(data.eval_path, split=data.eval_split or "train", token=config.model.token)
     if data.validation_fraction is not None:
