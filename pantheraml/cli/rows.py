@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from collections.abc import Sized
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pantheraml.errors import DataError, did_you_mean
@@ -36,23 +37,26 @@ def read_rows(config: RunConfig) -> tuple[Rows, Rows | None]:
     return _cut(config, train, evaluation)
 
 
-def call_loader(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, Rows | None]:
-    """Let the function of ``data.loader`` make the rows.
+def call_loader(
+    loader: Any, config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Rows, Rows | None]:
+    """Let a function of the user make the rows.
 
     Args:
-        config: a run with ``data.loader``; the function is called with its ``data`` section.
+        loader: what :func:`find_loader` found for ``data.loader``.
+        config: the run; the function is called with its ``data`` section.
         tokenizer: the run's tokenizer, the function's second argument.
 
     Returns:
         Training rows, and evaluation rows or None.
 
     Raises:
-        DataError: when there is no such function, or it returns no data set.
+        DataError: when it returns no data set, or lacks a split.
     """
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
     data = config.data
-    rows = find_loader(data.loader or "")(data, tokenizer)
+    rows = loader(data, tokenizer)
     evaluation = None
     if isinstance(rows, DatasetDict | IterableDatasetDict):
         wanted = data.eval_split or next((name for name in _EVAL_SPLITS if name in rows), None)
@@ -61,7 +65,7 @@ def call_loader(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
         rows = _pick(rows, data.split, data)
     elif data.eval_split is not None and data.eval_path is None:
         raise DataError(
-            f"data.eval_split is {data.eval_split!r}, but {data.loader} returned one data set without splits.",
+            f"data.eval_split is {data.eval_split!r}, but {data.loader} returned a data set without splits.",
             "A split can be chosen from a DatasetDict.",
             "Return a DatasetDict, or use data.validation_fraction.",
         )
@@ -82,8 +86,9 @@ def find_loader(name: str) -> Any:
     """
     module_name, _, function_name = name.partition(":")
     # The pantheraml command starts with its own folder on the path, not the user's.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
@@ -130,15 +135,16 @@ def _cut(config: RunConfig, train: Rows, evaluation: Rows | None) -> tuple[Rows,
 
     data = config.data
     if data.max_rows is not None:
-        train = train.take(data.max_rows)
+        # A stream has no length; older versions of datasets refuse to take more rows than there are.
+        train = train.take(min(data.max_rows, len(train)) if isinstance(train, Sized) else data.max_rows)
     if data.eval_path is not None:
         evaluation = load_rows(data.eval_path, split=data.eval_split or "train", token=config.model.token)
     if data.validation_fraction is not None:
         train, evaluation = split_rows(train, data.validation_fraction, config.seed)
     if evaluation is None and config.trainer.eval_strategy in ("steps", "epoch"):
         raise DataError(
-            f"trainer.eval_strategy is {config.trainer.eval_strategy}, but {data.loader} returned no evaluation rows.",
-            "It can return a DatasetDict with a validation split.",
+            f"trainer.eval_strategy is {config.trainer.eval_strategy}, but there are no evaluation rows.",
+            f"{data.loader} can return a DatasetDict with a validation split.",
             "Or set data.eval_path or data.validation_fraction.",
         )
     return train, evaluation

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pantheraml.cli.rows import call_loader, read_rows
+from pantheraml.cli.rows import call_loader, find_loader, read_rows
 from pantheraml.config.load import dump_config
 from pantheraml.config.run import ResponseMarks, RunConfig
 from pantheraml.errors import ConfigError, SaveError, did_you_mean
@@ -33,10 +33,11 @@ def run_training(config: RunConfig) -> dict[str, Any]:
     from pantheraml.training.trainer import PantheraMLTrainer
 
     arguments = build_arguments(config)
+    loader = find_loader(config.data.loader) if config.data.loader else None
     paths = _prepare_folders(config, Path(str(arguments.output_dir)))
-    rows = None if config.data.loader else read_rows(config)
+    rows = read_rows(config) if loader is None else None
     model, tokenizer = load_model(config)
-    train_rows, eval_rows = rows or call_loader(config, tokenizer)
+    train_rows, eval_rows = rows or call_loader(loader, config, tokenizer)
 
     trainer = PantheraMLTrainer(
         model=model,

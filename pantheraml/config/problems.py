@@ -117,7 +117,7 @@ def _take_out(data: dict[str, Any], path: KeyPath) -> KeyPath:
         section.pop(path[1])
     else:
         path = path[:1]
-        data.pop(path[0])
+        data.pop(path[0], None)  # may hold several wrong settings
     return path
 
 
@@ -145,7 +145,7 @@ def _hint(path: KeyPath) -> str:
     near = did_you_mean(key, _settings(section))
     if near:
         return near
-    anywhere = difflib.get_close_matches(key, homes, n=1)
+    anywhere = difflib.get_close_matches(key, homes, n=1, cutoff=0.75)
     if anywhere:
         return f"Did you mean {' or '.join(repr(home) for home in homes[anywhere[0]])}?"
     return "`pantheraml schema` prints all settings."

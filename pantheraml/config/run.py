@@ -92,7 +92,7 @@ class LoraSettings(Section):
         default=None,
         description="Linear layers that get an adapter; null means those usual in the model's family.",
     )
-    lora_alpha: PositiveNumber = Field(
+    lora_alpha: Count | PositiveNumber = Field(
         default=16, description="Scale: the update is multiplied by lora_alpha / r."
     )
     lora_dropout: Share = Field(default=0.0, description="Dropout in front of the adapter.")

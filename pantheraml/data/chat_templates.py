@@ -142,8 +142,8 @@ def get_chat_template(
     if missing:
         warn(
             f"The vocabulary of this tokenizer lacks {', '.join(missing)}, which the {name} template writes: "
-            "they are split into pieces that mean nothing to the model. Choose the template that the model was "
-            "made for, or 'alpaca', which needs no special token."
+            "they are split into pieces that mean nothing to the model. Choose the template that the model "
+            "was made for, or 'alpaca', which needs no special token."
         )
     if map_eos_token and eos_token in vocabulary:
         tokenizer.eos_token = eos_token

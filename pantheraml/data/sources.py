@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pantheraml.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict, IterableDataset
+    from datasets import Dataset, IterableDataset
 
 _BUILDERS = {
     ".jsonl": "json",
@@ -27,6 +27,8 @@ _BUILDERS = {
 }
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 _SUPPORTED = ", ".join(_BUILDERS)
+# How datasets names the splits there are, after one that it does not find.
+_KNOWN_SPLITS = re.compile(r"(?:Unknown split|Bad split|Available splits).*(\['[^\[\]]*'\])\.?$")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -61,7 +63,7 @@ def load_rows(
         rows = _load_folder(path, split, name, streaming)
     else:
         rows = _load_hub(str(source), split, name, token, streaming)
-    _refuse_empty(rows, source)
+    _refuse_empty(rows, source, split)
     return rows
 
 
@@ -158,23 +160,14 @@ def _load_saved(path: Path, split: str, streaming: bool) -> Dataset | IterableDa
 
     try:
         loaded = load_from_disk(str(path))
-        splits: DatasetDict | dict[str, Dataset]
-        splits = loaded if isinstance(loaded, DatasetDict) else {str(loaded.split or "train"): loaded}
-        lengths = {key: len(value) for key, value in splits.items()}
-        parts = ReadInstruction.from_spec(split).to_absolute(lengths)
-        rows = concatenate_datasets(
-            [
-                splits[part.splitname].select(range(part.from_ or 0, _end(part.to, lengths[part.splitname])))
-                for part in parts
-            ]
-        )
+        if not isinstance(loaded, DatasetDict):
+            loaded = DatasetDict({str(loaded.split or "train").partition("[")[0]: loaded})
+        parts = ReadInstruction.from_spec(split).to_absolute(loaded.num_rows)
+        wanted = [(loaded[part.splitname], slice(part.from_, part.to)) for part in parts]
+        rows = concatenate_datasets([part.select(range(len(part))[cut]) for part, cut in wanted])
     except Exception as error:
         raise _explain(error, path, split) from error
     return rows.to_iterable_dataset() if streaming else rows
-
-
-def _end(to: int | None, length: int) -> int:
-    return length if to is None else to
 
 
 def _load_hub(
@@ -208,14 +201,14 @@ def _data_suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _refuse_empty(rows: Dataset | IterableDataset, source: str | Path) -> None:
+def _refuse_empty(rows: Dataset | IterableDataset, source: str | Path, split: str) -> None:
     """Read one row: a stream meets its first error here and not in the middle of the set-up."""
     try:
         next(iter(rows))
     except StopIteration:
         raise _empty(source) from None
     except Exception as error:
-        raise _explain(error, Path(source).expanduser(), "train") from error
+        raise _explain(error, Path(source).expanduser(), split) from error
 
 
 def _empty(source: str | Path) -> DataError:
@@ -229,8 +222,7 @@ def _empty(source: str | Path) -> DataError:
 def _explain(error: Exception, path: Path, split: str) -> DataError:
     """What went wrong while reading ``path``, as a sentence about the user's file."""
     message = _innermost(error)
-    known = re.search(r"(?:Unknown split|Bad split|Available splits).*?(\[[^\[\]]*\])\.?$", message)
-    if known:
+    if known := _KNOWN_SPLITS.search(message):
         return _no_such_split(str(path), split, known[1])
     if "corresponds to no data" in message:
         return _empty(path)
@@ -250,8 +242,7 @@ def _explain(error: Exception, path: Path, split: str) -> DataError:
 
 def _explain_hub(error: Exception, source: str, split: str) -> DataError:
     message = _innermost(error)
-    known = re.search(r"(?:Unknown split|Bad split|Available splits).*?(\[[^\[\]]*\])\.?$", message)
-    if known:
+    if known := _KNOWN_SPLITS.search(message):
         return _no_such_split(source, split, known[1])
     if isinstance(error, ConnectionError):
         return DataError(

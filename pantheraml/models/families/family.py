@@ -106,7 +106,7 @@ class ModelFamily:
 
     @property
     def expert_projections(self) -> dict[str, str]:
-        """Well-known projection name -> Parameter of the experts, as PEFT's ``target_parameters`` names it."""
+        """Well-known projection name -> Parameter of experts, as PEFT's ``target_parameters`` names it."""
         if self.experts is None:
             return {}
         prefix = f"{self.mlp}.{self.experts.module}"

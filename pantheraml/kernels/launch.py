@@ -1,0 +1,50 @@
+"""Triton, where it is installed, and whether its kernels launch on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    import triton
+    import triton.language as tl
+else:
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:  # torch for the CPU does not bring Triton
+        triton = tl = None
+
+__all__ = ["jit", "tl", "triton", "why_no_triton"]
+
+
+def jit(kernel: Callable[..., None]) -> Any:
+    """``triton.jit``; without Triton the kernel stays a function that nobody calls."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+@jit
+def _write_one(out_ptr):
+    tl.store(out_ptr, 1)
+
+
+@lru_cache(maxsize=16)
+def why_no_triton(device: torch.device) -> str | None:
+    """Why Triton kernels do not run on ``device``, or None when they do.
+
+    On a GPU a kernel of one store is launched, once per device: a missing compiler or driver shows only then.
+    """
+    if device.type != "cuda":
+        return f"Triton needs a GPU, the model is on {device.type}"
+    if triton is None:
+        return "Triton is not installed"
+    try:
+        out = torch.zeros(1, dtype=torch.int32, device=device)
+        with torch.cuda.device(device):
+            _write_one[(1,)](out)
+        return None if out.item() == 1 else "a Triton kernel ran and wrote nothing"
+    except Exception as error:
+        return f"a Triton kernel did not launch ({type(error).__name__}: {str(error).splitlines()[0][:200]})"

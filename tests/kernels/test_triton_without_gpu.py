@@ -1,0 +1,64 @@
+"""Triton kernels on a machine without a GPU: interpreted, and compiled for GPUs that are not there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pantheraml.kernels import rms_norm
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+@pytest.mark.parametrize("file", ["interpreted_rms_norm.py"])
+def test_interpreted(file):
+    """The interpreter cannot be switched on in a process that has imported Triton."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+def compile_for(kernel, types, constants, capability, num_warps):
+    """Compile for an NVIDIA GPU of ``capability``; ``types`` by argument name."""
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+
+
+@pytest.mark.parametrize("capability", [75, 80, 90])
+@pytest.mark.parametrize(("dtype", "cols"), [("bf16", 4096), ("fp32", 128), ("fp16", 5120)])
+@pytest.mark.parametrize("cast_first", [True, False])
+def test_rms_norm_compiles(capability, dtype, cols, cast_first):
+    blocks = rms_norm._blocks(cols)
+    warps = blocks.pop("num_warps")
+    pointers = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr", "dy_ptr", "dx_ptr"), f"*{dtype}")
+    pointers["dw_ptr"] = "*fp32"
+    numbers = {
+        "x_stride": "i64",
+        "dy_stride": "i64",
+        "rows": "i32",
+        "cols": "i32",
+        "eps": "fp32",
+        "offset": "fp32",
+    }
+    for kernel, flags in (
+        (rms_norm._forward_kernel, {"CAST_FIRST": cast_first}),
+        (rms_norm._backward_kernel, {"CAST_FIRST": cast_first, "WITH_DW": True}),
+        (rms_norm._backward_kernel, {"CAST_FIRST": cast_first, "WITH_DW": False}),
+    ):
+        types = {name: kind for name, kind in (pointers | numbers).items() if name in kernel.arg_names}
+        compiled = compile_for(kernel, types, {**blocks, **flags}, capability, warps)
+        assert f"sm_{capability}" in compiled.asm["ptx"] and compiled.asm["cubin"]
+        assert compiled.metadata.shared <= 48 * 1024
