@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pantheraml.errors import AdapterError, ConfigError, NotYetError, did_you_mean
 from pantheraml.export.binding import bind_saving
-from pantheraml.export.fingerprint import check_adapter_matches
+from pantheraml.export.adapter import check_adapter_matches
 from pantheraml.log import say, say_once
 
 if TYPE_CHECKING:
