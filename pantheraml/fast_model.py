@@ -129,7 +129,7 @@ class FastLanguageModel:
             num_labels=num_labels,
         )
         model, tokenizer, state = assemble(request)
-        state.bindings.append(bind_saving(model))
+        bind_saving(model, state.patches)
         if state.source.adapter is None:
             return model, tokenizer
         if full_finetuning:
@@ -140,7 +140,7 @@ class FastLanguageModel:
             )
         check_adapter_matches(state.source.adapter, model)
         adapted = load_adapter(model, state.source.adapter)
-        state.bindings.append(bind_saving(adapted))
+        bind_saving(adapted, state.patches)
         return adapted, tokenizer
 
     @staticmethod
@@ -237,7 +237,7 @@ class FastLanguageModel:
         if state is not None:
             state.recompute = state.recompute if policy is None else policy
             state.max_seq_length = max_seq_length or state.max_seq_length
-            state.bindings.append(bind_saving(adapted))
+            bind_saving(adapted, state.patches)
         trainable, total = count_parameters(adapted)
         say(f"LoRA r={r}: {trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %).")
         return adapted

@@ -13,21 +13,17 @@ from pantheraml.models.patching import PatchSet
 _METHODS = ("save_pretrained", "save_pretrained_merged", "push_to_hub", "push_to_hub_merged")
 
 
-def bind_saving(model: nn.Module) -> PatchSet:
+def bind_saving(model: nn.Module, patches: PatchSet) -> None:
     """Bind the functions of ``model_methods`` to ``model`` as methods.
 
     Args:
         model: a transformers or PEFT model; only this instance is changed.
-
-    Returns:
-        The ledger that undoes it.
+        patches: the ledger that undoes it.
     """
-    patches = PatchSet(model)
     for name in _METHODS:
-        patches.bind("", name, getattr(model_methods, name), "saves whole folders or nothing")
+        patches.bind(model, name, getattr(model_methods, name), "saves whole folders or nothing")
     for name in ("save_pretrained_gguf", "push_to_hub_gguf"):
-        patches.bind("", name, _refuse_gguf, "says what to use instead")
-    return patches
+        patches.bind(model, name, _refuse_gguf, "says what to use instead")
 
 
 def _refuse_gguf(model: nn.Module, *args: Any, **kwargs: Any) -> None:

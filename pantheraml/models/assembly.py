@@ -86,7 +86,7 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
         recompute=request.recompute,
         full_finetuning=request.flags.full_finetuning,
         family=find_family(config),
-        patches=PatchSet(model),
+        patches=PatchSet(),
     )
     set_state(model, state)
     if request.kernels == "auto":

@@ -44,7 +44,16 @@ def is_recompute_on(policy: object, device_type: str) -> bool:
 
 def set_recompute(model: Any, on: bool) -> None:
     """Switch activation recompute (non-reentrant) on a transformers or PEFT model."""
+    # transformers renamed "gradient" to "activation" checkpointing after 5.17; the older names warn in newer versions.
+    prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if on:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(model, f"{prefix}_checkpointing_enable")
+        enable(**{f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}})
     else:
-        model.gradient_checkpointing_disable()
+        getattr(model, f"{prefix}_checkpointing_disable")()
+
+
+def is_recomputing(model: Any) -> bool:
+    """Whether a transformers or PEFT model recomputes activations now."""
+    name = "is_activation_checkpointing"
+    return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pantheraml.models.patching import PatchSet
@@ -30,8 +30,7 @@ class ModelState:
         recompute: the user's ``use_gradient_checkpointing``.
         full_finetuning: whether all weights are trained.
         family: its architecture as data, or None for the generic path.
-        patches: the ledger of fused parts that were swapped in.
-        bindings: ledgers of the methods that were bound, one for the model and one for an adapter around it.
+        patches: the ledger of everything that was changed on it: fused parts, bound methods.
     """
 
     source: ModelSource
@@ -41,14 +40,6 @@ class ModelState:
     full_finetuning: bool
     family: ModelFamily | None
     patches: PatchSet
-    bindings: list[PatchSet] = field(default_factory=list)
-
-    def revert(self) -> None:
-        """Undo every change to the model: methods first, then fused parts."""
-        for ledger in reversed(self.bindings):
-            ledger.revert()
-        self.bindings.clear()
-        self.patches.revert()
 
 
 def set_state(model: nn.Module, state: ModelState) -> None:
