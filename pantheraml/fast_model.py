@@ -193,19 +193,18 @@ class FastLanguageModel:
                 that PEFT refuses.
             ConfigError: an unknown or impossible setting.
         """
-        from peft import PeftModel
-
-        from pantheraml.models.adapters import attach_adapter, build_lora_config, count_parameters
+        from pantheraml.models.adapters import attach_adapter, build_lora_config, count_parameters, has_adapter
         from pantheraml.models.families import find_family
         from pantheraml.models.recompute import check_policy
         from pantheraml.models.state import get_state
 
         state = get_state(model)
-        if isinstance(model, PeftModel):
+        if has_adapter(model):
             raise AdapterError(
                 got="get_peft_model was called on a model that has an adapter.",
                 need="One adapter is trained at a time; a loaded adapter is trainable already.",
-                fix="Train it as it is, or merge it with save_pretrained_merged and load the merged folder.",
+                fix="Train what the first call returned, or merge it with save_pretrained_merged and load the merged "
+                "folder.",
             )
         if state is not None and state.full_finetuning:
             raise ConfigError(

@@ -272,6 +272,13 @@ def _foreign(folder: Any, model: PreTrainedModel, reason: str) -> AdapterError:
     )
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Whether PEFT has put adapter layers into ``model``, also when ``model`` is the base inside a PEFT model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters; packed 4-bit weights count as the values they hold."""
     trainable = total = 0

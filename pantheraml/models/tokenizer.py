@@ -16,13 +16,12 @@ _PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|endo
 
 
 def load_tokenizer(
-    folder: Path, *, max_seq_length: int, fix: bool, trust_remote_code: bool = False
+    folder: Path, *, fix: bool, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder.
 
     Args:
         folder: where ``tokenizer.json`` or its kin are.
-        max_seq_length: becomes ``model_max_length`` when ``fix`` is set.
         fix: give it a padding token that is not the end-of-text token, and pad on the right.
         trust_remote_code: run the folder's own Python code.
 
@@ -41,7 +40,6 @@ def load_tokenizer(
         ) from error
     if fix:
         tokenizer.padding_side = "right"
-        tokenizer.model_max_length = max_seq_length
         _ensure_pad_token(tokenizer)
     return tokenizer
 

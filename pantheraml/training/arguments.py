@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from pantheraml.devices.inventory import is_bfloat16_supported
+from pantheraml.devices.inventory import is_bfloat16_supported, num_gpus
 from pantheraml.errors import ConfigError
 
 
@@ -20,6 +20,9 @@ class PantheraMLTrainingArguments(SFTConfig):
         embedding_learning_rate: learning rate of trained embeddings and heads (``embed_tokens``, ``lm_head``);
             None gives them the common one.
         max_length: longest row in tokens; None means the model's ``max_seq_length`` (SFTConfig: 1024).
+        gradient_checkpointing: None means that the model's ``use_gradient_checkpointing`` decides (SFTConfig: True);
+            True or False written here wins over it.
+        dataloader_pin_memory: off where there is no GPU to copy to.
         bf16: None (with ``fp16`` unset) chooses by hardware: bf16 where the GPU has it, else fp16 on a GPU,
             float32 on a CPU (SFTConfig: bf16 everywhere).
     """
@@ -30,12 +33,17 @@ class PantheraMLTrainingArguments(SFTConfig):
     max_length: int | None = field(
         default=None, metadata={"help": "Longest row in tokens; None means the model's max_seq_length."}
     )
+    gradient_checkpointing: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None, metadata={"help": "Recompute activations; None leaves it to the model."}
+    )
 
     def __post_init__(self) -> None:
+        # transformers turns None into False; what the user wrote is kept apart. Its newer name for it wins.
+        newer = getattr(self, "activation_checkpointing", None)
+        self._written_recompute = self.gradient_checkpointing if newer is None else newer
+        on_gpu = num_gpus() > 0 and not self.use_cpu
+        self.dataloader_pin_memory = self.dataloader_pin_memory and on_gpu
         if self.bf16 is None and not self.fp16:
-            import torch
-
-            on_gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = on_gpu and is_bfloat16_supported()
             self.fp16 = on_gpu and not self.bf16
         rate = self.embedding_learning_rate
@@ -80,6 +88,26 @@ def to_sft_config(args: TrainingArguments | None, **overrides: object) -> SFTCon
         if value is not None:
             setattr(config, name, value)
     return config
+
+
+def written_recompute(args: TrainingArguments | None) -> bool | None:
+    """What the user wrote about activation recompute, or None where only a library's default speaks.
+
+    SFTConfig turns it on by default and TrainingArguments leaves it off, so only the other value is the user's.
+    """
+    if isinstance(args, PantheraMLTrainingArguments):
+        return args._written_recompute
+    value = bool(getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None))
+    if args is None or value == isinstance(args, SFTConfig):
+        return None
+    return value
+
+
+def set_recompute_argument(config: SFTConfig, on: bool) -> None:
+    """Set recompute under both of its names: TRL reads the older one, transformers after 5.17 the newer one."""
+    config.gradient_checkpointing = on
+    if hasattr(config, "activation_checkpointing"):
+        config.activation_checkpointing = on
 
 
 def resolve_max_length(config: SFTConfig, model_length: int | None) -> int | None:

@@ -21,7 +21,13 @@ from pantheraml.log import say
 from pantheraml.models.adapters import attach_adapter, build_lora_config, count_parameters
 from pantheraml.models.recompute import is_recompute_on
 from pantheraml.models.state import get_state
-from pantheraml.training.arguments import PantheraMLTrainingArguments, resolve_max_length, to_sft_config
+from pantheraml.training.arguments import (
+    PantheraMLTrainingArguments,
+    resolve_max_length,
+    set_recompute_argument,
+    to_sft_config,
+    written_recompute,
+)
 from pantheraml.training.evaluation import TokenSums
 from pantheraml.training.optimizer import embedding_parameters, split_embedding_group
 
@@ -87,17 +93,6 @@ class PantheraMLTrainer(SFTTrainer):
         config = to_sft_config(
             args, dataset_text_field=dataset_text_field, packing=packing, dataset_num_proc=dataset_num_proc
         )
-        state = get_state(model)
-        if state is not None:
-            config.gradient_checkpointing = is_recompute_on(state.recompute, model.device.type)
-            if kwargs.get("peft_config") is None and not state.full_finetuning:
-                model = _ensure_adapter(model)
-        config.max_length = max_seq_length or resolve_max_length(config, state.max_seq_length if state else None)
-        if config.padding_free and not config.packing:
-            self._padding_free_length, config.max_length = config.max_length, None
-        else:
-            self._padding_free_length = None
-
         if formatting_func is None:
             train_dataset = _format(train_dataset, processing_class, config.dataset_text_field, "training")
             if isinstance(eval_dataset, dict):
@@ -107,6 +102,19 @@ class PantheraMLTrainer(SFTTrainer):
                 }
             elif eval_dataset is not None:
                 eval_dataset = _format(eval_dataset, processing_class, config.dataset_text_field, "evaluation")
+
+        state = get_state(model)
+        if state is not None:
+            written = written_recompute(args)
+            policy = state.recompute if written is None else written
+            set_recompute_argument(config, is_recompute_on(policy, model.device.type))
+            if kwargs.get("peft_config") is None and not state.full_finetuning:
+                model = _ensure_adapter(model)
+        config.max_length = max_seq_length or resolve_max_length(config, state.max_seq_length if state else None)
+        if config.padding_free and not config.packing:
+            self._padding_free_length, config.max_length = config.max_length, None
+        else:
+            self._padding_free_length = None
 
         self._eval_sums: TokenSums | None = None
         with _kept_trainable_weights(model):
@@ -119,7 +127,13 @@ class PantheraMLTrainer(SFTTrainer):
                 formatting_func=formatting_func,
                 **kwargs,
             )
-        self._report_rows()
+        self._check_rows()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as SFTTrainer does, after one line about the run and one row with what is trained on marked."""
+        self._check_rows()
+        self._say_plan()
+        return super().train(*args, **kwargs)
 
     # --- data -----------------------------------------------------------------------------------------------
 
@@ -135,29 +149,34 @@ class PantheraMLTrainer(SFTTrainer):
             _report_losses(before, prepared, length or args.max_length)
         return prepared
 
-    def _report_rows(self) -> None:
-        """Refuse an empty result; show one row and what the run will do."""
+    def _check_rows(self) -> None:
+        """Refuse rows that leave nothing to train on."""
         rows = self.train_dataset
-        if isinstance(rows, Dataset):
-            if len(rows) == 0:
-                raise DataError(
-                    got="No training row has a label left: every token of every row is masked.",
-                    need="At least one token must be trained on; long prompts can push all answers past max_length.",
-                    fix="Raise max_seq_length, or check the completion or assistant part of the rows.",
-                )
-            check_labels(rows)
+        if not isinstance(rows, Dataset):
+            return
+        if len(rows) == 0:
+            raise DataError(
+                got="No training row has a label left: every token of every row is masked.",
+                need="At least one token must be trained on; long prompts can push all answers past max_length.",
+                fix="Raise max_seq_length, or check the completion or assistant part of the rows.",
+            )
+        check_labels(rows)
+
+    def _say_plan(self) -> None:
+        """Show one row with what is trained on marked, and what the run will do."""
+        rows, args = self.train_dataset, self.args
         sample = next(iter(rows))
         if "input_ids" in sample:
             say(describe_sample(sample, self.processing_class))
         trainable, total = count_parameters(self.model)
-        args = self.args
         precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
-        count = len(rows) if isinstance(rows, Dataset) else "streamed"
+        count = f"{len(rows)} rows" if isinstance(rows, Dataset) else "streamed rows"
+        step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         say(
-            f"{trainable:,} of {total:,} parameters are trained on {args.device} in {precision}; {count} rows; "
-            f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size} = "
-            f"{args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size} rows a step "
-            f"(per device x accumulation x ranks); recompute {'on' if args.gradient_checkpointing else 'off'}."
+            f"{trainable:,} of {total:,} parameters are trained on {args.device} in {precision}; {count}; "
+            f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size} = {step} "
+            f"rows a step (per device x accumulation x ranks); "
+            f"recompute {'on' if args.gradient_checkpointing else 'off'}."
         )
 
     # --- optimizer ------------------------------------------------------------------------------------------
