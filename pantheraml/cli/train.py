@@ -91,6 +91,8 @@ def build_arguments(config: RunConfig) -> PantheraMLTrainingArguments:
         values["use_cpu"] = True
     try:
         arguments = PantheraMLTrainingArguments(**values)
+    except ConfigError:  # says more than we could add
+        raise
     except ValueError as error:
         raise ConfigError(f"The trainer section was refused: {error}") from error
     if device is not None:
