@@ -134,7 +134,7 @@ def schema() -> None:
 @app.command()
 def demo(
     model: Annotated[str | None, typer.Option(help="Hub id or folder of the model to train.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for what the demo writes.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for what the demo writes.")] = Path("demo-output"),
     debug: Debug = False,
 ) -> None:
     """Train a small model and show what happened."""

@@ -50,7 +50,9 @@ def _precision(config: RunConfig) -> str:
     model = config.model
     if model.load_in_8bit:
         return "8-bit"
-    if model.load_in_16bit or model.full_finetuning or model.load_in_4bit is False:
+    if model.full_finetuning:
+        return model.dtype or "float32"
+    if model.load_in_16bit or model.load_in_4bit is False:
         return model.dtype or "16-bit"
     return "4-bit"
 

@@ -10,6 +10,7 @@ from pantheraml.cli.rows import call_loader, find_loader, read_rows
 from pantheraml.config.load import dump_config
 from pantheraml.config.run import ResponseMarks, RunConfig
 from pantheraml.errors import ConfigError, SaveError, did_you_mean
+from pantheraml.log import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,13 +85,12 @@ def build_arguments(config: RunConfig) -> PantheraMLTrainingArguments:
     device = gpu_device(index) if index is not None else None
     values = {"dataset_text_field": config.data.text_field, **trainer.given(), **trainer.extra}
     values.pop("resume_from_checkpoint", None)  # given to train(), which also takes True
-    # Without packing, a padding-free batch is never cut, and TRL wants that said.
-    cuts = trainer.packing or not trainer.padding_free
-    values.setdefault("max_length", config.model.max_seq_length if cuts else None)
     if config.device == "cpu":
         values["use_cpu"] = True
     try:
         arguments = PantheraMLTrainingArguments(**values)
+    except ConfigError:  # says more than we could add
+        raise
     except ValueError as error:
         raise ConfigError(f"The trainer section was refused: {error}") from error
     if device is not None:
@@ -102,11 +102,13 @@ def build_arguments(config: RunConfig) -> PantheraMLTrainingArguments:
 
 
 def load_model(config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Load the model and tokenizer, put on the chat template, attach the adapter.
+    """Load the model and tokenizer, put on the chat template, attach the adapter if it has none.
 
     Returns:
         The model ready for a trainer, and its tokenizer.
     """
+    from peft import PeftModel
+
     from pantheraml.data.chat_templates import get_chat_template
     from pantheraml.fast_model import FastLanguageModel
 
@@ -118,7 +120,9 @@ def load_model(config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
     model, tokenizer = FastLanguageModel.from_pretrained(**settings)
     if template is not None:
         tokenizer = get_chat_template(tokenizer, chat_template=template)
-    if config.lora is not None:
+    if isinstance(model, PeftModel):
+        say(f"{config.model.model_name} is an adapter and is trained further; the lora section is not used.")
+    elif config.lora is not None:
         model = FastLanguageModel.get_peft_model(model, **dict(config.lora))
     return model, tokenizer
 

@@ -66,6 +66,12 @@ def _precision(config: RunConfig) -> Iterator[Conflict]:
             f"model.full_finetuning trains the weights themselves, which {_and(quantised)} would quantise. "
             "Keep one of them.",
         )
+    if model.load_in_16bit and model.dtype == "float32":
+        yield Conflict(
+            ("model.load_in_16bit", "model.dtype"),
+            "model.load_in_16bit is true and model.dtype is float32. Write load_in_4bit: false for float32 "
+            "weights, or another dtype.",
+        )
     if config.trainer.fp16 and config.trainer.bf16:
         yield Conflict(
             ("trainer.fp16", "trainer.bf16"),
@@ -112,12 +118,6 @@ def _lengths(config: RunConfig) -> Iterator[Conflict]:
             ("trainer.max_length", "model.max_seq_length"),
             f"trainer.max_length is {length}, longer than model.max_seq_length, which is {longest}. "
             "Raise model.max_seq_length; trainer.max_length can be left out.",
-        )
-    if length is not None and config.trainer.padding_free and not config.trainer.packing:
-        yield Conflict(
-            ("trainer.max_length", "trainer.padding_free", "trainer.packing"),
-            "trainer.padding_free without trainer.packing cuts no rows, so trainer.max_length would have no "
-            "effect. Add trainer.packing: true, or remove max_length.",
         )
 
 

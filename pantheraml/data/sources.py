@@ -167,6 +167,8 @@ def _load_saved(path: Path, split: str, streaming: bool) -> Dataset | IterableDa
         rows = concatenate_datasets([part.select(range(len(part))[cut]) for part, cut in wanted])
     except Exception as error:
         raise _explain(error, path, split) from error
+    if len(rows) == 0:
+        raise _empty(path)
     return rows.to_iterable_dataset() if streaming else rows
 
 
@@ -299,7 +301,7 @@ def _broken_line(file: Path) -> str:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip())
             except json.JSONDecodeError as error:
                 return f"line {number} is not valid JSON ({error.msg} at column {error.colno})"
             if not isinstance(row, dict):

@@ -30,7 +30,7 @@ def settings(tmp_path, monkeypatch, llama):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "run.yaml").write_text(f"""\
 devices: cpu
-model: {{model_name: {llama}, max_seq_length: 64, load_in_16bit: true, dtype: fp32}}
+model: {{model_name: {llama}, max_seq_length: 64, load_in_4bit: false, dtype: fp32}}
 lora: {{r: 2, lora_alpha: 4}}
 data: {{path: rows.jsonl}}
 trainer: {{output_dir: out, max_steps: 2, per_device_train_batch_size: 2, learning_rate: 1e-2, bf16: false,
@@ -66,7 +66,7 @@ def test_an_adapter_run_trains_evaluates_and_saves(settings, capsys):
 
 
 def test_a_full_run_resumes_where_it_stopped(settings):
-    full = ["model.full_finetuning=true", "lora=null", "model.load_in_16bit=false", "trainer.save_steps=1"]
+    full = ["model.full_finetuning=true", "lora=null", "trainer.save_steps=1"]
     whole = run(settings(*full, "trainer.output_dir=whole"))
     assert Path("whole/model/model.safetensors").is_file()
     resumed = run(
@@ -105,10 +105,36 @@ def test_the_arguments_of_the_trainer(settings):
     from pantheraml.cli.train import build_arguments
 
     arguments = build_arguments(settings("trainer.extra={ddp_timeout: 60}", "data.text_field=body", "seed=4"))
-    assert (arguments.max_length, arguments.dataset_text_field) == (64, "body")
+    assert arguments.dataset_text_field == "body"
     assert (arguments.ddp_timeout, arguments.seed, arguments.use_cpu) == (60, 4, True)
     assert build_arguments(settings("trainer.max_length=32")).max_length == 32
-    assert build_arguments(settings("trainer.padding_free=true")).max_length is None
+
+
+def test_rows_are_cut_at_the_length_of_the_model(settings, monkeypatch):
+    from pantheraml.training.trainer import PantheraMLTrainer
+
+    lengths = []
+
+    class Watched(PantheraMLTrainer):
+        def train(self, **options):
+            lengths.extend(len(ids) for ids in self.train_dataset["input_ids"])
+            return super().train(**options)
+
+    monkeypatch.setattr("pantheraml.training.trainer.PantheraMLTrainer", Watched)
+    run(settings("model.max_seq_length=16", "trainer.max_steps=1", "save.formats=[]"))
+    assert max(lengths) == 16
+
+
+def test_an_adapter_is_trained_further(settings):
+    from safetensors.torch import load_file
+
+    run(settings("save.folder=first"))
+    run(settings("model.model_name=first/adapter", "save.folder=second", "trainer.learning_rate=1e-1"))
+    one, two = (
+        load_file(Path(folder, "adapter/adapter_model.safetensors")) for folder in ("first", "second")
+    )
+    assert one.keys() == two.keys()
+    assert any(not one[name].equal(two[name]) for name in one)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ GOLDEN = {
     "alpaca": "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nHello</s>\n\n### Instruction:\nBye",
     "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
     "<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n",
-    "gemma": "<s><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\nHello<end_of_turn>\n"
-    "<start_of_turn>user\nBye<end_of_turn>\n",
+    "gemma": "<s><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n"
+    "<start_of_turn>model\nHello<end_of_turn>\n<start_of_turn>user\nBye<end_of_turn>\n",
     "llama-3": "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\nHello<|eot_id|>"
@@ -134,14 +134,15 @@ def test_generation_mask_is_what_the_assistant_says_and_its_end(name, tokenizer)
     ("name", "published", "conversation"),
     [(name, published, key) for name, (published, keys) in PUBLISHED.items() for key in keys],
 )
-@pytest.mark.parametrize("prompt", [False, True])
-@pytest.mark.parametrize("tools", [None, [TOOL]], ids=["", "tools"])
-def test_text_equals_the_published_template(name, published, conversation, prompt, tools, tokenizer):
+@pytest.mark.parametrize(
+    "options", [{}, {"add_generation_prompt": True}, {"tools": [TOOL]}], ids=["", "prompt", "tools"]
+)
+def test_text_equals_the_published_template(name, published, conversation, options, tokenizer):
     tokenizer.eos_token = "<|endoftext|>"  # of phi-3, whose published template writes the tokenizer's
     copy = (Path(trl.__file__).parent / "chat_templates" / f"{published}.jinja").read_text(encoding="utf-8")
     texts = [
         tokenizer.apply_chat_template(
-            CONVERSATIONS[conversation], tools, chat_template=text, tokenize=False, add_generation_prompt=prompt
+            CONVERSATIONS[conversation], chat_template=text, tokenize=False, **options
         )
         for text in (CHAT_TEMPLATES[name].text, copy)
     ]
@@ -156,7 +157,8 @@ def test_roles_without_a_place_are_refused(name, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("asked", "name"), [("llama3", "llama-3"), ("Qwen2.5", "qwen-2.5"), ("gemma_3", "gemma"), ("phi4", "phi-4")]
+    ("asked", "name"),
+    [("llama3", "llama-3"), ("Qwen2.5", "qwen-2.5"), ("gemma_3", "gemma"), ("phi4", "phi-4")],
 )
 def test_aliases(asked, name):
     assert find_template(asked).name == name
@@ -275,4 +277,6 @@ def test_turn_parts_of_templates_that_are_not_ours():
         "{% for m in messages %}<{{ m.role }}>{{ '<think></think>' if m.role == 'assistant' }}"
         "{{ m.content }}</e>{% endfor %}"
     )
-    assert find_turn_parts(tiny.build_tokenizer(chat_template=thinks)) == TurnParts("<user>", "<assistant>", "</e>")
+    assert find_turn_parts(tiny.build_tokenizer(chat_template=thinks)) == TurnParts(
+        "<user>", "<assistant>", "</e>"
+    )
