@@ -47,5 +47,7 @@ def make_llama(folder: Path, *, layers: int = 32, device: str = "cuda") -> None:
         show_progress=False,
     )
     bpe.train_from_iterator([Path(__file__).read_text()], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
     tokenizer.save_pretrained(folder)

@@ -103,8 +103,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "ms_per_step": round(seconds * 1e3, 1),
         "first_step_s": round(clock.times[0], 2),
         "load_s": round(load_s, 2),
-        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None,
-        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if torch.cuda.is_available() else None,
+        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        if torch.cuda.is_available()
+        else None,
+        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2)
+        if torch.cuda.is_available()
+        else None,
         "loss_first_last": [losses[0], losses[-1]],
         "grad_norm_first_last": [clock.norms[0], clock.norms[-1]],
         "versions": _versions(),
@@ -125,16 +129,24 @@ def _versions() -> dict[str, str]:
 
     modules = (pantheraml, torch, transformers, trl, peft)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-    return {"device": device, "python": platform.python_version()} | {m.__name__: m.__version__ for m in modules}
+    return {"device": device, "python": platform.python_version()} | {
+        m.__name__: m.__version__ for m in modules
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--make", type=Path, help="write an 8B-shaped checkpoint with random weights here, and stop")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--make", type=Path, help="write an 8B-shaped checkpoint with random weights here, and stop"
+    )
     parser.add_argument("--layers", type=int, default=32, help="layers of the checkpoint that is made")
     parser.add_argument("--model", help="model folder or hub id")
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
-    parser.add_argument("--recompute", type=lambda text: {"true": True, "false": False}.get(text, text), default="auto")
+    parser.add_argument(
+        "--recompute", type=lambda text: {"true": True, "false": False}.get(text, text), default="auto"
+    )
     parser.add_argument("--kernels", choices=("auto", "off"), default="auto")
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=4)

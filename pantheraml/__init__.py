@@ -20,15 +20,15 @@ _EXPORTS: dict[str, str] = {
     "UnslothTrainingArguments": "training.arguments",
     "get_chat_template": "data.chat_templates",
     "is_bfloat16_supported": "devices.inventory",
-    "standardize_data_formats": "data.formats",
-    "standardize_sharegpt": "data.formats",
-    "to_sharegpt": "data.formats",
+    "standardize_data_formats": "data.conversations",
+    "standardize_sharegpt": "data.conversations",
+    "to_sharegpt": "data.conversations",
     "train_on_responses_only": "data.masking",
 }
 
 if TYPE_CHECKING:
     from pantheraml.data.chat_templates import get_chat_template
-    from pantheraml.data.formats import standardize_data_formats, standardize_sharegpt, to_sharegpt
+    from pantheraml.data.conversations import standardize_data_formats, standardize_sharegpt, to_sharegpt
     from pantheraml.data.masking import train_on_responses_only
     from pantheraml.devices.inventory import is_bfloat16_supported
     from pantheraml.fast_model import FastLanguageModel, FastModel

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pantheraml.data.chat_templates import get_chat_template
-from pantheraml.data.formats import standardize_data_formats, standardize_sharegpt, to_sharegpt
+from pantheraml.data.conversations import standardize_data_formats, standardize_sharegpt, to_sharegpt
 from pantheraml.data.masking import train_on_responses_only
 
 __all__ = [

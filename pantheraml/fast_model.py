@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pantheraml.errors import AdapterError, ConfigError, NotYetError, did_you_mean
-from pantheraml.export.binding import bind_saving
 from pantheraml.export.adapter import check_adapter_matches
+from pantheraml.export.binding import bind_saving
 from pantheraml.log import say, say_once
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 # Arguments of other frameworks' from_pretrained, and what to do here instead.
 _ELSEWHERE = {
@@ -25,7 +25,7 @@ _ELSEWHERE = {
     "gpu_memory_utilization": "It belongs to a vLLM engine, which is not started here.",
     "max_lora_rank": "Any rank can be given to get_peft_model(r=...).",
     "offload_embedding": "Leave it out; the embedding stays on the device.",
-    "float32_mixed_precision": "With full_finetuning=True, dtype=None already trains float32 masters in mixed precision.",
+    "float32_mixed_precision": "full_finetuning=True with dtype=None trains float32 masters in mixed precision.",
     "unsloth_tiled_mlp": "Leave it out.",
 }
 
@@ -59,7 +59,7 @@ class FastLanguageModel:
         attn_implementation: str | None = None,
         num_labels: int | None = None,
         **unknown: Any,
-    ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    ) -> tuple[Any, PreTrainedTokenizerBase]:
         """Load a model and its tokenizer.
 
         Args:
@@ -145,7 +145,7 @@ class FastLanguageModel:
 
     @staticmethod
     def get_peft_model(
-        model: PreTrainedModel,
+        model: Any,
         r: int = 16,
         target_modules: str | Sequence[str] | None = None,
         lora_alpha: int = 16,
@@ -193,7 +193,12 @@ class FastLanguageModel:
                 that PEFT refuses.
             ConfigError: an unknown or impossible setting.
         """
-        from pantheraml.models.adapters import attach_adapter, build_lora_config, count_parameters, has_adapter
+        from pantheraml.models.adapters import (
+            attach_adapter,
+            build_lora_config,
+            count_parameters,
+            has_adapter,
+        )
         from pantheraml.models.families import find_family
         from pantheraml.models.recompute import check_policy
         from pantheraml.models.state import get_state
@@ -238,7 +243,9 @@ class FastLanguageModel:
             state.max_seq_length = max_seq_length or state.max_seq_length
             bind_saving(adapted, state.patches)
         trainable, total = count_parameters(adapted)
-        say(f"LoRA r={r}: {trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %).")
+        say(
+            f"LoRA r={r}: {trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)."
+        )
         return adapted
 
     @staticmethod

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import TextIO
 
 logger = logging.getLogger("pantheraml")
 
 _said: set[str] = set()
 
 
-class _Stderr(logging.StreamHandler[object]):
+class _Stderr(logging.StreamHandler[TextIO]):
     """Writes to the stderr of the moment, so that redirections made later are honoured."""
 
     def __init__(self) -> None:
@@ -22,7 +23,7 @@ class _Stderr(logging.StreamHandler[object]):
         self.setFormatter(logging.Formatter("PantheraML: %(message)s"))
 
     @property
-    def stream(self) -> object:
+    def stream(self) -> TextIO:  # pyright: ignore[reportIncompatibleVariableOverride]
         return sys.stderr
 
 

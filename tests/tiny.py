@@ -80,7 +80,9 @@ def build_model(family: str = "llama", seed: int = 0, **overrides):
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def save_checkpoint(folder: Path, family: str = "llama", chat_template: str | None = CHATML, **overrides) -> Path:
+def save_checkpoint(
+    folder: Path, family: str = "llama", chat_template: str | None = CHATML, **overrides
+) -> Path:
     """Write a tiny checkpoint with its tokenizer to ``folder``; returns ``folder``."""
     build_model(family, **overrides).save_pretrained(folder)
     build_tokenizer(chat_template).save_pretrained(folder)

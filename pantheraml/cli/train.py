@@ -67,8 +67,6 @@ def build_arguments(config: RunConfig) -> PantheraMLTrainingArguments:
         ConfigError: when ``trainer.extra`` has an unknown name, or the library refuses a value.
         HardwareError: when the run's device is not there.
     """
-    import torch
-
     from pantheraml.devices.inventory import gpu_device
     from pantheraml.training.arguments import PantheraMLTrainingArguments
 
@@ -82,7 +80,8 @@ def build_arguments(config: RunConfig) -> PantheraMLTrainingArguments:
             " ".join(filter(None, (did_you_mean(name, known) for name in unknown))),
         )
     index = int(config.device.partition(":")[2]) if config.device and config.device != "cpu" else None
-    device = gpu_device(index) if index is not None else None
+    if index is not None:
+        gpu_device(index)  # its error names the devices there are
     values = {"dataset_text_field": config.data.text_field, **trainer.given(), **trainer.extra}
     values.pop("resume_from_checkpoint", None)  # given to train(), which also takes True
     if config.device == "cpu":
@@ -93,11 +92,6 @@ def build_arguments(config: RunConfig) -> PantheraMLTrainingArguments:
         raise
     except ValueError as error:
         raise ConfigError(f"The trainer section was refused: {error}") from error
-    if device is not None:
-        # transformers puts a single process on GPU 0, and on all visible GPUs at once.
-        arguments.__dict__["_setup_devices"] = device
-        arguments._n_gpu = 1
-        torch.cuda.set_device(device)
     return arguments
 
 
@@ -148,7 +142,6 @@ def _prepare_folders(config: RunConfig, output_dir: Path) -> dict[str, Path]:
 def _save(config: RunConfig, model: Any, tokenizer: PreTrainedTokenizerBase, paths: dict[str, Path]) -> None:
     for name in config.save.formats or ():
         if name in ("adapter", "model"):
-            model.save_pretrained(str(paths[name]))
-            tokenizer.save_pretrained(str(paths[name]))
+            model.save_pretrained(str(paths[name]), tokenizer)
         else:
             model.save_pretrained_merged(str(paths[name]), tokenizer, save_method=name)

@@ -169,7 +169,7 @@ def _standardize_batch(
     return {"conversations": [normalise_messages(messages, roles, index, column) for messages, index in rows]}
 
 
-def to_sharegpt(  # noqa: PLR0917 - the signature people know
+def to_sharegpt(
     dataset: Dataset,
     merged_prompt: str = "",
     merged_column_name: str = "instruction",

@@ -98,7 +98,7 @@ def find_responses(text: str, parts: TurnParts, eos_token: str | None = None) ->
     return spans
 
 
-def train_on_responses_only(  # noqa: PLR0917 - the signature people know
+def train_on_responses_only(
     trainer: Any = None,
     instruction_part: str | None = None,
     response_part: str | None = None,

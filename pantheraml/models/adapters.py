@@ -163,10 +163,10 @@ def build_lora_config(model: PreTrainedModel, family: ModelFamily | None, **sett
     from peft import LoftQConfig, LoraConfig, TaskType
 
     known = {field.name for field in fields(LoraConfig)}
-    for name in settings:
+    for name, value in settings.items():
         if name not in known:
             raise ConfigError(
-                got=f"get_peft_model got {name}={settings[name]!r}.",
+                got=f"get_peft_model got {name}={value!r}.",
                 need=f"It is no argument of get_peft_model nor of peft.LoraConfig. {did_you_mean(name, known)}",
                 fix="Remove it or correct the name.",
             )
@@ -203,12 +203,22 @@ def build_lora_config(model: PreTrainedModel, family: ModelFamily | None, **sett
 
 
 def _check_numbers(settings: dict[str, Any]) -> None:
-    rank, dropout, bias = settings.get("r", 8), settings.get("lora_dropout", 0.0), settings.get("bias", "none")
+    rank, dropout, bias = (
+        settings.get("r", 8),
+        settings.get("lora_dropout", 0.0),
+        settings.get("bias", "none"),
+    )
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ConfigError(got=f"r={rank!r} was given.", need="The LoRA rank is a whole number of 1 or more.", fix="Use r=16.")
+        raise ConfigError(
+            got=f"r={rank!r} was given.",
+            need="The LoRA rank is a whole number of 1 or more.",
+            fix="Use r=16.",
+        )
     if not 0 <= dropout < 1:
         raise ConfigError(
-            got=f"lora_dropout={dropout!r} was given.", need="It is a share, 0 or more and less than 1.", fix="Use lora_dropout=0."
+            got=f"lora_dropout={dropout!r} was given.",
+            need="It is a share, 0 or more and less than 1.",
+            fix="Use lora_dropout=0.",
         )
     if bias not in ("none", "all", "lora_only"):
         raise ConfigError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pantheraml.log import say
 from pantheraml.models import loading
 from pantheraml.models.families import find_family
 from pantheraml.models.patching import PatchSet
@@ -51,7 +53,7 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
     import torch
 
     from pantheraml.devices.inventory import resolve_device
-    from pantheraml.models.fusing import apply_fused_parts
+    from pantheraml.models.fused import apply_fused_parts
 
     device = resolve_device(request.device_map)
     trust = request.trust_remote_code
@@ -85,5 +87,16 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
     )
     set_state(model, state)
     if request.kernels == "auto":
-        apply_fused_parts(model, state.family, state.patches)
+        apply_fused_parts(
+            model, state.family, state.patches, keep_attention=request.attn_implementation is not None
+        )
+        _say_patches(state.patches)
     return model, tokenizer, state
+
+
+def _say_patches(patches: PatchSet) -> None:
+    """One line: how many parts of which kind were swapped, and what was left and why."""
+    counts = Counter(change.what for change in patches.report() if change.what != "skipped")
+    swapped = ", ".join(f"{count} x {what}" if count > 1 else what for what, count in counts.items())
+    skipped = "; ".join(f"{path}: {why}" for path, what, why in patches.report() if what == "skipped")
+    say(f"fused parts: {swapped or 'none'}{f' (left as they are: {skipped})' if skipped else ''}.")

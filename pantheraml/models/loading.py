@@ -54,7 +54,9 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
         ) from error
 
 
-def extend_positions(config: PretrainedConfig, max_seq_length: int, rope_scaling: dict[str, Any] | None) -> None:
+def extend_positions(
+    config: PretrainedConfig, max_seq_length: int, rope_scaling: dict[str, Any] | None
+) -> None:
     """Apply ``rope_scaling`` to ``config`` and check that the model knows ``max_seq_length`` positions.
 
     Args:
@@ -111,7 +113,12 @@ def _scale_rope(text: Any, current: Any, trained: int | None, scaling: dict[str,
             need="The factor says how many times longer rows become, at least 1.",
             fix='Write for example rope_scaling={"rope_type": "linear", "factor": 2.0}.',
         )
-    text.rope_parameters = {"original_max_position_embeddings": trained, **current, **scaling, "factor": float(factor)}
+    text.rope_parameters = {
+        "original_max_position_embeddings": trained,
+        **current,
+        **scaling,
+        "factor": float(factor),
+    }
     if trained is not None:
         text.max_position_embeddings = int(trained * factor)
         return text.max_position_embeddings
@@ -146,7 +153,8 @@ def load_model(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
         kind = AutoModelForSequenceClassification
         kwargs["num_labels"] = options.num_labels
     try:
-        model, report = kind.from_pretrained(folder, output_loading_info=True, **kwargs)
+        loaded: Any = kind.from_pretrained(folder, output_loading_info=True, **kwargs)
+        model, report = loaded
     except (ValueError, RuntimeError, OSError, KeyError, ImportError) as error:
         if type(error).__name__ == "OutOfMemoryError":
             raise
@@ -164,7 +172,10 @@ def _check_report(folder: Path, report: dict[str, Any], *, new_head: bool) -> No
     missing = sorted(report.get("missing_keys", ()))
     if new_head:  # a language model's checkpoint has no classification head; it starts random
         missing = [key for key in missing if not key.startswith(("score.", "classifier."))]
-    mismatched = [str(entry[0] if isinstance(entry, tuple | list) else entry) for entry in report.get("mismatched_keys", ())]
+    mismatched = [
+        str(entry[0] if isinstance(entry, tuple | list) else entry)
+        for entry in report.get("mismatched_keys", ())
+    ]
     bad = [*missing, *mismatched]
     if bad:
         raise ModelLoadError(

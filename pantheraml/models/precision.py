@@ -53,7 +53,10 @@ class PrecisionFlags:
 
 
 def choose_precision(
-    flags: PrecisionFlags, dtype: str | torch.dtype | None, device: torch.device, stored: dict[str, Any] | None
+    flags: PrecisionFlags,
+    dtype: str | torch.dtype | None,
+    device: torch.device,
+    stored: dict[str, Any] | None,
 ) -> Precision:
     """Decide storage and dtype from the flags, the device and what the checkpoint holds.
 
@@ -71,7 +74,11 @@ def choose_precision(
 
     from pantheraml.devices.inventory import pick_dtype
 
-    chosen = [name for name in ("load_in_4bit", "load_in_8bit", "load_in_16bit", "load_in_fp8") if getattr(flags, name)]
+    chosen = [
+        name
+        for name in ("load_in_4bit", "load_in_8bit", "load_in_16bit", "load_in_fp8")
+        if getattr(flags, name)
+    ]
     if len(chosen) > 1:
         raise ConfigError(
             got=f"{' and '.join(f'{name}=True' for name in chosen)} were given together.",

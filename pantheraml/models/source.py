@@ -42,7 +42,11 @@ class ModelSource:
 
 
 def resolve_source(
-    name: str | Path, *, revision: str | None = None, token: str | None = None, trust_remote_code: bool = False
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
 ) -> ModelSource:
     """Locate ``name`` and check that its weight files are whole.
 
@@ -71,7 +75,7 @@ def resolve_source(
             raise ModelLoadError(
                 got=f"The adapter in '{name}' was trained on '{base}', which cannot be loaded: {error.got}",
                 need=error.need,
-                fix=f"Put that model where it was, or change 'base_model_name_or_path' in {folder}/adapter_config.json.",
+                fix=f"Put that model back, or change 'base_model_name_or_path' in {folder}/adapter_config.json.",
             ) from error
         return ModelSource(inner.name, inner.folder, folder)
     if not (folder / "config.json").exists():

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 _PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|endoftext|>", "<unk>")
 
 
-def load_tokenizer(
-    folder: Path, *, fix: bool, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, *, fix: bool, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder.
 
     Args:
@@ -51,7 +49,9 @@ def _ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     for token in _PAD_TOKENS:
         if token in vocabulary and token != tokenizer.eos_token:
             tokenizer.pad_token = token
-            say(f"padding uses {token!r}: the tokenizer named {'the end-of-text token' if token else 'none'} for it.")
+            say(
+                f"padding uses {token!r}: the tokenizer named {'the end-of-text token' if token else 'none'} for it."
+            )
             return
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

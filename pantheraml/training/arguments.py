@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field, fields
 
+import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
@@ -97,7 +98,9 @@ def written_recompute(args: TrainingArguments | None) -> bool | None:
     """
     if isinstance(args, PantheraMLTrainingArguments):
         return args._written_recompute
-    value = bool(getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None))
+    value = bool(
+        getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None)
+    )
     if args is None or value == isinstance(args, SFTConfig):
         return None
     return value
@@ -108,6 +111,31 @@ def set_recompute_argument(config: SFTConfig, on: bool) -> None:
     config.gradient_checkpointing = on
     if hasattr(config, "activation_checkpointing"):
         config.activation_checkpointing = on
+
+
+def pin_device(config: SFTConfig, device: torch.device) -> None:
+    """Train on the device the model is on.
+
+    transformers puts a single process on GPU 0 and, where several GPUs are visible, on all of them at once
+    (nn.DataParallel); a model that was loaded elsewhere stays where it is instead.
+
+    Args:
+        config: changed in place, unless it belongs to one of several processes.
+        device: where the model is.
+
+    Raises:
+        ConfigError: the model is on the CPU and the arguments train on a GPU.
+    """
+    if device.type == "cpu" and config.device.type != "cpu":
+        raise ConfigError(
+            got=f"The model is on the CPU and the training arguments use {config.device}.",
+            need="A run has one device.",
+            fix="Pass use_cpu=True in the arguments, or load the model with device_map=None to use the GPU.",
+        )
+    if device.type == "cuda" and config.world_size == 1:
+        config.__dict__["_setup_devices"] = device
+        config._n_gpu = 1
+        torch.cuda.set_device(device)
 
 
 def resolve_max_length(config: SFTConfig, model_length: int | None) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -18,11 +18,12 @@ from pantheraml.data.preview import describe_sample
 from pantheraml.devices.memory import format_memory_stats, get_memory_stats
 from pantheraml.errors import ConfigError, DataError
 from pantheraml.log import say
-from pantheraml.models.adapters import attach_adapter, build_lora_config, count_parameters
+from pantheraml.models.adapters import count_parameters
 from pantheraml.models.recompute import is_recompute_on
 from pantheraml.models.state import get_state
 from pantheraml.training.arguments import (
     PantheraMLTrainingArguments,
+    pin_device,
     resolve_max_length,
     set_recompute_argument,
     to_sft_config,
@@ -101,7 +102,9 @@ class PantheraMLTrainer(SFTTrainer):
                     for name, rows in eval_dataset.items()
                 }
             elif eval_dataset is not None:
-                eval_dataset = _format(eval_dataset, processing_class, config.dataset_text_field, "evaluation")
+                eval_dataset = _format(
+                    eval_dataset, processing_class, config.dataset_text_field, "evaluation"
+                )
 
         state = get_state(model)
         if state is not None:
@@ -110,7 +113,10 @@ class PantheraMLTrainer(SFTTrainer):
             set_recompute_argument(config, is_recompute_on(policy, model.device.type))
             if kwargs.get("peft_config") is None and not state.full_finetuning:
                 model = _ensure_adapter(model)
-        config.max_length = max_seq_length or resolve_max_length(config, state.max_seq_length if state else None)
+            pin_device(config, model.device)
+        config.max_length = max_seq_length or resolve_max_length(
+            config, state.max_seq_length if state else None
+        )
         if config.padding_free and not config.packing:
             self._padding_free_length, config.max_length = config.max_length, None
         else:
@@ -137,7 +143,9 @@ class PantheraMLTrainer(SFTTrainer):
 
     # --- data -----------------------------------------------------------------------------------------------
 
-    def _prepare_dataset(self, dataset: Rows, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Rows:
+    def _prepare_dataset(
+        self, dataset: Rows, processing_class: Any, args: Any, *rest: Any, **kwargs: Any
+    ) -> Rows:
         """Prepare as TRL does; padding-free rows are cut here, because TRL does not cut them."""
         before = len(dataset) if isinstance(dataset, Dataset) else None
         prepared = super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
@@ -164,11 +172,12 @@ class PantheraMLTrainer(SFTTrainer):
 
     def _say_plan(self) -> None:
         """Show one row with what is trained on marked, and what the run will do."""
-        rows, args = self.train_dataset, self.args
+        rows: Any = self.train_dataset
+        args, model, tokenizer = self.args, cast(torch.nn.Module, self.model), cast(Any, self.processing_class)
         sample = next(iter(rows))
         if "input_ids" in sample:
-            say(describe_sample(sample, self.processing_class))
-        trainable, total = count_parameters(self.model)
+            say(describe_sample(sample, tokenizer))
+        trainable, total = count_parameters(model)
         precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
         count = f"{len(rows)} rows" if isinstance(rows, Dataset) else "streamed rows"
         step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -187,7 +196,7 @@ class PantheraMLTrainer(SFTTrainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         rate = getattr(self.args, "embedding_learning_rate", None)
         if rate is not None and not existed:
-            split_embedding_group(optimizer, embedding_parameters(self.model), rate)
+            split_embedding_group(optimizer, embedding_parameters(cast(torch.nn.Module, self.model)), rate)
         return optimizer
 
     # --- evaluation -----------------------------------------------------------------------------------------
@@ -275,12 +284,13 @@ def _report_losses(before: int, prepared: Dataset, max_length: int | None) -> No
         say(f"{before - len(prepared)} of {before} rows have no token to train on and are left out.")
     if max_length is None or "input_ids" not in prepared.column_names:
         return
-    import pyarrow.compute as pc
-
-    lengths = pc.list_value_length(prepared.with_format("arrow")[:]["input_ids"])
-    cut = pc.sum(pc.greater_equal(lengths, max_length)).as_py() or 0
+    lengths = prepared.with_format("arrow")[:]["input_ids"].combine_chunks().value_lengths().to_numpy()
+    cut = int((lengths >= max_length).sum())
     if cut:
-        say(f"{cut} of {len(prepared)} rows reach {max_length} tokens; what was longer is cut. Raise max_seq_length to keep it.")
+        say(
+            f"{cut} of {len(prepared)} rows reach {max_length} tokens; what was longer is cut. "
+            "Raise max_seq_length to keep it."
+        )
 
 
 @contextmanager

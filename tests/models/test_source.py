@@ -44,7 +44,9 @@ def test_an_adapter_leads_to_its_base(llama, adapter):
 
 def test_an_adapter_whose_base_is_gone_names_both(adapter):
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/nowhere/base"}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "/nowhere/base"})
+    )
     with pytest.raises(ModelLoadError, match=r"adapter in '.*adapter' was trained on '/nowhere/base'"):
         resolve_source(str(adapter))
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
@@ -69,7 +71,7 @@ def test_a_bad_hub_id():
 
 
 def test_a_folder_without_a_config(tmp_path):
-    with pytest.raises(ModelLoadError, match="holds no config.json"):
+    with pytest.raises(ModelLoadError, match=r"holds no config\.json"):
         resolve_source(str(tmp_path))
 
 
@@ -86,7 +88,9 @@ def test_pickles_are_never_opened(copy):
         resolve_source(str(copy))
 
 
-@pytest.mark.parametrize(("keep", "message"), [(0, "no readable"), (6, "no readable"), (100, "no readable"), (-1, "promises")])
+@pytest.mark.parametrize(
+    ("keep", "message"), [(0, "no readable"), (6, "no readable"), (100, "no readable"), (-1, "promises")]
+)
 def test_a_file_that_is_cut_short(copy, keep, message):
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
@@ -124,5 +128,9 @@ def test_a_damaged_config_is_named(copy):
 def test_the_check_accepts_every_file_safetensors_writes(tmp_path):
     from safetensors.torch import save_file
 
-    save_file({"a": torch.zeros(3), "empty": torch.zeros(0)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {"a": torch.zeros(3), "empty": torch.zeros(0)},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     assert check_weights(tmp_path, "model") == [tmp_path / "model.safetensors"]

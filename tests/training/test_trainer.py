@@ -30,7 +30,9 @@ ALPACA = Dataset.from_list(
 @pytest.fixture
 def load(llama):
     def load(**kwargs):
-        return FastLanguageModel.from_pretrained(str(llama), **{"max_seq_length": 64, "load_in_4bit": False, **kwargs})
+        return FastLanguageModel.from_pretrained(
+            str(llama), **{"max_seq_length": 64, "load_in_4bit": False, **kwargs}
+        )
 
     return load
 
@@ -55,7 +57,9 @@ def test_the_known_script(load, arguments, caplog):
     caplog.set_level("INFO", logger="pantheraml")
     model, tokenizer = load()
     model = FastLanguageModel.get_peft_model(model, r=4)
-    trainer = PantheraMLTrainer(model=model, tokenizer=tokenizer, train_dataset=ALPACA, args=arguments(max_steps=8))
+    trainer = PantheraMLTrainer(
+        model=model, tokenizer=tokenizer, train_dataset=ALPACA, args=arguments(max_steps=8)
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer.train()
     assert len(losses(trainer)) == 8 and losses(trainer)[-1] < losses(trainer)[0]
@@ -74,7 +78,10 @@ def test_it_trains_exactly_like_trl(load, arguments):
         model = FastLanguageModel.get_peft_model(model, r=4)
         rows = Dataset.from_dict({"text": [row["output"] * 3 for row in ALPACA]})
         trainer = kind(
-            model, args=arguments(SFTConfig, max_steps=4, max_length=64, bf16=False), train_dataset=rows, processing_class=tokenizer
+            model,
+            args=arguments(SFTConfig, max_steps=4, max_length=64, bf16=False),
+            train_dataset=rows,
+            processing_class=tokenizer,
         )
         trainer.train()
         histories.append([(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e])
@@ -86,7 +93,11 @@ def test_positional_model_and_either_name_of_the_tokenizer(load, arguments):
     assert PantheraMLTrainer(model, arguments(), train_dataset=ALPACA, processing_class=tokenizer)
     with pytest.raises(ConfigError, match="tokenizer= and processing_class="):
         PantheraMLTrainer(
-            model, arguments(), train_dataset=ALPACA, processing_class=tokenizer, tokenizer=tiny.build_tokenizer()
+            model,
+            arguments(),
+            train_dataset=ALPACA,
+            processing_class=tokenizer,
+            tokenizer=tiny.build_tokenizer(),
         )
     with pytest.raises(ConfigError, match="got no tokenizer"):
         PantheraMLTrainer(model, arguments(), train_dataset=ALPACA)
@@ -106,7 +117,9 @@ def test_a_model_without_adapter_gets_one_and_is_told(load, arguments, caplog):
 
 def test_full_finetuning_trains_every_weight(load, arguments):
     model, tokenizer = load(full_finetuning=True, load_in_4bit=None)
-    trainer = PantheraMLTrainer(model, arguments(learning_rate=1e-2), train_dataset=ALPACA, tokenizer=tokenizer)
+    trainer = PantheraMLTrainer(
+        model, arguments(learning_rate=1e-2), train_dataset=ALPACA, tokenizer=tokenizer
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer.train()
     assert not isinstance(trainer.model, PeftModel)
@@ -219,7 +232,11 @@ def test_evaluation_is_a_mean_over_tokens(load, arguments, batch):
     """Loss, perplexity and accuracy do not depend on how rows are batched; computed here row by row."""
     model, tokenizer = load()
     trainer = PantheraMLTrainer(
-        model, arguments(per_device_eval_batch_size=batch), train_dataset=ALPACA, eval_dataset=ALPACA, tokenizer=tokenizer
+        model,
+        arguments(per_device_eval_batch_size=batch),
+        train_dataset=ALPACA,
+        eval_dataset=ALPACA,
+        tokenizer=tokenizer,
     )
     metrics = trainer.evaluate()
     total = correct = tokens = 0.0
@@ -228,7 +245,9 @@ def test_evaluation_is_a_mean_over_tokens(load, arguments, batch):
             ids = torch.tensor([row["input_ids"]], device=trainer.args.device)
             logits = trainer.model(input_ids=ids).logits[0, :-1].float()
             target = torch.tensor(row["labels"], device=ids.device)[1:]
-            total += torch.nn.functional.cross_entropy(logits, target, ignore_index=-100, reduction="sum").item()
+            total += torch.nn.functional.cross_entropy(
+                logits, target, ignore_index=-100, reduction="sum"
+            ).item()
             correct += (logits.argmax(-1) == target).sum().item()
             tokens += (target != -100).sum().item()
     assert metrics["eval_loss"] == pytest.approx(total / tokens, rel=1e-5)
@@ -239,7 +258,9 @@ def test_evaluation_is_a_mean_over_tokens(load, arguments, batch):
 def test_embeddings_have_a_learning_rate_of_their_own(load, arguments):
     model, tokenizer = load()
     model = FastLanguageModel.get_peft_model(model, r=4, target_modules=["q_proj", "embed_tokens", "lm_head"])
-    args = arguments(embedding_learning_rate=1e-5, learning_rate=1e-3, lr_scheduler_type="constant", max_steps=1)
+    args = arguments(
+        embedding_learning_rate=1e-5, learning_rate=1e-3, lr_scheduler_type="constant", max_steps=1
+    )
     trainer = PantheraMLTrainer(model, args, train_dataset=ALPACA, tokenizer=tokenizer)
     embedding = model.get_input_embeddings().weight
     before = embedding.detach().clone()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from pantheraml.models.families.family import Experts, ModelFamily, NormKind
 from pantheraml.models.families.gemma2 import GEMMA2
@@ -37,7 +37,7 @@ _BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.m
 class HasModelType(Protocol):
     """A config of transformers, as far as it matters here."""
 
-    model_type: str
+    model_type: ClassVar[str]
 
 
 def find_family(config: HasModelType) -> ModelFamily | None:

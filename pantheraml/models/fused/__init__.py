@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import TYPE_CHECKING
 
 from pantheraml.models.families import ModelFamily
 from pantheraml.models.fused.attention import apply_attention
 from pantheraml.models.fused.norm import FusedRMSNorm, apply_norms
 from pantheraml.models.patching import PatchSet
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = ["FusedRMSNorm", "apply_attention", "apply_fused_parts", "apply_norms"]
 
 
-def apply_fused_parts(model: nn.Module, family: ModelFamily | None, patches: PatchSet) -> PatchSet:
+def apply_fused_parts(
+    model: PreTrainedModel, family: ModelFamily | None, patches: PatchSet, *, keep_attention: bool = False
+) -> PatchSet:
     """Swap in everything that fits ``model``; what does not is recorded in ``patches`` with the reason.
 
     Args:
-        model: the model or its PEFT wrapper.
+        model: the base model, on its device.
         family: its family, or None for an unknown architecture, which is left as it is.
         patches: the ledger.
+        keep_attention: the user named an attention implementation, which stays.
 
     Returns:
         ``patches``.
     """
     if family is None:
-        patches.skip(type(model).__name__, "no fused parts are known for this architecture")
+        patches.skip(type(model).__name__, f"no family describes {model.config.model_type!r}")
         return patches
     apply_norms(model, family, patches)
+    if keep_attention:
+        patches.skip("attention", "an attn_implementation was given")
+        return patches
     return apply_attention(model, family, patches)
