@@ -73,7 +73,10 @@ def test_what_the_operator_cannot_do_is_told(what):
 
 def run(model, lengths, autocast=False):
     ids = torch.randint(5, tiny.VOCAB, (1, sum(lengths)), generator=torch.Generator().manual_seed(3)).cuda()
-    with torch.profiler.profile() as profile, torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+    with (
+        torch.profiler.profile(acc_events=True) as profile,
+        torch.autocast("cuda", torch.bfloat16, enabled=autocast),
+    ):
         packed = model(input_ids=ids, position_ids=positions(lengths), use_cache=False).logits
         packed.float().pow(2).mean().backward()
     names = {event.key for event in profile.key_averages()}
