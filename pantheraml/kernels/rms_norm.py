@@ -106,7 +106,7 @@ def _blocks(cols: int) -> dict[str, int]:
     """Tile shape and warps for rows of ``cols`` elements and nothing else: one size compiles once."""
     block_n = 1 << (cols - 1).bit_length()
     block_m = max(1, _TILE // block_n)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": min(16, max(1, block_m * block_n // 512))}
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": min(32, max(1, block_m * block_n // 512))}
 
 
 def _as_rows(x: Tensor) -> Tensor:

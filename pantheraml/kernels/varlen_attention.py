@@ -151,12 +151,15 @@ def why_no_varlen(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _call(extra: dict[str, Any], q, k, v, cu_seqlens, max_seqlen, scale, window) -> Tensor:
+def _call(options: dict[str, Any], repeat: bool, q, k, v, cu_seqlens, max_seqlen, scale, window) -> Tensor:
+    """torch's operator on flat heads (tokens, H or K, D)."""
     from torch.nn.attention.varlen import varlen_attn
 
+    if repeat:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     reach = (-1 if window is None else window - 1, 0)
     offsets = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    out = varlen_attn(q, k, v, *offsets, scale=scale, window_size=reach, **extra)
+    out = varlen_attn(q, k, v, *offsets, scale=scale, window_size=reach, **options)
     assert isinstance(out, Tensor)
     return out
 
@@ -165,11 +168,13 @@ def _call(extra: dict[str, Any], q, k, v, cu_seqlens, max_seqlen, scale, window)
 def _probe(device: torch.device) -> Attend | str:
     """The way to call torch's operator that gives right numbers on ``device``, or why none does."""
     reasons = []
-    for extra in ({"enable_gqa": True}, {}):  # older versions take grouped heads without being told
-        attend = partial(_call, extra)
+    # Versions of torch differ in how they take grouped heads: when told, unasked, or not at all.
+    for options, repeat in (({"enable_gqa": True}, False), ({}, False), ({}, True)):
+        attend = partial(_call, options, repeat)
         try:
-            if _is_right(attend, device):
-                return attend
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                if _is_right(attend, device):
+                    return attend
             reasons.append("wrong numbers")
         except Exception as error:
             reasons.append(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
@@ -179,26 +184,24 @@ def _probe(device: torch.device) -> Attend | str:
 def _is_right(attend: Attend, device: torch.device) -> bool:
     """Whether ``attend`` agrees with SDPA on two documents, forward and backward, with and without window."""
     generator = torch.Generator().manual_seed(0)
-    shape = (16, 4, 32), (16, 2, 32), (16, 2, 32), (16, 4, 32)
-    q, k, v, d = (torch.randn(s, generator=generator).to(device, torch.float16) for s in shape)
+    shapes = (16, 4, 32), (16, 2, 32), (16, 2, 32), (16, 4, 32)
+    *inputs, dy = (torch.randn(shape, generator=generator).to(device, torch.float16) for shape in shapes)
     layout = Layout((1, 16), device, torch.tensor([0, 5, 16], dtype=torch.int32, device=device), 11)
+
+    def differentiate(function: Attend) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        out = function(*leaves)
+        return [t.float() for t in (out, *torch.autograd.grad(out, leaves, dy.to(out.dtype)))]
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        q, k, v = (t.float()[None].transpose(1, 2) for t in (q, k, v))
+        mask = layout.mask(window)
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.2, enable_gqa=True)
+        return out.transpose(1, 2)[0]
+
     for window in (None, 3):
-        results = []
-        for run in ("ours", "sdpa"):
-            leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-            with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-                if run == "ours":
-                    out = attend(*leaves, layout.cu_seqlens, layout.max_seqlen, 0.2, window)
-                else:
-                    heads = [t.float()[None].transpose(1, 2) for t in leaves]
-                    mask = layout.mask(window)
-                    out = functional.scaled_dot_product_attention(
-                        *heads, attn_mask=mask, scale=0.2, enable_gqa=True
-                    )
-                    out = out.transpose(1, 2)[0]
-                results.append([out, *torch.autograd.grad(out, leaves, d.to(out.dtype))])
-        if not all(
-            torch.allclose(a.float(), b.float(), atol=2e-2, rtol=2e-2) for a, b in zip(*results, strict=True)
-        ):
+        ours = differentiate(lambda q, k, v, w=window: attend(q, k, v, layout.cu_seqlens, 11, 0.2, w))
+        right = differentiate(lambda q, k, v, w=window: masked(q, k, v, w))
+        if not all(torch.allclose(a, b, atol=2e-2, rtol=2e-2) for a, b in zip(ours, right, strict=True)):
             return False
     return True

@@ -38,7 +38,7 @@ def compile_for(kernel, types, constants, capability, num_warps):
 
 
 @pytest.mark.parametrize("capability", [75, 80, 90])
-@pytest.mark.parametrize(("dtype", "cols"), [("bf16", 4096), ("fp32", 128), ("fp16", 5120)])
+@pytest.mark.parametrize(("dtype", "cols"), [("bf16", 4096), ("fp32", 128), ("fp16", 5120), ("fp32", 1)])
 @pytest.mark.parametrize("cast_first", [True, False])
 def test_rms_norm_compiles(capability, dtype, cols, cast_first):
     blocks = rms_norm._blocks(cols)
@@ -58,7 +58,10 @@ def test_rms_norm_compiles(capability, dtype, cols, cast_first):
         (rms_norm._backward_kernel, {"CAST_FIRST": cast_first, "WITH_DW": True}),
         (rms_norm._backward_kernel, {"CAST_FIRST": cast_first, "WITH_DW": False}),
     ):
+        # as at run time, a size of 1 becomes a constant
+        ones = {name: 1 for name in ("cols", "rows") if cols == 1}
         types = {name: kind for name, kind in (pointers | numbers).items() if name in kernel.arg_names}
-        compiled = compile_for(kernel, types, {**blocks, **flags}, capability, warps)
+        types = {name: kind for name, kind in types.items() if name not in ones}
+        compiled = compile_for(kernel, types, {**blocks, **flags, **ones}, capability, warps)
         assert f"sm_{capability}" in compiled.asm["ptx"] and compiled.asm["cubin"]
         assert compiled.metadata.shared <= 48 * 1024

@@ -66,13 +66,9 @@ def attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    *,
-    dropout: float = 0.0,
-    scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    is_causal: bool | None = None,
     **rest: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer.
@@ -83,18 +79,16 @@ def attention(
         key: (B, K, T, D).
         value: (B, K, T, D).
         attention_mask: what ``mask`` returned, or a mask the user made.
-        dropout: probability on attention weights.
-        scaling: of the logits.
         sliding_window: tokens a query may look back, itself included.
         softcap: of the logits (Gemma 2).
         s_aux: a learned logit per head (gpt_oss).
-        is_causal: overrides ``module.is_causal``.
-        rest: ``position_ids`` and what else the layer was called with.
+        rest: ``scaling``, ``dropout``, ``is_causal``, ``position_ids`` and what else the layer was given.
 
     Returns:
         (B, S, H, D), and the weights where transformers' eager function computed them.
     """
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = rest.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
     length = query.shape[2]
     needs_eager = softcap is not None or s_aux is not None
     if attention_mask is None and causal and length > 1:
@@ -106,36 +100,16 @@ def attention(
             rest.get("cu_seq_lens_q"),
             rest.get("max_length_q"),
         )
-        if layout.cu_seqlens is not None and not needs_eager and not dropout:
-            out = _without_mask(query, key, value, layout, scaling, sliding_window)
+        if layout.cu_seqlens is not None and not needs_eager and not rest.get("dropout"):
+            out = _without_mask(query, key, value, layout, rest.get("scaling"), sliding_window)
             if out is not None:
                 return out, None
         windowed = sliding_window is not None and length >= sliding_window
         if needs_eager or windowed or layout.cu_seqlens is not None:
             attention_mask = layout.mask(sliding_window if windowed else None)
     if needs_eager:
-        return _eager(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            softcap=softcap,
-            **rest,
-        )
-    return sdpa_attention_forward(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=dropout,
-        scaling=scaling,
-        is_causal=is_causal,
-        **rest,
-    )
+        return _eager(module, query, key, value, attention_mask, softcap=softcap, **rest)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
 
 
 def _without_mask(
