@@ -34,8 +34,8 @@ def describe_sample(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) 
         start = end
         shown.append(f"{_OPEN}{piece}{_CLOSE}" if trained else piece)
     count = sum(label != -100 for label in labels)
-    documents = row.get("seq_lengths")
-    packed = "" if documents is None else f", {len(documents)} documents packed"
+    documents = 1 if row.get("seq_lengths") is None else len(row["seq_lengths"])
+    packed = f", {documents} documents packed" if documents > 1 else ""
     head = f"{count} of {len(input_ids)} tokens are trained on, marked {_OPEN}{_CLOSE}{packed}:"
     return f"{head}\n{_shorten(''.join(shown), _WHOLE)}"
 
