@@ -144,9 +144,8 @@ def _standardize(
             need=f"A column {' or '.join(map(repr, accepted))} must hold the conversations.",
             fix="Rename yours with dataset.rename_column(...), or build one with to_sharegpt(...).",
         )
-    kind = message_features(dataset, column)
-    features = None
-    if kind is not None:
+    kind, features = message_features(dataset, column), None
+    if kind is not None and dataset.features is not None:
         others = {key: value for key, value in dataset.features.items() if key != column}
         features = Features({**others, "conversations": kind})
     standard = dataset.map(
@@ -212,19 +211,9 @@ def to_sharegpt(
         )
     template = merged_prompt or f"{{{merged_column_name}}}"
     _check_prompt(template, [*_COLUMN.findall(template), output_column_name], dataset.column_names)
-    questions = [fill_prompt(template, row) for row in dataset.select_columns(_used(template))]
+    questions = [fill_prompt(template, row) for row in dataset.select_columns(_used(template)).to_list()]
     answers = ["" if text is None else str(text) for text in dataset[output_column_name]]
-    generator = random.Random(random_state)
-    orders = [range(len(dataset))]
-    orders += [generator.sample(range(len(dataset)), len(dataset)) for _ in range(conversation_extension - 1)]
-    conversations = [
-        [
-            turn
-            for row in rows
-            for turn in ({"from": "human", "value": questions[row]}, {"from": "gpt", "value": answers[row]})
-        ]
-        for rows in zip(*orders, strict=True)
-    ]
+    conversations = _join(questions, answers, conversation_extension, random_state)
     if remove_unused_columns:
         return Dataset.from_dict({"conversations": conversations})
     if merged_prompt:
@@ -234,6 +223,19 @@ def to_sharegpt(
     if "conversations" in dataset.column_names:
         dataset = dataset.remove_columns("conversations")
     return dataset.add_column("conversations", conversations)
+
+
+def _join(
+    questions: list[str], answers: list[str], turns: int, random_state: int
+) -> list[list[dict[str, str]]]:
+    """Conversations of ``turns`` questions and answers: each row, followed by rows drawn at random."""
+    generator, count = random.Random(random_state), len(questions)
+    orders = [range(count), *(generator.sample(range(count), count) for _ in range(turns - 1))]
+    pairs = [
+        ({"from": "human", "value": question}, {"from": "gpt", "value": answer})
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+    return [[turn for row in rows for turn in pairs[row]] for rows in zip(*orders, strict=True)]
 
 
 def fill_prompt(template: str, row: Mapping[str, Any]) -> str:

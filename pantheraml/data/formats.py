@@ -123,7 +123,9 @@ def format_dataset(
     chat = convert in (_messages, _alpaca)
     dataset = dataset.select_columns(list(found.columns))
     dropped = [column for column in found.columns if column not in _kept(found)]
-    progress = {"desc": f"Formatting rows ({found.name})"} if isinstance(dataset, Dataset) else {}
+    progress: dict[str, Any] = (
+        {"desc": f"Formatting rows ({found.name})"} if isinstance(dataset, Dataset) else {}
+    )
     formatted = dataset.map(
         convert,
         batched=True,

@@ -46,7 +46,7 @@ class ResponseMask:
     def __call__(self, example: Mapping[str, Any]) -> dict[str, Any]:
         """The ``labels`` of a row or of a batch, -100 outside the responses."""
         rows = example["input_ids"]
-        if rows and not isinstance(rows[0], int):
+        if len(rows) and hasattr(rows[0], "__len__"):
             columns = [key for key in ("input_ids", "labels", "seq_lengths") if key in example]
             values = zip(*(example[key] for key in columns), strict=True)
             return {"labels": [self._labels(dict(zip(columns, row, strict=True))) for row in values]}
@@ -55,9 +55,10 @@ class ResponseMask:
     def _labels(self, row: Mapping[str, Any]) -> list[int]:
         """Labels of one row; the documents of a packed row (``seq_lengths``) are masked one by one."""
         input_ids = list(row["input_ids"])
-        labels = list(row.get("labels") or input_ids)
+        labels = input_ids if row.get("labels") is None else row["labels"]
+        lengths = [len(input_ids)] if row.get("seq_lengths") is None else row["seq_lengths"]
         masked, start = [], 0
-        for length in row.get("seq_lengths") or [len(input_ids)]:
+        for length in lengths:
             end = start + length
             keep = self._trained(input_ids[start:end])
             masked += [
@@ -68,7 +69,7 @@ class ResponseMask:
 
     def _trained(self, input_ids: list[int]) -> list[bool]:
         text, offsets = decode_with_offsets(input_ids, self.tokenizer)
-        spans = find_responses(text, self.parts, self.tokenizer.eos_token)
+        spans = find_responses(text, self.parts, str(self.tokenizer.eos_token or ""))
         return [
             any(
                 start < span_end and (end > span_start or start >= span_start)
@@ -78,7 +79,7 @@ class ResponseMask:
         ]
 
 
-def find_responses(text: str, parts: TurnParts, eos_token: str | None = None) -> list[Span]:
+def find_responses(text: str, parts: TurnParts, eos_token: str = "") -> list[Span]:
     """The spans of the assistant's texts, each with the token that ends its turn.
 
     A response ends after the end of its turn or the tokenizer's end token, before the next question, or
@@ -212,7 +213,7 @@ def _build_mask(
         )
     found = find_turn_parts(tokenizer)
     if instruction_part and response_part:
-        parts = TurnParts(instruction_part, response_part)
+        parts = TurnParts(_as_decoded(instruction_part, tokenizer), _as_decoded(response_part, tokenizer))
         if found and (parts.instruction_part, parts.response_part) == (
             found.instruction_part,
             found.response_part,
@@ -230,6 +231,11 @@ def _build_mask(
     if not force_match:
         parts = TurnParts(parts.instruction_part.strip(), parts.response_part.strip(), parts.end_of_turn)
     return ResponseMask(tokenizer, parts)
+
+
+def _as_decoded(part: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The part as decoded rows hold it: some tokenizers decode with a space after each special token."""
+    return decode_with_offsets(tokenizer(part, add_special_tokens=False)["input_ids"], tokenizer)[0]
 
 
 def _mask_rows(dataset: Rows, mask: ResponseMask, num_proc: int | None, name: str) -> Rows:

@@ -39,7 +39,7 @@ def decode_with_offsets(
 
 
 def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _decode_stepwise(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:

@@ -7,7 +7,7 @@ the positions. Which of the two a model is, is tried and not guessed.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -34,7 +34,7 @@ def keep_documents_apart(model: PreTrainedModel | PeftModel) -> None:
     """
     if not documents_mix(model):
         return
-    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal = _without_adapter(model)
     handle = causal.base_model.register_forward_pre_hook(_mask_by_positions, with_kwargs=True)
     if documents_mix(model):
         handle.remove()
@@ -48,11 +48,15 @@ def keep_documents_apart(model: PreTrainedModel | PeftModel) -> None:
     say_once(f"Packed documents of this {causal.config.model_type} model are kept apart by explicit masks.")
 
 
+def _without_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
 @torch.no_grad()
 def documents_mix(model: PreTrainedModel | PeftModel) -> bool:
     """Whether what the model says about a document depends on the one packed before it."""
-    causal = model.get_base_model() if isinstance(model, PeftModel) else model
-    device = causal.get_input_embeddings().weight.device
+    causal = _without_adapter(model)
+    device = cast(torch.Tensor, causal.get_input_embeddings().weight).device
     vocabulary = causal.config.get_text_config().vocab_size
     tokens = torch.arange(3 * _PROBE, device=device).view(3, _PROBE) * 7 % vocabulary
     positions = torch.arange(_PROBE, device=device).repeat(2)[None]
@@ -73,7 +77,7 @@ def documents_mix(model: PreTrainedModel | PeftModel) -> bool:
 
 
 def _mask_by_positions(
-    backbone: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    backbone: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook: the masks of a batch whose documents are told by position ids alone."""
     positions = kwargs.get("position_ids")

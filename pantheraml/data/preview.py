@@ -25,7 +25,7 @@ def describe_sample(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) 
         A line with the counts, then the text. Long stretches are shortened in their middle.
     """
     input_ids = row["input_ids"]
-    labels = row.get("labels") or input_ids
+    labels = input_ids if row.get("labels") is None else row["labels"]
     text, offsets = decode_with_offsets(input_ids, tokenizer)
     shown, start = [], 0
     for trained, run in groupby(zip(labels, offsets, strict=True), key=lambda pair: pair[0] != -100):
@@ -34,7 +34,7 @@ def describe_sample(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) 
         start = end
         shown.append(f"{_OPEN}{piece}{_CLOSE}" if trained else piece)
     count = sum(label != -100 for label in labels)
-    documents = len(row.get("seq_lengths") or [0])
+    documents = 1 if row.get("seq_lengths") is None else len(row["seq_lengths"])
     packed = f", {documents} documents packed" if documents > 1 else ""
     head = f"{count} of {len(input_ids)} tokens are trained on, marked {_OPEN}{_CLOSE}{packed}:"
     return f"{head}\n{_shorten(''.join(shown), _WHOLE)}"

@@ -164,11 +164,13 @@ def _load_saved(path: Path, split: str, streaming: bool) -> Dataset | IterableDa
             loaded = DatasetDict({str(loaded.split or "train").partition("[")[0]: loaded})
         parts = ReadInstruction.from_spec(split).to_absolute(loaded.num_rows)
         wanted = [(loaded[part.splitname], slice(part.from_, part.to)) for part in parts]
-        rows = concatenate_datasets([part.select(range(len(part))[cut]) for part, cut in wanted])
+        cuts = [(rows, range(len(rows))[cut]) for rows, cut in wanted]
     except Exception as error:
         raise _explain(error, path, split) from error
-    if len(rows) == 0:
+    chosen = [rows.select(cut) for rows, cut in cuts if cut]
+    if not chosen:
         raise _empty(path)
+    rows = concatenate_datasets(chosen)
     return rows.to_iterable_dataset() if streaming else rows
 
 
@@ -236,7 +238,7 @@ def _explain(error: Exception, path: Path, split: str) -> DataError:
         )
     file, where = _broken_json(path)
     return DataError(
-        got=f"{file} cannot be read: {where or message}.",
+        got=f"{file} cannot be read: {(where or message).rstrip('.')}.",
         need="Each JSON line is one object, and all rows of a CSV or Parquet file have the same columns.",
         fix="Correct or remove that line." if where else "Check that the file is complete and in UTF-8.",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ def find_turn_parts(tokenizer: PreTrainedTokenizerBase) -> TurnParts | None:
     for question, answer in zip(_USER, _ASSISTANT, strict=True):
         conversation += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     try:
-        input_ids = tokenizer.apply_chat_template(conversation, return_dict=False)
+        input_ids = cast(list[int], tokenizer.apply_chat_template(conversation, return_dict=False))
     except (jinja2.TemplateError, TypeError, ValueError):
         return None
     rendered, _ = decode_with_offsets(input_ids, tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -175,6 +176,16 @@ def test_words_merged_over_the_boundary_are_trained(tokenizer):
     assert shown(masked[0], tokenizer) == "Question: the fox Answer:‹ the dog›"
 
 
+def test_parts_are_found_as_the_tokenizer_decodes_them():
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(CHAT_TEMPLATES["phi-3"].special_tokens)})
+    get_chat_template(tokenizer, "phi-3")
+    row = tokenise(tokenizer, MESSAGES[1:3])
+    assert "<|user|> \n" in tokenizer.decode(row["input_ids"])  # a space that no template wrote
+    masked = mask_rows_to_responses(Dataset.from_list([row]), tokenizer, "<|user|>\n", "<|assistant|>\n")
+    assert responses(masked[0], tokenizer) == ["Paris.<|end|>"]
+
+
 def test_force_match(tokenizer):
     rows = Dataset.from_list([{"input_ids": tokenizer("Q: a\nA: b\nQ: c\nA: d")["input_ids"]}])
     with pytest.raises(DataError, match=r"A row begins with 'Q: a\\nA: b.*after '\\n\\nA:'"):
@@ -212,6 +223,7 @@ def test_function(tokenizer):
     row = tokenise(tokenizer)
     labels = mask(row)["labels"]
     assert mask({"input_ids": [row["input_ids"]] * 2}) == {"labels": [labels] * 2}
+    assert mask({"input_ids": np.array(row["input_ids"])}) == {"labels": labels}
     assert len(responses({**row, "labels": labels}, tokenizer)) == 2
 
 
