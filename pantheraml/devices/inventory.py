@@ -120,10 +120,8 @@ def resolve_device(device_map: object = None) -> torch.device:
         HardwareError: the device is not there.
         NotYetError: more than one device is named.
     """
-    if isinstance(device_map, Mapping):
-        values = cast("Mapping[object, object]", device_map).values()
-    else:
-        values = [device_map]
+    is_mapping = isinstance(device_map, Mapping)
+    values = cast("Mapping[object, object]", device_map).values() if is_mapping else [device_map]
     named = {_name_device(value) for value in values}
     if len(named) > 1:
         raise NotYetError(

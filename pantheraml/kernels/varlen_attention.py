@@ -151,10 +151,11 @@ def why_no_varlen(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _call(options: dict[str, Any], repeat: bool, q, k, v, cu_seqlens, max_seqlen, scale, window) -> Tensor:
-    """torch's operator on flat heads (tokens, H or K, D)."""
+def _call(way: tuple[dict[str, Any], bool], q, k, v, cu_seqlens, max_seqlen, scale, window) -> Tensor:
+    """torch's operator on flat heads (tokens, H or K, D); ``way``: its options, and whether to repeat heads."""
     from torch.nn.attention.varlen import varlen_attn
 
+    options, repeat = way
     if repeat:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     reach = (-1 if window is None else window - 1, 0)
@@ -169,8 +170,8 @@ def _probe(device: torch.device) -> Attend | str:
     """The way to call torch's operator that gives right numbers on ``device``, or why none does."""
     reasons = []
     # Versions of torch differ in how they take grouped heads: when told, unasked, or not at all.
-    for options, repeat in (({"enable_gqa": True}, False), ({}, False), ({}, True)):
-        attend = partial(_call, options, repeat)
+    for way in (({"enable_gqa": True}, False), ({}, False), ({}, True)):
+        attend = partial(_call, way)
         try:
             with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
                 if _is_right(attend, device):

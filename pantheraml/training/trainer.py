@@ -19,6 +19,7 @@ from pantheraml.devices.memory import format_memory_stats, get_memory_stats
 from pantheraml.errors import ConfigError, DataError
 from pantheraml.log import say
 from pantheraml.models.adapters import count_parameters
+from pantheraml.models.packed_rows import keep_documents_apart
 from pantheraml.models.recompute import is_recompute_on
 from pantheraml.models.state import get_state
 from pantheraml.training.arguments import (
@@ -123,6 +124,8 @@ class PantheraMLTrainer(SFTTrainer):
             self._padding_free_length = None
 
         self._eval_sums: TokenSums | None = None
+        if config.padding_free or (config.packing and config.packing_strategy != "wrapped"):
+            keep_documents_apart(model)
         with _kept_trainable_weights(model):
             super().__init__(
                 model,
@@ -137,7 +140,7 @@ class PantheraMLTrainer(SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as SFTTrainer does, after one line about the run and one row with what is trained on marked."""
-        self._check_rows()
+        self._check_rows()  # rows may have been masked since
         self._say_plan()
         return super().train(*args, **kwargs)
 
@@ -173,7 +176,11 @@ class PantheraMLTrainer(SFTTrainer):
     def _say_plan(self) -> None:
         """Show one row with what is trained on marked, and what the run will do."""
         rows: Any = self.train_dataset
-        args, model, tokenizer = self.args, cast(torch.nn.Module, self.model), cast(Any, self.processing_class)
+        args, model, tokenizer = (
+            self.args,
+            cast(torch.nn.Module, self.model),
+            cast(Any, self.processing_class),
+        )
         sample = next(iter(rows))
         if "input_ids" in sample:
             say(describe_sample(sample, tokenizer))

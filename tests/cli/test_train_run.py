@@ -171,9 +171,7 @@ def test_what_cannot_work_is_refused(settings, overrides, error, says):
         ),
     ],
 )
-def test_what_a_loader_may_not_return(
-    settings, tokenizer, monkeypatch, body, overrides, says
-):
+def test_what_a_loader_may_not_return(settings, tokenizer, monkeypatch, body, overrides, says):
     from pantheraml.cli.rows import call_loader, find_loader
 
     config = settings("data={loader: 'loader_results:load'}", *overrides)

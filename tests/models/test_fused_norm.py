@@ -57,8 +57,8 @@ def test_on_a_cpu_norms_stay_and_the_ledger_says_why():
 
 
 def test_an_unknown_architecture_is_left_alone():
-    patches = apply_fused_parts(torch.nn.Linear(2, 2), None, PatchSet())
-    assert patches.report() == [("Linear", "skipped", "no fused parts are known for this architecture")]
+    patches = apply_fused_parts(tiny.build_model("llama"), None, PatchSet())
+    assert patches.report() == [("LlamaForCausalLM", "skipped", "no family describes 'llama'")]
 
 
 def test_a_norm_offloaded_by_another_library_stays():

@@ -7,8 +7,8 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from pantheraml.data.packing import documents_mix, keep_documents_apart
 from pantheraml.errors import ConfigError
+from pantheraml.models.packed_rows import documents_mix, keep_documents_apart
 from tests import tiny
 
 MAX_LENGTH = 64
