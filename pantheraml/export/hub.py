@@ -47,8 +47,14 @@ def push_folder(
         Address of the repository.
 
     Raises:
-        SaveError: the hub refused or could not be reached; ``folder`` is untouched.
+        SaveError: there is no such folder, or the hub refused or could not be reached.
     """
+    if not Path(folder).is_dir():
+        raise SaveError(
+            got=f"There is no folder {folder}.",
+            need="An upload takes all files of a folder that was saved before.",
+            fix="Give the folder that save_pretrained or save_pretrained_merged wrote.",
+        )
     api = HfApi(token=token)
     repo_id = _open_repo(api, repo_id, private, revision, kept=Path(folder))
     return _upload(api, Path(folder), repo_id, commit_message, revision)
@@ -177,7 +183,11 @@ def _upload(api: HfApi, folder: Path, repo_id: str, commit_message: str | None, 
 
 def _hub_error(what: str, error: Exception, kept: Path | None, repo_id: str) -> SaveError:
     """The failure in our words: the hub's own, then where the files are."""
-    reason = str(error).strip().split("\n")[0].rstrip(".") or "no message"
+    root: BaseException = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    lines = [str(one).strip().split("\n")[0].rstrip(".") for one in (error, root)]
+    reason = " - ".join(dict.fromkeys(line for line in lines if line)) or "no message"
     copy = f" All files are kept in {kept}." if kept else " Nothing was saved yet."
     again = f"then type `hf upload {repo_id} {kept}`" if kept else "then save again"
     return SaveError(
