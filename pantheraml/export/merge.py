@@ -85,10 +85,10 @@ def save_merged(
     skeleton = build_skeleton(plain, dtype, tied=True)
     if not _still_tied(skeleton, weights):
         skeleton = build_skeleton(plain, dtype, tied=False)
-    expected = skeleton.state_dict().keys()
-    weights = [weight for weight in weights if weight.name not in skeleton.all_tied_weights_keys]
+    expected = skeleton.state_dict().keys() - skeleton.all_tied_weights_keys.keys()
+    weights = [weight for weight in weights if weight.name in expected]
     in_4bit = quantize_skeleton(skeleton, _skipped(plain)) if method == "merged_4bit" else set()
-    _check_complete((expected | in_4bit) - skeleton.all_tied_weights_keys.keys(), weights)
+    _check_complete(expected | in_4bit, weights)
     with publish_folder(folder, _bytes_needed(weights, dtype, in_4bit)) as build:
         _write_configs(plain, skeleton, build)
         write_shards(build, _file_tensors(weights, skeleton, dtype, in_4bit), max_shard_size)
@@ -109,7 +109,8 @@ def merged_tensors(
     """The plain model's weights, adapters merged, one after another.
 
     Yields:
-        Names as in the plain model's ``state_dict`` and CPU tensors in ``dtype`` (buffers in their own).
+        Names as in the plain model's ``state_dict`` and CPU tensors in ``dtype`` (buffers in their own),
+        which may share memory with the model where nothing had to be computed.
     """
     weights = list(plain_weights(model))
     dtype = _parse_dtype(dtype) or _sixteen_bit(weights)
@@ -161,13 +162,13 @@ def _file_tensors(
 
 def _rounded(weight: Weight, dtype: torch.dtype, exceptions: tuple[str, ...]) -> torch.Tensor:
     """The weight's values in the dtype of the file."""
-    value = weight.values()
-    if value.is_meta:
+    if weight.tensor.is_meta:
         raise SaveError(
             got=f"{weight.name} is not in memory: it was offloaded to the disk.",
             need="Merging reads every weight of the live model.",
             fix="Load the model without offloading (more memory or load_in_4bit=True), or save 'lora'.",
         )
+    value = weight.values()
     if not (weight.is_parameter and value.is_floating_point()):
         return value
     keep = any(re.search(part.replace("*", ".*"), weight.name) for part in exceptions)

@@ -338,6 +338,26 @@ def test_weights_that_are_not_finite_are_not_saved_over_good_ones(llama, tmp_pat
     torch.testing.assert_close(logits(load(tmp_path)), expected, rtol=0, atol=1e-5)
 
 
+def test_weights_that_are_not_in_memory_are_named(llama, tmp_path):
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = load(llama, device_map=places, offload_folder=tmp_path / "offloaded")
+    with pytest.raises(SaveError, match=r"model\.layers\.1\..* is not in memory"):
+        save_merged(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["offloaded"]
+
+
+def test_references_added_to_layers_are_not_saved(llama, tmp_path):
+    model = load(llama)
+    for layer in model.model.layers:
+        layer.also_here = layer.mlp  # as a fused layer may keep one
+    save_merged(model, tmp_path / "out", dtype="float32")
+    assert keys_on_disk(tmp_path / "out") == keys_on_disk(llama)
+    del model.model.layers[0].mlp.up_proj
+    with pytest.raises(SaveError, match=r"lacks 1 tensors.*layers\.0\.mlp\.up_proj\.weight"):
+        save_merged(model, tmp_path / "out")
+
+
 def test_phi3_fused_projections_are_targets(checkpoints):
     model = adapted(load(checkpoints("phi3")), target_modules=FUSED, use_dora=True)
     assert_equal_to_peft(model)
