@@ -1,0 +1,149 @@
+"""What models get as methods: each function takes the model first and saves whole folders or nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from pantheraml.checkpoint.publish import publish_folder
+from pantheraml.export.adapter import save_adapter
+from pantheraml.export.hub import push_built, push_folder, push_merged
+from pantheraml.export.merge import save_merged
+
+Processor = PreTrainedTokenizerBase | ProcessorMixin
+
+
+def save_pretrained(
+    model: nn.Module,
+    save_directory: str | Path,
+    tokenizer: Processor | None = None,
+    *,
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """The model's own ``save_pretrained`` (PEFT: the adapter), saved whole or not at all.
+
+    Args:
+        model: a PEFT or transformers model.
+        save_directory: where to.
+        tokenizer: tokenizer or processor to save with it.
+        push_to_hub: also upload the folder.
+        repo_id: hub name, by default the folder's.
+        token: hub access token.
+        private: whether a new hub repository is private.
+        commit_message: of the upload.
+        revision: branch of the upload.
+        **kwargs: for the model's own method.
+
+    Raises:
+        SaveError: the disk or the hub failed; an older save is untouched.
+    """
+    if not kwargs.get("is_main_process", True):
+        # Other ranks take part in gathering weights but own no files.
+        type(model).save_pretrained(model, save_directory, **kwargs)
+        return
+    if isinstance(model, PeftModel):
+        save_adapter(model, save_directory, tokenizer, **kwargs)
+    else:
+        size = sum(weight.nbytes for weight in model.parameters())
+        with publish_folder(save_directory, size) as build:
+            type(model).save_pretrained(model, build, **kwargs)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(build)
+    if push_to_hub:
+        push_folder(
+            save_directory,
+            repo_id or Path(save_directory).name,
+            token,
+            private=private,
+            commit_message=commit_message,
+            revision=revision,
+        )
+
+
+def save_pretrained_merged(  # noqa: PLR0917 - the order that scripts know
+    model: nn.Module,
+    save_directory: str | Path,
+    tokenizer: Processor | None = None,
+    save_method: str = "merged_16bit",
+    push_to_hub: bool = False,
+    token: str | bool | None = None,
+    max_shard_size: int | str = "5GB",
+    *,
+    dtype: str | None = None,
+    repo_id: str | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+) -> None:
+    """Save the trained model for use in plain transformers; see ``save_merged`` and ``push_folder``."""
+    save_merged(model, save_directory, tokenizer, save_method, max_shard_size=max_shard_size, dtype=dtype)
+    if push_to_hub:
+        push_folder(
+            save_directory,
+            repo_id or Path(save_directory).name,
+            token,
+            private=private,
+            commit_message=commit_message,
+            revision=revision,
+        )
+
+
+def push_to_hub_merged(
+    model: nn.Module,
+    repo_id: str,
+    tokenizer: Processor | None = None,
+    save_method: str = "merged_16bit",
+    token: str | bool | None = None,
+    **options: Any,
+) -> str:
+    """Upload the trained model for use in plain transformers; options and errors as ``push_merged``."""
+    return push_merged(model, repo_id, tokenizer, save_method, token, **options)
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    tokenizer: Processor | None = None,
+    token: str | bool | None = None,
+    *,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    **kwargs: Any,
+) -> str:
+    """Upload what ``save_pretrained`` saves (PEFT: the adapter).
+
+    Args:
+        model: a PEFT or transformers model.
+        repo_id: "user/name".
+        tokenizer: tokenizer or processor to upload with it.
+        token: hub access token; None for the stored one.
+        private: whether a new repository is private.
+        commit_message: of the upload.
+        revision: branch of the upload.
+        **kwargs: for the model's own ``save_pretrained``.
+
+    Returns:
+        Address of the repository.
+
+    Raises:
+        SaveError: the disk or the hub failed; after a failed upload the files stay and the error says where.
+    """
+    return push_built(
+        lambda folder: save_pretrained(model, folder, tokenizer, **kwargs),
+        repo_id,
+        token,
+        private=private,
+        commit_message=commit_message,
+        revision=revision,
+    )

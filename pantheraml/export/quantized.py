@@ -1,0 +1,72 @@
+"""bitsandbytes weights read as ordinary tensors, without touching the module that holds them."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def is_4bit(parameter: torch.Tensor) -> bool:
+    """Whether ``parameter`` holds packed 4-bit values with their quantisation state."""
+    return type(parameter).__name__ == "Params4bit"
+
+
+def is_8bit(parameter: torch.Tensor) -> bool:
+    """Whether ``parameter`` holds int8 values with one scale per row."""
+    return type(parameter).__name__ == "Int8Params" and parameter.dtype == torch.int8
+
+
+def is_turned(module: nn.Module, parameter: torch.Tensor) -> bool:
+    """Whether quantisation turned the weight around, as it does with GPT-2's (in, out) ``Conv1D``."""
+    quantized = is_4bit(parameter) or is_8bit(parameter)
+    return quantized and getattr(module, "source_cls", None) is Conv1D
+
+
+def stored_values(module: nn.Module, parameter: torch.Tensor) -> torch.Tensor:
+    """The values that ``parameter`` of ``module`` stands for.
+
+    4-bit weights come in the dtype that the layer computes with (what training multiplied by), 8-bit
+    weights in float32. Other tensors are returned as they are, sharing memory.
+    """
+    if is_4bit(parameter):
+        return _dequantize_4bit(parameter)
+    if is_8bit(parameter):
+        import bitsandbytes.functional as bnb
+
+        scales = module.state.SCB if module.state.SCB is not None else parameter.SCB
+        return bnb.int8_vectorwise_dequant(parameter.data, scales.to(parameter.device))
+    return parameter.data
+
+
+def nf4_pieces(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """``weight`` in 4-bit NF4 with double quantisation, as the tensors of a checkpoint.
+
+    Args:
+        name: key of the weight in the checkpoint.
+        weight: (out_features, in_features), float16, bfloat16 or float32.
+
+    Returns:
+        The packed weight under ``name`` and its quantisation state under keys that extend it.
+    """
+    from bitsandbytes.nn import Params4bit
+
+    packed = Params4bit(weight.contiguous(), requires_grad=False, quant_type="nf4").to(weight.device)
+    state = packed.quant_state.as_dict(packed=True)
+    return {name: packed.data, **{f"{name}.{key}": value for key, value in state.items()}}
+
+
+def _dequantize_4bit(parameter: torch.Tensor) -> torch.Tensor:
+    import bitsandbytes.functional as bnb
+
+    data, state = parameter.data, parameter.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        # Inference on some CPUs re-packs the weight in place, with bfloat16 scales. Unpack a copy, and
+        # keep those scales: bitsandbytes would quantise them a second time.
+        state = copy.copy(state)
+        state.original_nested = False
+        data, state = bnb._convert_weight_packed_for_cpu_inverse(data, state)
+        state.absmax = state.absmax.T.reshape(-1).float()
+    return bnb.dequantize_4bit(data, state)
