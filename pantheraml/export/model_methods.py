@@ -70,7 +70,7 @@ def save_pretrained(
         )
 
 
-def save_pretrained_merged(  # noqa: PLR0917 - the order that scripts know
+def save_pretrained_merged(
     model: nn.Module,
     save_directory: str | Path,
     tokenizer: Processor | None = None,

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import SFTTrainer
 
 from pantheraml.data.formats import format_dataset
@@ -20,6 +20,7 @@ from pantheraml.errors import ConfigError, DataError
 from pantheraml.log import say
 from pantheraml.models.adapters import count_parameters
 from pantheraml.models.packed_rows import keep_documents_apart
+from pantheraml.models.patching import PatchSet
 from pantheraml.models.recompute import is_recompute_on
 from pantheraml.models.state import get_state
 from pantheraml.training.arguments import (
@@ -30,6 +31,7 @@ from pantheraml.training.arguments import (
     to_sft_config,
     written_recompute,
 )
+from pantheraml.training.cpu_head import bind_cpu_head, needs_cpu_head
 from pantheraml.training.evaluation import TokenSums
 from pantheraml.training.optimizer import embedding_parameters, split_embedding_group
 
@@ -136,6 +138,10 @@ class PantheraMLTrainer(SFTTrainer):
                 formatting_func=formatting_func,
                 **kwargs,
             )
+        if needs_cpu_head(config.device):
+            # TRL puts its head on the model for good, and a later trainer does so again; so does this one.
+            base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            bind_cpu_head(cast(PreTrainedModel, base), PatchSet())
         self._check_rows()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -38,6 +38,11 @@ def batch():
     return dict(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
 
 
+def load_plain(folder):
+    """The reference: float32, eager attention (SDPA drops Gemma 2's soft-cap in transformers 5.17)."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     ours, theirs = ours.detach(), theirs.detach()
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
@@ -77,7 +82,7 @@ def test_lora_equals_plain_peft(checkpoints, batch, family):
     folder = checkpoints(family)
     model, _ = FastLanguageModel.from_pretrained(str(folder), max_seq_length=64, load_in_4bit=False)
     ours = FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8, random_state=5)
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plain = load_plain(folder)
     settings = PLAIN_TARGETS.get(family, dict(target_modules=_SEVEN))
     torch.manual_seed(5)
     theirs = get_peft_model(plain, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings))
@@ -95,7 +100,7 @@ def test_lora_equals_plain_peft(checkpoints, batch, family):
 def test_full_finetuning_equals_plain_transformers(checkpoints, batch, family):
     folder = checkpoints(family)
     ours, _ = FastLanguageModel.from_pretrained(str(folder), max_seq_length=64, full_finetuning=True)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = load_plain(folder)
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
     assert_same_run(ours, theirs, batch)
 

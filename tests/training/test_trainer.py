@@ -13,7 +13,9 @@ from trl import SFTConfig, SFTTrainer
 
 from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments, UnslothTrainer
 from pantheraml.errors import ConfigError, DataError
+from pantheraml.models.patching import PatchSet
 from pantheraml.models.recompute import is_recomputing
+from pantheraml.training.cpu_head import bind_cpu_head, needs_cpu_head
 from tests import tiny
 
 ALPACA = Dataset.from_list(
@@ -69,7 +71,9 @@ def test_the_known_script(load, arguments, caplog):
     assert "‹" in caplog.text
 
 
-@pytest.mark.oldest
+@pytest.mark.skipif(
+    needs_cpu_head(torch.device("cpu")), reason="TRL's own trainer cannot train on a CPU here"
+)
 def test_it_trains_exactly_like_trl(load, arguments):
     """Same model, rows and arguments in TRL's own trainer give the same losses and gradient norms."""
     histories = []
@@ -86,6 +90,25 @@ def test_it_trains_exactly_like_trl(load, arguments):
         trainer.train()
         histories.append([(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e])
     assert histories[0] == histories[1]
+
+
+def test_the_cpu_head_gives_the_figures_of_trls_own(load, arguments):
+    """Loss, gradient norm, entropy and accuracy with the head for TRL 1.15, against whatever this TRL computes."""
+    if needs_cpu_head(torch.device("cpu")):
+        pytest.skip("this TRL has no head of its own on a CPU")
+    histories = []
+    for own in (False, True):
+        model, tokenizer = load()
+        model = FastLanguageModel.get_peft_model(model, r=4)
+        trainer = PantheraMLTrainer(model, arguments(max_steps=3), train_dataset=ALPACA, tokenizer=tokenizer)
+        if own:
+            bind_cpu_head(model.get_base_model(), PatchSet())
+        trainer.train()
+        names = ("loss", "grad_norm", "entropy", "mean_token_accuracy")
+        histories.append(
+            [[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry]
+        )
+    assert torch.allclose(*(torch.tensor(history) for history in histories), rtol=1e-4)
 
 
 def test_positional_model_and_either_name_of_the_tokenizer(load, arguments):
@@ -226,7 +249,6 @@ def test_rows_that_are_left_out_are_counted(load, arguments, caplog):
     assert "1 of 3 rows have no token to train on" in caplog.text
 
 
-@pytest.mark.oldest
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_evaluation_is_a_mean_over_tokens(load, arguments, batch):
     """Loss, perplexity and accuracy do not depend on how rows are batched; computed here row by row."""
@@ -279,7 +301,6 @@ def test_embeddings_have_a_learning_rate_of_their_own(load, arguments):
         arguments(embedding_learning_rate=0.0)
 
 
-@pytest.mark.oldest
 def test_adapters_of_quantised_models_stay_in_float32(load, arguments):
     model, tokenizer = load(load_in_4bit=True)
     model = FastLanguageModel.get_peft_model(model, r=4)
