@@ -20,12 +20,10 @@ def fields() -> dict[str, dataclasses.Field]:
     return {field.name: field for field in dataclasses.fields(SFTConfig)}
 
 
-@pytest.mark.oldest
 def test_every_declared_field_exists(fields):
     assert set(TrainerSettings.model_fields) - set(fields) == OUR_FIELDS
 
 
-@pytest.mark.oldest
 def test_choices_are_those_of_the_library(fields):
     from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
 
@@ -42,7 +40,6 @@ def test_choices_are_those_of_the_library(fields):
         assert sorted(typing.get_args(ours)) == sorted(choices), name
 
 
-@pytest.mark.oldest
 def test_the_defaults_of_the_library_are_values_we_take(fields):
     # "auto" came after the oldest TRL; leaving the setting out means the same where it is known.
     names = set(TrainerSettings.model_fields) - OUR_FIELDS - {"pad_to_multiple_of"}

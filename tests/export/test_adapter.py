@@ -16,7 +16,6 @@ from tests import tiny
 from tests.export.models import LINEAR, adapted, assert_same, logits, snapshot
 
 pytestmark = [
-    pytest.mark.oldest,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 

@@ -19,7 +19,6 @@ from tests.export.hub_stand_in import Hub
 from tests.export.models import logits
 
 pytestmark = [
-    pytest.mark.oldest,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 

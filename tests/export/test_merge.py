@@ -26,7 +26,6 @@ from tests import tiny
 from tests.export.models import FUSED, LINEAR, adapted, assert_same, logits, snapshot
 
 pytestmark = [
-    pytest.mark.oldest,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     # PEFT's own remark on experts; the adapter is where it belongs, as the logits show.
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),

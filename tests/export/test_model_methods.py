@@ -21,7 +21,6 @@ from tests import tiny
 from tests.export.models import adapted, assert_same, logits
 
 pytestmark = [
-    pytest.mark.oldest,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 

@@ -15,7 +15,6 @@ from tests import tiny
 from tests.export.models import adapted, assert_same, logits, snapshot
 
 pytestmark = [
-    pytest.mark.oldest,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
 ]

@@ -37,7 +37,6 @@ def test_float32_weights_with_half_precision_inputs(kind):
     check(ours, x, weight, dy, kind)
 
 
-@pytest.mark.oldest
 @pytest.mark.parametrize(
     ("family", "kind"),
     [

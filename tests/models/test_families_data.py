@@ -11,8 +11,6 @@ from torch import nn
 from pantheraml.models.families import FAMILIES, find_family
 from tests import tiny
 
-pytestmark = pytest.mark.oldest
-
 NAMES = [family.name for family in FAMILIES]
 # What the tiny model needs beyond tests/tiny.py to show everything its family can have.
 VARIANTS = {

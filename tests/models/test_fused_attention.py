@@ -16,8 +16,6 @@ from pantheraml.models.fused import apply_attention, apply_fused_parts
 from pantheraml.models.patching import PatchSet
 from tests import tiny
 
-pytestmark = pytest.mark.oldest
-
 # Windows of 16 tokens and documents longer than that.
 LENGTHS = (21, 3, 40, 1, 18)
 FAMILIES = list(tiny.FAMILIES)

@@ -12,7 +12,6 @@ from pantheraml.models.fused import FusedRMSNorm, apply_fused_parts, apply_norms
 from pantheraml.models.patching import PatchSet
 from tests import tiny
 
-pytestmark = pytest.mark.oldest
 IDS = torch.arange(20).reshape(2, 10) + 7
 
 
