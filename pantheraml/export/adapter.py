@@ -59,7 +59,7 @@ def save_adapter(
         )
     trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     with publish_folder(folder, trained) as build:
-        type(model).save_pretrained(model, build, **kwargs)
+        type(model).save_pretrained(model, str(build), **kwargs)
         record = {"versions": _versions(), "base_model": fingerprint(model)}
         for config in build.rglob("adapter_config.json"):  # named adapters lie in folders of their own
             config.with_name(RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -111,7 +111,7 @@ def check_adapter_matches(adapter_folder: str | Path, base_model: nn.Module) -> 
 def _misfits(file: Path, base_model: nn.Module) -> list[str]:
     """Layers of an adapter file that ``base_model`` lacks or has in another shape, as phrases."""
     plain = plain_model(base_model)
-    layers = {name: without_adapters(layer) for name, layer in plain.named_modules()}
+    layers: dict[str, Any] = {name: without_adapters(layer) for name, layer in plain.named_modules()}
     found = []
     with safe_open(file, framework="pt") as tensors:
         for key in tensors.keys():  # noqa: SIM118 - not a dictionary
@@ -125,19 +125,19 @@ def _misfits(file: Path, base_model: nn.Module) -> list[str]:
                 found += _misfit(name, match["part"], shape, layer)
             else:
                 weight = getattr(layer, key.rpartition(".")[2], None)
-                packed = weight is None or is_4bit(weight) or is_8bit(weight)
-                if not packed and list(weight.shape) != shape:
-                    found.append(f"{name} is {list(weight.shape)} here and {shape} in the adapter")
+                here = None if weight is None or is_4bit(weight) or is_8bit(weight) else list(weight.shape)
+                if here not in (None, shape):
+                    found.append(f"{name} is {here} here and {shape} in the adapter")
     return sorted(set(found))
 
 
-def _misfit(name: str, part: str, shape: list[int], layer: nn.Module) -> list[str]:
+def _misfit(name: str, part: str, shape: list[int], layer: Any) -> list[str]:
     """One LoRA factor against the input or output size of its layer."""
     takes_input = part.endswith("A")
     if isinstance(layer, nn.Embedding):
         size = layer.num_embeddings if takes_input else layer.embedding_dim
     elif isinstance(layer, Conv1D):
-        size = layer.weight.shape[0] if takes_input else layer.nf
+        size = layer.nx if takes_input else layer.nf
     elif hasattr(layer, "in_features"):
         size = layer.in_features if takes_input else layer.out_features
     else:  # expert parameters, convolutions: PEFT compares them when it loads

@@ -7,18 +7,21 @@ the weight's dtype before it is added, so the product is formed here, added in p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft.tuners.lora.layer import Embedding, LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from pantheraml.errors import AdapterError
 
+# A PEFT layer (BaseTunerLayer); it gets most of its attributes at run time, out of a type checker's sight.
+AdapterLayer = Any
 _DORA = (DoraLinearVariant, DoraEmbeddingVariant)
 
 
-def check_mergeable(layer: BaseTunerLayer, name: str) -> None:
+def check_mergeable(layer: AdapterLayer, name: str) -> None:
     """Refuse the kinds of adapters that ``add_adapter`` cannot express.
 
     Args:
@@ -51,7 +54,7 @@ def check_mergeable(layer: BaseTunerLayer, name: str) -> None:
     )
 
 
-def add_adapter(layer: BaseTunerLayer, attribute: str, value: torch.Tensor) -> None:
+def add_adapter(layer: AdapterLayer, attribute: str, value: torch.Tensor) -> None:
     """Add what the active adapters of ``layer`` learned to ``value``, in place.
 
     Args:
@@ -70,7 +73,7 @@ def add_adapter(layer: BaseTunerLayer, attribute: str, value: torch.Tensor) -> N
             if layer.lora_bias[name]:
                 value.add_(layer.lora_B[name].bias.to(value), alpha=layer.scaling[name])
             continue
-        if not isinstance(layer, Embedding) and layer.lora_A[name].weight.ndim > 2:  # convolutions
+        if not _is_embedding(layer) and layer.lora_A[name].weight.ndim > 2:  # convolutions
             value.add_(layer.get_delta_weight(name).to(value))
         else:
             left, right = (factor.to(value) for factor in _factors(layer, name))
@@ -80,15 +83,19 @@ def add_adapter(layer: BaseTunerLayer, attribute: str, value: torch.Tensor) -> N
             _rescale(layer, name, value)
 
 
-def _names(layer: LoraLayer) -> list[str]:
+def _is_embedding(layer: AdapterLayer) -> bool:
+    return isinstance(layer, Embedding)
+
+
+def _names(layer: AdapterLayer) -> list[str]:
     """The active adapters that ``layer`` has."""
-    factors = layer.lora_embedding_A if isinstance(layer, Embedding) else layer.lora_A
+    factors = layer.lora_embedding_A if _is_embedding(layer) else layer.lora_A
     return [name for name in layer.active_adapters if name in factors]
 
 
-def _factors(layer: LoraLayer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _factors(layer: AdapterLayer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Two factors whose product has the shape of the adapted tensor."""
-    if isinstance(layer, Embedding):
+    if _is_embedding(layer):
         return layer.lora_embedding_A[name].T, layer.lora_embedding_B[name].T
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     if isinstance(layer, ParamWrapper) and layer.get_param().ndim == 3:
@@ -99,8 +106,8 @@ def _factors(layer: LoraLayer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return (a.T, b.T) if layer.fan_in_fan_out else (b, a)
 
 
-def _rescale(layer: LoraLayer, name: str, value: torch.Tensor) -> None:
+def _rescale(layer: AdapterLayer, name: str, value: torch.Tensor) -> None:
     """DoRA: give each output of ``value`` the trained magnitude."""
-    input_dim = 0 if isinstance(layer, Embedding) or layer.fan_in_fan_out else 1
+    input_dim = 0 if _is_embedding(layer) or layer.fan_in_fan_out else 1
     norm = torch.linalg.vector_norm(value, dim=input_dim, keepdim=True)
     value.mul_(layer.lora_magnitude_vector[name].weight.to(value).view_as(norm) / norm)

@@ -234,8 +234,8 @@ def _sixteen_bit(weights: list[Weight]) -> torch.dtype:
 
 
 def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or dtype in _DTYPES.values():
-        return dtype
+    if dtype is None:
+        return None
     name = str(dtype).removeprefix("torch.")
     if name not in _DTYPES:
         raise ConfigError(
@@ -255,7 +255,7 @@ def _bytes_needed(weights: list[Weight], dtype: torch.dtype, in_4bit: set[str]) 
 
 def _write_configs(plain: PreTrainedModel, skeleton: PreTrainedModel, build: Path) -> None:
     if plain.is_remote_code():
-        custom_object_save(plain, build, config=skeleton.config)
+        custom_object_save(plain, build, config=skeleton.config)  # pyright: ignore[reportArgumentType]
     skeleton.config.save_pretrained(build)
     if plain.can_generate():
         try:

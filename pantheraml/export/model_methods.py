@@ -47,16 +47,17 @@ def save_pretrained(
     Raises:
         SaveError: the disk or the hub failed; an older save is untouched.
     """
+    own_method: Any = type(model).save_pretrained  # pyright: ignore[reportAttributeAccessIssue]
     if not kwargs.get("is_main_process", True):
         # Other ranks take part in gathering weights but own no files.
-        type(model).save_pretrained(model, save_directory, **kwargs)
+        own_method(model, save_directory, **kwargs)
         return
     if isinstance(model, PeftModel):
         save_adapter(model, save_directory, tokenizer, **kwargs)
     else:
         size = sum(weight.nbytes for weight in model.parameters())
         with publish_folder(save_directory, size) as build:
-            type(model).save_pretrained(model, build, **kwargs)
+            own_method(model, build, **kwargs)
             if tokenizer is not None:
                 tokenizer.save_pretrained(build)
     if push_to_hub:

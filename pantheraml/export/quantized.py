@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,17 +20,21 @@ def is_8bit(parameter: torch.Tensor) -> bool:
     return type(parameter).__name__ == "Int8Params" and parameter.dtype == torch.int8
 
 
-def is_turned(module: nn.Module, parameter: torch.Tensor) -> bool:
+def is_turned(module: nn.Module, parameter: Any) -> bool:
     """Whether quantisation turned the weight around, as it does with GPT-2's (in, out) ``Conv1D``."""
     quantized = is_4bit(parameter) or is_8bit(parameter)
     return quantized and getattr(module, "source_cls", None) is Conv1D
 
 
-def stored_values(module: nn.Module, parameter: torch.Tensor) -> torch.Tensor:
+def stored_values(module: Any, parameter: Any) -> torch.Tensor:
     """The values that ``parameter`` of ``module`` stands for.
 
     4-bit weights come in the dtype that the layer computes with (what training multiplied by), 8-bit
     weights in float32. Other tensors are returned as they are, sharing memory.
+
+    Args:
+        module: the layer, of bitsandbytes if the weight is quantised.
+        parameter: its tensor.
     """
     if is_4bit(parameter):
         return _dequantize_4bit(parameter)
@@ -53,12 +58,13 @@ def nf4_pieces(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """
     from bitsandbytes.nn import Params4bit
 
-    packed = Params4bit(weight.contiguous(), requires_grad=False, quant_type="nf4").to(weight.device)
+    build: Any = Params4bit  # its arguments are those of __new__
+    packed = build(weight.contiguous(), requires_grad=False, quant_type="nf4").to(weight.device)
     state = packed.quant_state.as_dict(packed=True)
     return {name: packed.data, **{f"{name}.{key}": value for key, value in state.items()}}
 
 
-def _dequantize_4bit(parameter: torch.Tensor) -> torch.Tensor:
+def _dequantize_4bit(parameter: Any) -> torch.Tensor:
     import bitsandbytes.functional as bnb
 
     data, state = parameter.data, parameter.quant_state

@@ -7,6 +7,7 @@ load would quantise, and how keys in memory are called in a checkpoint.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ def build_skeleton(model: PreTrainedModel, dtype: torch.dtype, tied: bool) -> Pr
         dtype: what the configuration will say the weights are in.
         tied: whether input and output embeddings are still one tensor.
     """
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     for part in (config, config.get_text_config()):
@@ -32,7 +33,7 @@ def build_skeleton(model: PreTrainedModel, dtype: torch.dtype, tied: bool) -> Pr
     config.dtype = dtype
     config.architectures = [type(model).__name__]
     with torch.device("meta"):
-        skeleton = type(model)(config)
+        skeleton: Any = type(model)(config)
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is not None:
         # A model loaded from a quantised checkpoint also remembers how its weights were unpacked: that

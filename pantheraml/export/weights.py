@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -20,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pantheraml.errors import AdapterError, ModelLoadError
-from pantheraml.export.lora import add_adapter, check_mergeable
+from pantheraml.export.lora import AdapterLayer, add_adapter, check_mergeable
 from pantheraml.export.quantized import is_4bit, is_8bit, is_turned, stored_values
 
 
@@ -38,11 +39,11 @@ class Weight:
     name: str
     module: nn.Module
     attribute: str
-    adapters: tuple[BaseTunerLayer, ...] = ()
+    adapters: tuple[AdapterLayer, ...] = ()
 
     @property
-    def tensor(self) -> torch.Tensor:
-        """The stored tensor, which may be quantised."""
+    def tensor(self) -> Any:
+        """The stored tensor, which may be a quantised parameter of bitsandbytes."""
         return getattr(self.module, self.attribute)
 
     @property
@@ -115,7 +116,8 @@ def plain_weights(model: nn.Module, trained: bool = True) -> Iterator[Weight]:
     Raises:
         AdapterError: an adapter is of a kind that cannot be written into the weights.
     """
-    active = getattr(extract_model_from_parallel(model, keep_torch_compile=False), "active_peft_config", None)
+    wrapped = extract_model_from_parallel(model, keep_torch_compile=False)
+    active: Any = getattr(wrapped, "active_peft_config", None)
     if trained and getattr(active, "is_prompt_learning", False):
         raise AdapterError(
             got=f"The adapter is a {active.peft_type.value} adapter.",
@@ -125,7 +127,7 @@ def plain_weights(model: nn.Module, trained: bool = True) -> Iterator[Weight]:
     yield from _walk(plain_model(model), "", (), trained)
 
 
-def without_adapters(module: nn.Module) -> nn.Module:
+def without_adapters(module: Any) -> nn.Module:
     """The base model's own layer inside PEFT's wrappers."""
     while True:
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -136,9 +138,7 @@ def without_adapters(module: nn.Module) -> nn.Module:
             return module
 
 
-def _walk(
-    module: nn.Module, prefix: str, adapters: tuple[BaseTunerLayer, ...], trained: bool
-) -> Iterator[Weight]:
+def _walk(module: Any, prefix: str, adapters: tuple[AdapterLayer, ...], trained: bool) -> Iterator[Weight]:
     if not trained:
         module = without_adapters(module)
     if isinstance(module, ModulesToSaveWrapper):
@@ -147,7 +147,8 @@ def _walk(
         yield from _walk(module.token_adapter, prefix, adapters, trained)
     elif isinstance(module, BaseTunerLayer):
         check_mergeable(module, prefix.removesuffix("."))
-        yield from _walk(module.base_layer, prefix, (module, *adapters), trained)
+        adapter: AdapterLayer = module
+        yield from _walk(adapter.base_layer, prefix, (adapter, *adapters), trained)
     else:
         buffers = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
         for name in (*module._parameters, *buffers):
@@ -158,17 +159,17 @@ def _walk(
                 yield from _walk(child, f"{prefix}{name}.", (), trained)
 
 
-def _module_in_use(wrapper: ModulesToSaveWrapper) -> nn.Module:
+def _module_in_use(wrapper: Any) -> nn.Module:
     """What the forward pass uses: the trained copy of the active adapter, or the original."""
     if wrapper.disable_adapters or not wrapper.active_adapters:
         return wrapper.original_module
     return wrapper.modules_to_save[wrapper.active_adapters[0]]
 
 
-def _adapters_of(name: str, adapters: tuple[BaseTunerLayer, ...]) -> tuple[BaseTunerLayer, ...]:
+def _adapters_of(name: str, adapters: tuple[AdapterLayer, ...]) -> tuple[AdapterLayer, ...]:
     """Those of ``adapters`` that change the tensor ``name`` of the layer they stand around."""
 
-    def changes(adapter: BaseTunerLayer) -> bool:
+    def changes(adapter: AdapterLayer) -> bool:
         if hasattr(adapter, "parameter_name"):
             return name == adapter.parameter_name
         if name == "bias":

@@ -360,3 +360,13 @@ def test_references_added_to_layers_are_not_saved(llama, tmp_path):
 def test_phi3_fused_projections_are_targets(checkpoints):
     model = adapted(load(checkpoints("phi3")), target_modules=FUSED, use_dora=True)
     assert_equal_to_peft(model)
+
+
+def test_contradicting_generation_settings_do_not_cost_the_model(llama, tmp_path, caplog):
+    model = load(llama)
+    model.generation_config.do_sample = False
+    model.generation_config.temperature = 0.3
+    save_merged(model, tmp_path / "out", dtype="float32")
+    assert "contradict each other" in caplog.text
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.3
+    assert_same(load(tmp_path / "out").state_dict(), model.state_dict())
