@@ -1,7 +1,7 @@
 """Failures of the disk as errors that say what to do.
 
 Python raises ``OSError``; the Rust writers (safetensors, tokenizers) raise errors of their own whose
-text ends in ``(os error 28)``.
+text ends in ``(os error 28)``; torch's writer says that a write failed and not why.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from pantheraml.errors import SaveError
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _WRONG_PATH = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+# What torch.save says when a write failed.
+_TORCH_WRITER = re.compile(r"iostream error|unexpected pos|PytorchStreamWriter failed")
+_PAGE = 4096  # a disk with less free than this is full
 _KNOWN = _FULL | _FORBIDDEN | _WRONG_PATH | {errno.EFBIG, errno.EIO, errno.EXDEV, errno.ESTALE}
 
 
@@ -25,7 +28,9 @@ def disk_error_number(error: BaseException) -> int | None:
     if isinstance(error, OSError):
         return error.errno if error.errno in _KNOWN else None
     found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
+    if found:
+        return int(found[1])
+    return errno.EIO if _TORCH_WRITER.search(str(error)) else None
 
 
 def free_bytes(target: Path) -> int:
@@ -57,6 +62,8 @@ def save_error(
     kept = f"Whatever {target} held before is untouched, and nothing half-written is left."
     if waiting is not None:
         kept = f"The new files are complete; those not yet in place wait in {waiting} for the next save."
+    if number == errno.EIO and free_bytes(target) < _PAGE:
+        number = errno.ENOSPC
     if number is None or number in _FULL:
         size = f"needs {_size(bytes_needed)}" if bytes_needed else f"had written {_size(written)}"
         space = f"The save {size} and {_size(free_bytes(target))} is free there."

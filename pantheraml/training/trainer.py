@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import SFTTrainer
 
+from pantheraml.checkpoint.partial import removed_on_failure
 from pantheraml.data.formats import format_dataset
 from pantheraml.data.masking import check_labels
 from pantheraml.data.preview import describe_sample
@@ -120,10 +123,9 @@ class PantheraMLTrainer(SFTTrainer):
         config.max_length = max_seq_length or resolve_max_length(
             config, state.max_seq_length if state else None
         )
+        self._row_length = config.max_length
         if config.padding_free and not config.packing:
-            self._padding_free_length, config.max_length = config.max_length, None
-        else:
-            self._padding_free_length = None
+            config.max_length = None  # TRL refuses it, since it would not cut the rows; _prepare_dataset does
 
         self._eval_sums: TokenSums | None = None
         if config.padding_free or (config.packing and config.packing_strategy != "wrapped"):
@@ -153,17 +155,28 @@ class PantheraMLTrainer(SFTTrainer):
     # --- data -----------------------------------------------------------------------------------------------
 
     def _prepare_dataset(
-        self, dataset: Rows, processing_class: Any, args: Any, *rest: Any, **kwargs: Any
+        self,
+        dataset: Rows,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
     ) -> Rows:
-        """Prepare as TRL does; padding-free rows are cut here, because TRL does not cut them."""
-        before = len(dataset) if isinstance(dataset, Dataset) else None
-        prepared = super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
-        length = self._padding_free_length
-        if length is not None:
-            prepared = prepared.map(lambda row: {key: row[key][:length] for key in ("input_ids", "labels")})
-        is_packed = "seq_lengths" in (prepared.column_names or ())
-        if before is not None and isinstance(prepared, Dataset) and not is_packed:
-            _report_losses(before, prepared, length or args.max_length)
+        """Prepare as TRL does, in two steps, so that what is cut or left out can be counted in between."""
+        uncut, cut = copy.copy(args), copy.copy(args)
+        uncut.max_length, uncut.shuffle_dataset = None, False
+        cut.max_length = self._row_length
+        whole = super()._prepare_dataset(
+            dataset, processing_class, uncut, False, formatting_func, dataset_name
+        )
+        prepared = super()._prepare_dataset(whole, processing_class, cut, packing, None, dataset_name)
+        if isinstance(whole, Dataset) and isinstance(prepared, Dataset) and self._row_length is not None:
+            _report_cut_rows(dataset_name, whole, self._row_length)
+            if not packing and len(prepared) < len(whole):
+                say(
+                    f"{len(whole) - len(prepared)} of {len(whole)} {dataset_name} rows have no token left to train on."
+                )
         return prepared
 
     def _check_rows(self) -> None:
@@ -200,6 +213,14 @@ class PantheraMLTrainer(SFTTrainer):
             f"rows a step (per device x accumulation x ranks); "
             f"recompute {'on' if args.gradient_checkpointing else 'off'}."
         )
+
+    # --- checkpoints ----------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save as TRL does; a checkpoint that cannot be finished is removed, older ones stay."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        with removed_on_failure(folder):
+            super()._save_checkpoint(model, trial)
 
     # --- optimizer ------------------------------------------------------------------------------------------
 
@@ -291,18 +312,15 @@ def _format(rows: Rows, tokenizer: PreTrainedTokenizerBase, text_field: str, nam
     return formatted
 
 
-def _report_losses(before: int, prepared: Dataset, max_length: int | None) -> None:
-    """Say how many rows were dropped because nothing in them is trained on, and how many were cut."""
-    if len(prepared) < before:
-        say(f"{before - len(prepared)} of {before} rows have no token to train on and are left out.")
-    if max_length is None or "input_ids" not in prepared.column_names:
-        return
-    lengths = prepared.with_format("arrow")[:]["input_ids"].combine_chunks().value_lengths().to_numpy()
-    cut = int((lengths >= max_length).sum())
-    if cut:
+def _report_cut_rows(name: str, rows: Dataset, most: int) -> None:
+    """Say how many rows are longer than ``most`` tokens, and what that costs."""
+    lengths = rows.with_format("arrow")[:]["input_ids"].combine_chunks().value_lengths().to_numpy()
+    longer = int((lengths > most).sum())
+    if longer:
+        lost = int((lengths - most).clip(min=0).sum())
         say(
-            f"{cut} of {len(prepared)} rows reach {max_length} tokens; what was longer is cut. "
-            "Raise max_seq_length to keep it."
+            f"{longer} of {len(rows)} {name} rows are longer than {most} tokens (the longest has {lengths.max()}) and "
+            f"are cut: {lost} of {lengths.sum()} tokens are not trained on. Raise max_seq_length to keep them."
         )
 
 

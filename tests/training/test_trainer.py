@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,7 +182,7 @@ def test_row_length_follows_the_model(load, arguments, caplog):
     trainer = PantheraMLTrainer(model, arguments(), train_dataset=ALPACA, tokenizer=tokenizer)
     assert trainer.args.max_length == 24
     assert max(len(row["input_ids"]) for row in trainer.train_dataset) == 24
-    assert "reach 24 tokens" in caplog.text
+    assert re.search(r"5 of 5 train rows are longer than 24 tokens \(the longest has \d+\)", caplog.text)
     for args, kwargs, length in (
         (arguments(SFTConfig, bf16=False), {}, 24),  # 1024 is only TRL's default
         (arguments(SFTConfig, max_length=20, bf16=False), {}, 20),
@@ -220,6 +225,56 @@ def test_padding_free_rows_are_cut(load, arguments):
         assert max(len(row["input_ids"]) for row in rows) == 16 == max(len(row["labels"]) for row in rows)
 
 
+FULL_DISK = """
+import sys
+from pathlib import Path
+from tests.training.test_trainer import ALPACA
+from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments
+from pantheraml.errors import SaveError
+
+model, tokenizer = FastLanguageModel.from_pretrained(sys.argv[1], max_seq_length=64, load_in_4bit=False)
+model = FastLanguageModel.get_peft_model(model, r=8)
+args = PantheraMLTrainingArguments(
+    output_dir=sys.argv[2], max_steps=3, save_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True,
+    save_total_limit=1, disable_tqdm=True,
+)
+def fill(rest):
+    with open(Path(sys.argv[2]) / "ballast", "wb") as file:
+        file.write(bytes(rest))
+class Fill(__import__("transformers").TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            import shutil
+            fill(max(shutil.disk_usage(args.output_dir).free - int(sys.argv[3]), 0))
+trainer = PantheraMLTrainer(model, args, train_dataset=ALPACA, tokenizer=tokenizer, callbacks=[Fill()])
+try:
+    trainer.train()
+except SaveError as error:
+    print("SaveError:", error)
+"""
+
+
+@pytest.mark.parametrize(("free", "reason"), [(10_000, "the disk is too small"), (140_000, "No space left")])
+def test_a_full_disk_costs_one_checkpoint(llama, tmp_path, free, reason):
+    """Whichever file of checkpoint 2 does not fit: it leaves no trace, checkpoint 1 loads and can be resumed from."""
+    out = tmp_path / "disk"
+    out.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(out)]
+    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a file system is not permitted here")
+    try:
+        command = [sys.executable, "-W", "ignore", "-c", FULL_DISK, str(llama), str(out), str(free)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        assert "SaveError: Saving to" in done.stdout and reason in done.stdout, done.stdout + done.stderr
+        assert sorted(path.name for path in out.iterdir()) == ["README.md", "ballast", "checkpoint-1"]
+        model, _ = FastLanguageModel.from_pretrained(
+            str(out / "checkpoint-1"), max_seq_length=64, load_in_4bit=False
+        )
+        assert isinstance(model, PeftModel)
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
+
+
 def test_streamed_rows_train(load, arguments):
     model, tokenizer = load()
     stream = ALPACA.to_iterable_dataset()
@@ -246,7 +301,7 @@ def test_rows_that_are_left_out_are_counted(load, arguments, caplog):
     model, tokenizer = load()
     rows = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 3, "labels": [[5, 6, 7], [-100] * 3, [5, 6, 7]]})
     PantheraMLTrainer(model, arguments(), train_dataset=rows, tokenizer=tokenizer)
-    assert "1 of 3 rows have no token to train on" in caplog.text
+    assert "1 of 3 train rows have no token left to train on" in caplog.text
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
