@@ -57,16 +57,18 @@ def save_error(
         written: bytes written before the failure.
         waiting: the folder with the complete new files, when only moving them into place failed.
     """
+    if number == errno.EIO and free_bytes(target) < _PAGE:
+        number = errno.ENOSPC
+    if _TORCH_WRITER.search(text):
+        text = "torch.save could not write"
     reason = text if number is None or os.strerror(number) in text else f"{os.strerror(number)}: {text}"
     got = f"Saving to {target} stopped: {reason}."
     kept = f"Whatever {target} held before is untouched, and nothing half-written is left."
     if waiting is not None:
         kept = f"The new files are complete; those not yet in place wait in {waiting} for the next save."
-    if number == errno.EIO and free_bytes(target) < _PAGE:
-        number = errno.ENOSPC
     if number is None or number in _FULL:
-        size = f"needs {_size(bytes_needed)}" if bytes_needed else f"had written {_size(written)}"
-        space = f"The save {size} and {_size(free_bytes(target))} is free there."
+        size = f"needs {_size(bytes_needed)}" if bytes_needed else f"had written {_size(written)}" if written else ""
+        space = f"{f'The save {size} and ' if size else ''}{_size(free_bytes(target))} is free there."
         fix = "Free some space or save to a folder on another disk; `df -h` lists the disks."
         return SaveError(got, f"{space} {kept}", fix)
     if number in _FORBIDDEN:
