@@ -7,8 +7,10 @@ families, patches) and ``export/`` (saving).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pantheraml.checkpoint.publish import recover
 from pantheraml.errors import AdapterError, ConfigError, NotYetError, did_you_mean
 from pantheraml.export.adapter import check_adapter_matches
 from pantheraml.export.binding import bind_saving
@@ -128,6 +130,8 @@ class FastLanguageModel:
             attn_implementation=attn_implementation,
             num_labels=num_labels,
         )
+        if Path(model_name).is_dir():
+            recover(model_name)  # a save there that was killed between two renames is finished first
         model, tokenizer, state = assemble(request)
         bind_saving(model, state.patches)
         if state.source.adapter is None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from rich.console import Console
 from rich.table import Table
 
-QUESTIONS = ("What is the capital of France?", "What is the opposite of hot?", "Add 7 and 5.")
+QUESTIONS = ("What is the capital of France?", "Name the capital city of Japan.", "What is the opposite of hot?")
 
 
 def main(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -241,7 +242,9 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> 
 
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+            # PEFT 0.21 asks transformers 5.23 for the older of two names of one property.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             torch.manual_seed(seed)
             return get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError, KeyError) as error:
