@@ -10,6 +10,7 @@ from pantheraml.log import say
 from pantheraml.models import loading
 from pantheraml.models.families import find_family
 from pantheraml.models.patching import PatchSet
+from pantheraml.models.positions import extend_positions
 from pantheraml.models.precision import PrecisionFlags, choose_precision
 from pantheraml.models.source import resolve_source
 from pantheraml.models.state import ModelState, Recompute, set_state
@@ -63,7 +64,7 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
     config = loading.load_config(source.folder, trust_remote_code=trust)
     stored = getattr(config, "quantization_config", None)
     precision = choose_precision(request.flags, request.dtype, device, stored)
-    loading.extend_positions(config, request.max_seq_length, request.rope_scaling)
+    extend_positions(config, request.max_seq_length, request.rope_scaling)
     tokenizer = load_tokenizer(source.tokenizer_folder, fix=request.fix_tokenizer, trust_remote_code=trust)
     options = loading.LoadOptions(device, precision, request.attn_implementation, request.num_labels, trust)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
