@@ -61,7 +61,7 @@ def resolve_source(
     """
     folder = _local_folder(str(name), revision, token, trust_remote_code)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         if not base:
             raise ModelLoadError(
                 got=f"The adapter in '{name}' does not say which model it belongs to.",
@@ -84,6 +84,7 @@ def resolve_source(
             need="A model folder as written by save_pretrained is needed.",
             fix="Check the path; a checkpoint of a run is one level deeper, in checkpoint-<step>.",
         )
+    read_json(folder / "config.json")
     check_weights(folder, "model")
     return ModelSource(str(name), folder)
 
@@ -105,7 +106,7 @@ def check_weights(folder: Path, stem: str) -> list[Path]:
     if single.exists():
         shards = [single]
     elif index.exists():
-        shards = [folder / file for file in dict.fromkeys(_read_json(index).get("weight_map", {}).values())]
+        shards = [folder / file for file in dict.fromkeys(read_json(index).get("weight_map", {}).values())]
     else:
         shards = []
     if not shards:
@@ -156,7 +157,7 @@ def _check_complete(file: Path) -> None:
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise ModelLoadError(
-            got=f"'{file}' has {size:,} bytes where its header promises {expected:,}.",
+            got=f"'{file}' has {size:,} bytes where its header promises {expected:,} bytes.",
             need="The file was cut short or overwritten; its tensors cannot be trusted.",
             fix="Copy or download this file again.",
         )
@@ -188,7 +189,7 @@ def _fetch(repo_id: str, revision: str | None, token: str | None, trust_remote_c
         folder = download([*_SMALL_FILES, *(["*.py"] if trust_remote_code else [])])
         stem = "model" if (folder / "config.json").exists() else "adapter_model"
         index = folder / f"{stem}.safetensors.index.json"
-        shards = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else []
+        shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else []
         return download(shards or [f"{stem}.safetensors"])
     except Exception as error:
         raise _explain_hub_error(repo_id, revision, error) from error
@@ -224,7 +225,12 @@ def _explain_hub_error(repo_id: str, revision: str | None, error: Exception) -> 
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``.
+
+    Raises:
+        ModelLoadError: the file holds none.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -234,5 +240,9 @@ def _read_json(file: Path) -> dict[str, Any]:
             fix="Copy or download it again.",
         ) from error
     if not isinstance(content, dict):
-        raise ModelLoadError(got=f"'{file}' holds no JSON object.", fix="Copy or download it again.")
+        raise ModelLoadError(
+            got=f"'{file}' holds no JSON object but a {type(content).__name__}.",
+            need="Its settings are name and value, in braces.",
+            fix="Copy or download it again.",
+        )
     return content
