@@ -41,11 +41,12 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     Raises:
         ModelLoadError: an architecture this transformers does not know, or a damaged file.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise _explain_config(folder, error) from error
 
 
@@ -69,7 +70,7 @@ def _explain_config(folder: Path, error: Exception) -> ModelLoadError:
             "that you trust.",
         )
     return ModelLoadError(
-        got=f"'{folder / 'config.json'}' cannot be used: {first_line(error)}.",
+        got=f"'{folder / 'config.json'}' cannot be used: {first_line(error.__cause__ or error)}.",
         need=f"transformers {transformers.__version__} must understand the settings of a {kind} model.",
         fix="Copy config.json of the original model, or update transformers.",
     )
@@ -105,7 +106,7 @@ def load_model(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
     kind = AutoModelForCausalLM
     if options.num_labels is not None:
         kind = AutoModelForSequenceClassification
-        kwargs["num_labels"] = options.num_labels
+        config.num_labels = options.num_labels
     try:
         loaded: Any = kind.from_pretrained(folder, output_loading_info=True, **kwargs)
         model, report = loaded
@@ -113,8 +114,19 @@ def load_model(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
         if type(error).__name__ == "OutOfMemoryError":
             raise
         raise _explain_load(folder, config, options, error) from error
-    _check_report(folder, report, new_head=options.num_labels is not None)
+    _check_report(folder, report, _odd_layers(model), new_head=options.num_labels is not None)
+    if stored is not None:
+        _cast_plain(model, options.precision.dtype)
     return model
+
+
+def _cast_plain(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast what is not quantised of a stored quantised model; transformers leaves it as it was stored."""
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for name, weight in model.named_parameters():
+        is_packed = getattr(weight, "quant_state", None) is not None or not weight.is_floating_point()
+        if not is_packed and weight.dtype != dtype and kept.isdisjoint(name.split(".")):
+            weight.data = weight.data.to(dtype)
 
 
 def _explain_load(
@@ -144,14 +156,32 @@ def _explain_load(
     )
 
 
-def _check_report(folder: Path, report: dict[str, Any], *, new_head: bool) -> None:
+def _odd_layers(model: PreTrainedModel) -> list[str]:
+    """Weights of linear layers that hold another shape than their layer; transformers compares unquantised ones only."""
+    from torch import nn
+
+    return [
+        f"{name}.weight"
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+        and tuple(getattr(getattr(layer.weight, "quant_state", None), "shape", layer.weight.shape))
+        != (layer.out_features, layer.in_features)
+    ]
+
+
+def _check_report(folder: Path, report: dict[str, Any], odd: list[str], *, new_head: bool) -> None:
     """Refuse weights that were silently made up: names the checkpoint lacks, or shapes that differ."""
-    missing = sorted(report.get("missing_keys", ()))
+    missing = sorted(report["missing_keys"])
     if new_head:  # a language model's checkpoint has no classification head; it starts random
         missing = [key for key in missing if not key.startswith(("score.", "classifier."))]
     mismatched = sorted(
-        str(entry[0] if isinstance(entry, tuple | list) else entry)
-        for entry in report.get("mismatched_keys", ())
+        {
+            *odd,
+            *(
+                str(entry[0] if isinstance(entry, tuple | list) else entry)
+                for entry in report["mismatched_keys"]
+            ),
+        }
     )
     asked = "config.json asks for"
     found = [f"'{folder}' lacks {_listed(missing)} that {asked}."] if missing else []

@@ -43,6 +43,7 @@ def extend_positions(
     rotary = getattr(text, "rope_parameters", None)
     if rope_scaling is not None:
         known = _scale(text, rotary, dict(rope_scaling))
+        rotary = text.rope_parameters
     if known is None or max_seq_length <= known:
         return
     if not rotary:
