@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from pantheraml.errors import AdapterError, ConfigError, did_you_mean, first_line
-from pantheraml.log import say
+from pantheraml.errors import AdapterError, ConfigError, HardwareError, did_you_mean, first_line
+from pantheraml.log import say, warn
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -58,12 +58,15 @@ def resolve_targets(
         AdapterError: a name that matches nothing.
     """
     if isinstance(target_modules, str) and target_modules != "all-linear":
-        _check_expression(model, target_modules)
-        return Targets(target_modules, [], [])
+        matches = _matches(model, target_modules)
+        # For experts PEFT reduces an expression to last names, and would adapt layers that it does not match.
+        return Targets(matches if family and family.experts else target_modules, [], [])
     names = _linear_names(model)
     if target_modules == "all-linear" or (target_modules is None and family is None):
-        parameters = list(family.target_parameters) if family else []
-        return Targets("all-linear", _per_layer(parameters, layers), [])
+        if family is None:
+            return Targets("all-linear", [], [])
+        linear = sorted(names - family.expert_projections.keys())
+        return Targets(linear, _per_layer(list(family.target_parameters), layers), [])
 
     wanted = list(dict.fromkeys(target_modules if target_modules is not None else DEFAULT_TARGETS))
     merged = dict(family.merged_projections) if family else {}
@@ -73,13 +76,13 @@ def resolve_targets(
     for name in wanted:
         if name in _WHOLE_MODULES:
             continue
-        if name in names or any(module.endswith(f".{name}") for module, _ in model.named_modules()):
+        if name in experts:
+            parameters.append(experts[name])
+        elif name in names or any(module.endswith(f".{name}") for module, _ in model.named_modules()):
             modules.append(name)
         elif name in merged:
             modules.append(merged[name])
-        if name in experts:
-            parameters.append(experts[name])
-        if name not in names and not {name} & {*merged, *experts, *modules}:
+        else:
             known = sorted({*names, *merged, *experts, *_WHOLE_MODULES})
             raise AdapterError(
                 got=f"target_modules has {name!r}, which this {model.config.model_type} model does not have.",
@@ -90,24 +93,32 @@ def resolve_targets(
     mapped += sorted({f"{name} -> {experts[name]}" for name in wanted if name in experts})
     if mapped:
         say(f"{model.config.model_type} names its projections differently: {', '.join(mapped)}.")
+    dense = [name for name in wanted if name in experts and name in names]
+    if dense:
+        warn(
+            f"some layers of this {model.config.model_type} model have no experts; their {', '.join(dense)} are not "
+            "adapted, because PEFT takes these names for the experts' weights."
+        )
     whole = [name for name in wanted if name in _WHOLE_MODULES]
     if whole:
         say(f"{' and '.join(whole)} are trained in full (as modules_to_save), not by LoRA.")
     return Targets(list(dict.fromkeys(modules)), _per_layer(list(dict.fromkeys(parameters)), layers), whole)
 
 
-def _check_expression(model: PreTrainedModel, expression: str) -> None:
+def _matches(model: PreTrainedModel, expression: str) -> list[str]:
+    """Names of the modules that ``expression`` matches."""
     try:
-        found = any(re.fullmatch(expression, name) for name, _ in model.named_modules())
+        found = [name for name, _ in model.named_modules() if re.fullmatch(expression, name)]
         got = f"target_modules={expression!r} matches no module of this {model.config.model_type} model."
     except re.error as error:
-        found, got = False, f"target_modules={expression!r} is no regular expression: {first_line(error)}."
+        found, got = [], f"target_modules={expression!r} is no regular expression: {first_line(error)}."
     if not found:
         raise AdapterError(
             got=got,
             need="A text is a regular expression over whole module names such as 'model.layers.0.mlp.up_proj'.",
             fix=f"Give a list of names instead: {_quoted(_linear_names(model))}.",
         )
+    return found
 
 
 def _per_layer(parameters: list[str], layers: Sequence[int] | None) -> list[str]:
@@ -119,11 +130,11 @@ def _per_layer(parameters: list[str], layers: Sequence[int] | None) -> list[str]
 
 def _linear_names(model: nn.Module) -> set[str]:
     """Last name parts of all modules that multiply by a matrix, heads and embeddings excluded."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore[reportCallIssue]
+    heads = [model.get_output_embeddings(), getattr(model, "score", None)]  # pyright: ignore[reportCallIssue]
     return {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if module is not head and _is_linear(module)
+        if _is_linear(module) and not any(module is head for head in heads)
     }
 
 
@@ -225,6 +236,8 @@ def _settle_loftq(model: PreTrainedModel, settings: dict[str, Any]) -> None:
 
     from peft import LoftQConfig
 
+    from pantheraml.devices.inventory import num_gpus
+
     loftq = settings.pop("loftq_config", None)
     start = settings.get("init_lora_weights", True)
     if start != "loftq":
@@ -240,6 +253,12 @@ def _settle_loftq(model: PreTrainedModel, settings: dict[str, Any]) -> None:
             got='init_lora_weights="loftq" was given for quantised weights.',
             need="LoftQ chooses the quantised weights and the adapter together, so it begins with full ones.",
             fix="Load with load_in_16bit=True, or drop init_lora_weights.",
+        )
+    if num_gpus() == 0:
+        raise HardwareError(
+            got='init_lora_weights="loftq" was given, and this process sees no GPU.',
+            need="PEFT computes the LoftQ start on a GPU.",
+            fix='Use a machine with one, or another start such as init_lora_weights="pissa".',
         )
     if find_spec("scipy") is None:
         raise ConfigError(
@@ -328,7 +347,9 @@ def load_adapter(model: PreTrainedModel, folder: Any) -> PeftModel:
     from safetensors import safe_open
 
     try:
-        wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True)
+        with warnings.catch_warnings():  # what it warns of is an error below
+            warnings.filterwarnings("ignore", "Found missing adapter keys")
+            wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True)
     except (ValueError, RuntimeError, KeyError) as error:
         raise _foreign(folder, model, first_line(error)) from error
     expected = set(get_peft_model_state_dict(wrapped))

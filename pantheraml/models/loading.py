@@ -117,7 +117,20 @@ def load_model(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
     _check_report(folder, report, _odd_layers(model), new_head=options.num_labels is not None)
     if stored is not None:
         _cast_plain(model, options.precision.dtype)
+    if options.precision.storage == "4bit":
+        _keep_trainable(model)
     return model
+
+
+def _keep_trainable(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on CPUs that have AVX512-BF16.
+
+    It does so at the first forward in evaluation mode, for good, into a form whose product has no gradient: the
+    layers below would then train on wrong gradients, silently.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _cast_plain(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -157,7 +170,7 @@ def _explain_load(
 
 
 def _odd_layers(model: PreTrainedModel) -> list[str]:
-    """Weights of linear layers that hold another shape than their layer; transformers compares unquantised ones only."""
+    """Weights of linear layers with another shape than their layer's; transformers compares unquantised ones only."""
     from torch import nn
 
     return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pantheraml import FastLanguageModel
 from tests import tiny
-from tests.errors.workshop import Workshop, case
+from tests.errors.workshop import CannotHappenHere, Workshop, case
 
 
 @case
@@ -81,6 +81,15 @@ def loftq_settings_without_loftq(shop: Workshop) -> None:
 @case
 def loftq_of_a_quantised_model(shop: Workshop) -> None:
     FastLanguageModel.get_peft_model(shop.load(load_in_4bit=True), init_lora_weights="loftq")
+
+
+@case
+def loftq_without_a_gpu(shop: Workshop) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        raise CannotHappenHere("a GPU is there")
+    shop.adapted(init_lora_weights="loftq")
 
 
 @case

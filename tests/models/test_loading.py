@@ -169,3 +169,29 @@ def test_positions_of_an_architecture_without_a_family(tmp_path, caplog):
     assert model.pantheraml_state.family is None
     assert "fused parts: none" in caplog.text and "gpt2" in caplog.text
     assert model.config.pad_token_id == 0, "the tokenizer's, where the model names none"
+
+
+@pytest.mark.parametrize("flags", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_an_evaluation_changes_no_gradient_of_a_quantised_model(tmp_path, flags):
+    """bitsandbytes repacks 4-bit weights for inference on some CPUs, and has no gradient for what comes out."""
+    tiny.save_checkpoint(tmp_path, intermediate_size=128)
+    model = load(tmp_path, **{"load_in_4bit": None, **flags})
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05, generator=torch.Generator().manual_seed(0))
+
+    def gradients():
+        model.zero_grad()
+        model.train()
+        model(IDS, labels=IDS).loss.backward()
+        return {
+            name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad
+        }
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(IDS)
+    after = gradients()
+    assert len(before) == 28
+    assert all(torch.equal(after[name], gradient) for name, gradient in before.items())
