@@ -136,12 +136,6 @@ class FastLanguageModel:
         bind_saving(model, state.patches)
         if state.source.adapter is None:
             return model, tokenizer
-        if full_finetuning:
-            raise ConfigError(
-                got=f"full_finetuning=True was given for the adapter '{model_name}'.",
-                need="All weights are trained from a full model; an adapter is a few extra ones.",
-                fix="Merge it first with save_pretrained_merged and load that folder, or drop full_finetuning.",
-            )
         check_adapter_matches(state.source.adapter, model)
         adapted = load_adapter(model, state.source.adapter)
         bind_saving(adapted, state.patches)

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pantheraml.errors import ConfigError
 from pantheraml.log import say
 from pantheraml.models import loading
 from pantheraml.models.families import find_family
@@ -61,6 +62,12 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
     source = resolve_source(
         request.model_name, revision=request.revision, token=request.token, trust_remote_code=trust
     )
+    if source.adapter is not None and request.flags.full_finetuning:
+        raise ConfigError(
+            got=f"full_finetuning=True was given for the adapter '{request.model_name}'.",
+            need="All weights are trained from a full model; an adapter is a few extra ones.",
+            fix="Merge it first with save_pretrained_merged and load that folder, or drop full_finetuning.",
+        )
     config = loading.load_config(source.folder, trust_remote_code=trust)
     stored = getattr(config, "quantization_config", None)
     precision = choose_precision(request.flags, request.dtype, device, stored)

@@ -6,7 +6,7 @@ config; a family only says what to expect. A new architecture is one short file 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
@@ -104,6 +104,10 @@ class ModelFamily:
     deviations: frozenset[Deviation] = frozenset()
     not_text: tuple[str, ...] = ()
 
+    def __reduce__(self) -> tuple[Callable[[str], ModelFamily], tuple[str]]:
+        # Models carry their family and are copied and pickled, which read-only mappings cannot be.
+        return _by_name, (self.name,)
+
     @property
     def expert_projections(self) -> dict[str, str]:
         """Well-known projection name -> Parameter of experts, as PEFT's ``target_parameters`` names it."""
@@ -121,3 +125,9 @@ class ModelFamily:
     def target_parameters(self) -> tuple[str, ...]:
         """Parameters that LoRA adapts by default: those of fused experts."""
         return tuple(dict.fromkeys(self.expert_projections.values()))
+
+
+def _by_name(name: str) -> ModelFamily:
+    from pantheraml.models.families import FAMILIES
+
+    return next(family for family in FAMILIES if family.name == name)
