@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pantheraml.errors import ConfigError, ModelLoadError, PantheraMLError, did_you_mean, first_line
 from pantheraml.models.precision import Precision
@@ -15,6 +15,10 @@ from pantheraml.models.source import read_json
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
+
+
+# The new layer of transformers' sequence classifiers.
+_HEADS = ("score.weight", "classifier.weight")
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,39 @@ def _explain_config(folder: Path, error: Exception) -> ModelLoadError:
     )
 
 
+def choose_num_labels(wanted: int | None, config: PretrainedConfig, adapter: Path | None) -> int | None:
+    """How many labels the classifier to build has, or None for a language model.
+
+    Args:
+        wanted: what the user asked for, or None for what was saved.
+        config: the base model's configuration.
+        adapter: folder of a saved adapter; the head of a classifier comes with it, the base model has none.
+
+    Raises:
+        ConfigError: a classifier with another number of labels was saved.
+    """
+    stored = _stored_num_labels(config, adapter)
+    if wanted is not None and stored not in (None, wanted):
+        raise ConfigError(
+            got=f"num_labels={wanted} was given for a classifier that was saved with {stored}.",
+            need="Its trained head has one row for each label.",
+            fix="Leave num_labels out to load it as it is, or give the model it was trained from.",
+        )
+    return stored if wanted is None else wanted
+
+
+def _stored_num_labels(config: PretrainedConfig, adapter: Path | None) -> int | None:
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return config.num_labels
+    if adapter is None:
+        return None
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as tensors:
+        heads = [key for key in tensors.keys() if key.endswith(_HEADS)]  # noqa: SIM118 - not a dictionary
+        return tensors.get_slice(heads[0]).get_shape()[0] if heads else None
+
+
 def load_model(folder: Path, config: PretrainedConfig, options: LoadOptions) -> PreTrainedModel:
     """The model of ``folder`` on its device.
 
@@ -107,6 +144,7 @@ def load_model(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
     kind = AutoModelForCausalLM
     if options.num_labels is not None:
         kind = AutoModelForSequenceClassification
+        # Beside a config, an argument of that name would reach the model's own class.
         config.num_labels = options.num_labels
     try:
         loaded: Any = kind.from_pretrained(folder, output_loading_info=True, **kwargs)
@@ -115,7 +153,8 @@ def load_model(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
         if type(error).__name__ == "OutOfMemoryError":
             raise
         raise _explain_load(folder, config, options, error) from error
-    _check_report(folder, report, _odd_layers(model), new_head=options.num_labels is not None)
+    new_head = options.num_labels is not None and _stored_num_labels(config, None) is None
+    _check_report(folder, report, _odd_layers(model), new_head=new_head)
     if stored is not None:
         _cast_plain(model, options.precision.dtype)
     if options.precision.storage == "4bit":
@@ -129,8 +168,7 @@ def _keep_trainable(model: PreTrainedModel) -> None:
     It does so at the first forward in evaluation mode, for good, into a form whose product has no gradient: the
     layers below would then train on wrong gradients, silently.
     """
-    layers: Iterable[Any] = model.modules()
-    for layer in layers:
+    for layer in cast("Iterable[Any]", model.modules()):
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
 

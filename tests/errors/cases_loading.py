@@ -365,5 +365,13 @@ def rope_scaling_of_learned_positions(shop: Workshop) -> None:
 
 
 @case
+def other_number_of_labels(shop: Workshop) -> None:
+    folder = shop.root / "classifier"
+    shop.load(num_labels=2).save_pretrained(folder)
+    shop.tokenizer.save_pretrained(folder)
+    shop.load(folder, num_labels=5)
+
+
+@case
 def unknown_attention(shop: Workshop) -> None:
     shop.load(attn_implementation="flashy")

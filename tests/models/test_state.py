@@ -63,7 +63,7 @@ def test_a_model_can_be_pickled(checkpoints, family):
     torch.save(model, file)
     file.seek(0)
     again = torch.load(file, weights_only=False)
-    assert get_state(again).family is get_state(model).family is not None
+    assert get_state(again).family == get_state(model).family is not None
     ids = torch.arange(5, 20)[None]
     assert torch.equal(again(ids).logits, model(ids).logits)
 
