@@ -104,10 +104,10 @@ class FastLanguageModel:
             AdapterError: an adapter of another base model.
             NotYetError: a promised flag that this version does not have.
         """
-        from pantheraml.models.adapters import load_adapter
         from pantheraml.models.assembly import LoadRequest, assemble
         from pantheraml.models.precision import PrecisionFlags
         from pantheraml.models.recompute import check_policy
+        from pantheraml.models.saved_adapters import load_adapter
 
         _refuse_unknown(unknown)
         _check_length(max_seq_length)

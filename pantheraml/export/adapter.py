@@ -20,6 +20,8 @@ from pantheraml.export.fingerprint import base_name, differences, fingerprint
 from pantheraml.export.quantized import is_4bit, is_8bit
 from pantheraml.export.weights import plain_model, without_adapters
 from pantheraml.log import say
+from pantheraml.models.source import read_json
+from pantheraml.models.state import get_state
 from pantheraml.version import __version__
 
 RECORD = "pantheraml.json"
@@ -57,6 +59,7 @@ def save_adapter(
             fix="Use save_method='merged_16bit' for a fully fine-tuned model, or add an adapter with "
             "FastLanguageModel.get_peft_model.",
         )
+    kwargs.setdefault("save_embedding_layers", _vocabulary_changed(model))
     trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     with publish_folder(folder, trained) as build:
         type(model).save_pretrained(model, str(build), **kwargs)
@@ -67,6 +70,16 @@ def save_adapter(
             tokenizer.save_pretrained(build)
     say(f"Saved the adapter to {folder}.")
     return Path(folder)
+
+
+def _vocabulary_changed(model: PeftModel) -> bool | str:
+    """Whether the embedding has other rows than the checkpoint's; PEFT would ask the hub, so it is told."""
+    state = get_state(model)
+    if state is None:
+        return "auto"
+    config = read_json(state.source.folder / "config.json")
+    stored = config.get("text_config", config).get("vocab_size")
+    return stored is not None and stored != plain_model(model).config.get_text_config().vocab_size
 
 
 def check_adapter_matches(adapter_folder: str | Path, base_model: nn.Module) -> None:

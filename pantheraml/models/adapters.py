@@ -337,38 +337,6 @@ def _refused(error: Exception, settings: dict[str, Any]) -> AdapterError:
     )
 
 
-def load_adapter(model: PreTrainedModel, folder: Any) -> PeftModel:
-    """Attach the saved adapter of ``folder``, trainable.
-
-    Raises:
-        AdapterError: the adapter lacks weights this model would need, or has others.
-    """
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
-
-    try:
-        with warnings.catch_warnings():  # what it warns of is an error below
-            warnings.filterwarnings("ignore", "Found missing adapter keys")
-            wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True)
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise _foreign(folder, model, first_line(error)) from error
-    expected = set(get_peft_model_state_dict(wrapped))
-    with safe_open(f"{folder}/adapter_model.safetensors", framework="pt") as file:
-        stored = set(file.keys())
-    if expected != stored:
-        odd = sorted(expected ^ stored)
-        raise _foreign(folder, model, f"{len(odd)} adapter weights do not match, first {odd[0]}")
-    return wrapped
-
-
-def _foreign(folder: Any, model: PreTrainedModel, reason: str) -> AdapterError:
-    return AdapterError(
-        got=f"The adapter in '{folder}' does not fit the base model '{model.config.name_or_path}' ({reason}).",
-        need="An adapter only fits the model it was trained on.",
-        fix="Load it with that model: set 'base_model_name_or_path' in its adapter_config.json.",
-    )
-
-
 def has_adapter(model: nn.Module) -> bool:
     """Whether PEFT has put adapter layers into ``model``, also when ``model`` is the base inside a PEFT model."""
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -13,6 +13,7 @@ from pantheraml.models.families import find_family
 from pantheraml.models.patching import PatchSet
 from pantheraml.models.positions import extend_positions
 from pantheraml.models.precision import PrecisionFlags, choose_precision
+from pantheraml.models.saved_adapters import saved_vocabulary
 from pantheraml.models.source import resolve_source
 from pantheraml.models.state import ModelState, Recompute, set_state
 from pantheraml.models.tokenizer import check_vocabulary, load_tokenizer
@@ -78,8 +79,11 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(request.random_state)
         model = loading.load_model(source.folder, config, options)
-        if request.resize_model_vocab is not None:
-            model.resize_token_embeddings(request.resize_model_vocab, mean_resizing=False)
+        rows = request.resize_model_vocab
+        if rows is None and source.adapter is not None:
+            rows = saved_vocabulary(model, source.adapter)
+        if rows is not None:
+            model.resize_token_embeddings(rows, mean_resizing=False)
     model.config._name_or_path = model.name_or_path = source.name
     check_vocabulary(model, tokenizer)
     if model.config.pad_token_id is None:
