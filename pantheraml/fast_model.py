@@ -331,11 +331,11 @@ def _check_multi_gpu(
             fix="Leave max_memory out; load_in_4bit=True needs the least memory.",
         )
     count = torch.cuda.device_count()
-    if use_multi_gpu and count > 1:
+    if use_multi_gpu and count > 1:  # pragma: no cover - needs several GPUs
         raise NotYetError(
             got=f"use_multi_gpu=True was given on a machine with {count} GPUs.",
             need="This version trains on one GPU.",
             fix="Drop use_multi_gpu to train on the first one, or pick one with device_map='cuda:1'.",
         )
-    if count > 1 and use_multi_gpu is None:
+    if count > 1 and use_multi_gpu is None:  # pragma: no cover - needs several GPUs
         say_once(f"{count} GPUs are visible; this version trains on one of them.")

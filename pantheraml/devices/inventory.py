@@ -47,7 +47,9 @@ def is_bfloat16_supported(device: torch.device | None = None) -> bool:
     """
     if num_gpus() == 0 or (device is not None and device.type != "cuda"):
         return True
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
+    return (
+        torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
+    )  # pragma: no cover - needs a GPU
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -90,15 +92,17 @@ def gpu_device(index: int) -> torch.device:
     """
     count = num_gpus()
     if 0 <= index < count:
-        return torch.device("cuda", index)
+        return torch.device("cuda", index)  # pragma: no cover - needs a GPU
     if count == 0:
         raise HardwareError(
             got=f"GPU {index} was asked for, but this process sees no GPU.",
             need="To be seen, a GPU needs its driver, a torch built for it, and a place in CUDA_VISIBLE_DEVICES.",
             fix="Use device_map='cpu' to run on the CPU.",
         )
-    there = ", ".join(f"{i} ({torch.cuda.get_device_name(i)})" for i in range(count))
-    raise HardwareError(
+    there = ", ".join(
+        f"{i} ({torch.cuda.get_device_name(i)})" for i in range(count)
+    )  # pragma: no cover - needs a GPU
+    raise HardwareError(  # pragma: no cover - needs a GPU
         got=f"GPU {index} was asked for, but it is not there.",
         need=f"The GPUs this process sees are {there}.",
         fix=f"Use an index from 0 to {count - 1}.",

@@ -61,7 +61,7 @@ def resolve_targets(
         matches = _matches(model, target_modules)
         # For experts PEFT reduces an expression to last names, and would adapt layers that it does not match.
         return Targets(matches if family and family.experts else target_modules, [], [])
-    names = _linear_names(model)
+    names = _linear_names(model, family)
     if target_modules == "all-linear" or (target_modules is None and family is None):
         if family is None:
             return Targets("all-linear", [], [])
@@ -128,14 +128,19 @@ def _per_layer(parameters: list[str], layers: Sequence[int] | None) -> list[str]
     return [f"layers.{layer}.{name}" for layer in layers for name in parameters]
 
 
-def _linear_names(model: nn.Module) -> set[str]:
-    """Last name parts of all modules that multiply by a matrix, heads and embeddings excluded."""
+def _linear_names(model: nn.Module, family: ModelFamily | None = None) -> set[str]:
+    """Last name parts of all modules that multiply by a matrix; not of heads, embeddings and what is not text."""
     heads = [model.get_output_embeddings(), getattr(model, "score", None)]  # pyright: ignore[reportCallIssue]
     return {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if _is_linear(module) and not any(module is head for head in heads)
+        if _is_linear(module) and not any(module is head for head in heads) and not _is_beside(name, family)
     }
+
+
+def _is_beside(name: str, family: ModelFamily | None) -> bool:
+    """Whether the module belongs to a part beside the language model, such as a vision tower."""
+    return family is not None and any(f"{name}.".startswith(f"{part}.") for part in family.not_text)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -198,6 +203,9 @@ def build_lora_config(model: PreTrainedModel, family: ModelFamily | None, **sett
         _check_experts(settings)
     _settle_loftq(model, settings)
     whole = [*(settings.pop("modules_to_save", None) or []), *targets.whole]
+    beside = {name.rpartition(".")[2] for name, _ in model.named_modules() if _is_beside(name, family)}
+    if family is not None and isinstance(targets.modules, list) and beside & {*targets.modules}:
+        settings.setdefault("exclude_modules", rf"({'|'.join(map(re.escape, family.not_text))})\..*")
     is_classifier = type(model).__name__.endswith("ForSequenceClassification")
     parameters = [*(settings.pop("target_parameters", None) or []), *targets.parameters]
     if not (targets.modules or parameters):
@@ -260,14 +268,16 @@ def _settle_loftq(model: PreTrainedModel, settings: dict[str, Any]) -> None:
             need="PEFT computes the LoftQ start on a GPU.",
             fix='Use a machine with one, or another start such as init_lora_weights="pissa".',
         )
-    if find_spec("scipy") is None:
+    if find_spec("scipy") is None:  # pragma: no cover - needs a GPU
         raise ConfigError(
             got='init_lora_weights="loftq" was given and scipy is not installed.',
             need="PEFT computes the LoftQ start with it.",
             fix="Run `pip install scipy`, or drop init_lora_weights.",
         )
-    loftq = loftq or {"loftq_bits": 4}
-    settings["loftq_config"] = LoftQConfig(**loftq) if isinstance(loftq, dict) else loftq
+    loftq = loftq or {"loftq_bits": 4}  # pragma: no cover - needs a GPU
+    if isinstance(loftq, dict):  # pragma: no cover - needs a GPU
+        loftq = LoftQConfig(**loftq)
+    settings["loftq_config"] = loftq  # pragma: no cover - needs a GPU
 
 
 def _check_numbers(settings: dict[str, Any]) -> None:

@@ -86,8 +86,9 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
             model.resize_token_embeddings(rows, mean_resizing=False)
     model.config._name_or_path = model.name_or_path = source.name
     check_vocabulary(model, tokenizer)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    text = model.config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = tokenizer.pad_token_id
 
     state = ModelState(
         source=source,

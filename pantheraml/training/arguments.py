@@ -129,13 +129,13 @@ def pin_device(config: SFTConfig, device: torch.device) -> None:
     Raises:
         ConfigError: the model is on the CPU and the arguments train on a GPU.
     """
-    if device.type == "cpu" and config.device.type != "cpu":
+    if device.type == "cpu" and config.device.type != "cpu":  # pragma: no cover - needs a GPU
         raise ConfigError(
             got=f"The model is on the CPU and the training arguments use {config.device}.",
             need="A run has one device.",
             fix="Pass use_cpu=True in the arguments, or load the model with device_map=None to use the GPU.",
         )
-    if device.type == "cuda" and config.world_size == 1:
+    if device.type == "cuda" and config.world_size == 1:  # pragma: no cover - needs a GPU
         config.__dict__["_setup_devices"] = device
         config._n_gpu = 1
         torch.cuda.set_device(device)

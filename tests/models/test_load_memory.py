@@ -66,7 +66,8 @@ def private():
 
 torch.zeros(10) @ torch.zeros(10)
 print("BEFORE", private(), flush=True)
-model, _ = FastLanguageModel.from_pretrained(sys.argv[1], max_seq_length=64, device_map="cpu", **json.loads(sys.argv[2]))
+flags = json.loads(sys.argv[2])
+model, _ = FastLanguageModel.from_pretrained(sys.argv[1], max_seq_length=64, device_map="cpu", **flags)
 weights = sum(weight.untyped_storage().nbytes() for weight in model.parameters())
 state = [weight.quant_state for weight in model.parameters() if getattr(weight, "quant_state", None) is not None]
 weights += sum(one.absmax.nbytes + (one.state2.absmax.nbytes if one.nested else 0) for one in state)

@@ -196,3 +196,17 @@ def test_an_evaluation_changes_no_gradient_of_a_quantised_model(tmp_path, flags)
     after = gradients()
     assert len(before) == 28
     assert all(torch.equal(after[name], gradient) for name, gradient in before.items())
+
+
+def test_what_transformers_cannot_build_is_told_in_its_words(copy):
+    edit_config(copy, hidden_act="sillu")
+    with pytest.raises(
+        ModelLoadError, match=r"could not be loaded as llama: sillu\. Weights and config\.json"
+    ):
+        load(copy)
+
+
+def test_a_header_that_is_no_header(copy):
+    (copy / "model.safetensors").write_bytes((12).to_bytes(8, "little") + b"not a header" + b"0" * 100)
+    with pytest.raises(ModelLoadError, match="no readable safetensors header"):
+        load(copy)
