@@ -20,8 +20,8 @@ class PantheraMLError(Exception):
     """
 
     def __init__(self, got: str, need: str = "", fix: str = "") -> None:
-        self.got, self.need, self.fix = got, need, fix
-        super().__init__(" ".join(part.strip() for part in (got, need, fix) if part))
+        self.got, self.need, self.fix = got.strip(), need.strip(), fix.strip()
+        super().__init__(" ".join(part for part in (self.got, self.need, self.fix) if part))
 
     def __reduce__(self) -> tuple[type[PantheraMLError], tuple[str, str, str]]:
         return type(self), (self.got, self.need, self.fix)
@@ -56,6 +56,20 @@ class NotYetError(PantheraMLError, NotImplementedError):
 
 
 def did_you_mean(word: str, known: Iterable[str], most: int = 3) -> str:
-    """Close names as a sentence (``Did you mean 'q_proj'?``), empty when nothing is close."""
+    """Close names as a sentence (``Did you mean 'q_proj'?``), empty when nothing is close.
+
+    Names that are clearly further away than the closest one are left out.
+    """
     close = difflib.get_close_matches(word, list(known), n=most, cutoff=0.6)
-    return f"Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+    alike = [difflib.SequenceMatcher(None, name, word).ratio() for name in close]
+    near = [name for name, ratio in zip(close, alike, strict=True) if ratio > alike[0] - 0.1]
+    return f"Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library said, as the beginning of a sentence without its full stop."""
+    # str() of a KeyError is the repr of its message.
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return next(
+        (line.strip().rstrip(".:") for line in text.splitlines() if line.strip()), type(error).__name__
+    )

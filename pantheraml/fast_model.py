@@ -104,10 +104,10 @@ class FastLanguageModel:
             AdapterError: an adapter of another base model.
             NotYetError: a promised flag that this version does not have.
         """
-        from pantheraml.models.adapters import load_adapter
         from pantheraml.models.assembly import LoadRequest, assemble
         from pantheraml.models.precision import PrecisionFlags
         from pantheraml.models.recompute import check_policy
+        from pantheraml.models.saved_adapters import load_adapter
 
         _refuse_unknown(unknown)
         _check_length(max_seq_length)
@@ -137,12 +137,6 @@ class FastLanguageModel:
         bind_saving(model, state.patches)
         if state.source.adapter is None:
             return model, tokenizer
-        if full_finetuning:
-            raise ConfigError(
-                got=f"full_finetuning=True was given for the adapter '{model_name}'.",
-                need="All weights are trained from a full model; an adapter is a few extra ones.",
-                fix="Merge it first with save_pretrained_merged and load that folder, or drop full_finetuning.",
-            )
         check_adapter_matches(state.source.adapter, model)
         adapted = load_adapter(model, state.source.adapter)
         bind_saving(adapted, state.patches)

@@ -35,7 +35,12 @@ def disk_error_number(error: BaseException) -> int | None:
 
 def free_bytes(target: Path) -> int:
     """What this user may still write on the disk of ``target`` (or of its nearest existing parent)."""
-    return shutil.disk_usage(next(path for path in (target, *target.parents) if path.exists())).free
+    return shutil.disk_usage(_there(target)).free
+
+
+def _there(target: Path) -> Path:
+    """``target``, or its nearest parent that exists."""
+    return next(path for path in (target, *target.parents) if path.exists())
 
 
 def save_error(
@@ -61,6 +66,8 @@ def save_error(
         number = errno.ENOSPC
     if _TORCH_WRITER.search(text):
         text = "torch.save could not write"
+    # Not the numbers of errors, nor the hidden folder that the user did not name.
+    text = re.sub(r"^\[Errno \d+\] | ?\(os error \d+\)|: '[^']*/\.pantheraml-saving-[^']*'", "", text)
     reason = text if number is None or os.strerror(number) in text else f"{os.strerror(number)}: {text}"
     got = f"Saving to {target} stopped: {reason}."
     kept = f"Whatever {target} held before is untouched, and nothing half-written is left."
@@ -68,14 +75,14 @@ def save_error(
         kept = f"The new files are complete; those not yet in place wait in {waiting} for the next save."
     if number is None or number in _FULL:
         space = f"{_size(free_bytes(target))} is free there."
-        if bytes_needed or written:
-            size = f"needs {_size(bytes_needed)}" if bytes_needed else f"had written {_size(written)}"
+        if number is None or written:
+            size = f"needs {_size(bytes_needed)}" if number is None else f"had written {_size(written)}"
             space = f"The save {size} and {space}"
         fix = "Free some space or save to a folder on another disk; `df -h` lists the disks."
         return SaveError(got, f"{space} {kept}", fix)
     if number in _FORBIDDEN:
         need = f"The folder must be writable for {_user()}. {kept}"
-        fix = f"Save to a folder of your own, or type `ls -ld {target.parent}` to see whose it is."
+        fix = f"Save to a folder of your own, or type `ls -ld {_there(target)}` to see whose it is."
         return SaveError(got, need, fix)
     if number in _WRONG_PATH:
         fix = "Give another folder name, or move what lies in the way."

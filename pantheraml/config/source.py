@@ -95,7 +95,9 @@ def read_yaml(path: Path) -> Source:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(
-            f"There is no run file {path}.", "", f"Check the path; the current folder is {Path.cwd()}."
+            f"There is no run file {path}.",
+            "A run is described by a YAML file with sections such as model: and data:.",
+            f"Check the path; the current folder is {Path.cwd()}.",
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not a text in UTF-8 (byte {error.start}), as YAML is.") from None

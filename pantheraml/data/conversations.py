@@ -262,7 +262,7 @@ def _check_prompt(template: str, needed: list[str], columns: list[str]) -> None:
         raise DataError(
             got=f"There is no column {', '.join(map(repr, missing))}; the columns are {columns}.",
             need="merged_prompt may name columns of the data set in braces, and the answer needs a column.",
-            fix="Correct the name, or choose output_column_name=... .",
+            fix="Correct the name in merged_prompt or in output_column_name.",
         )
     if template.count("[[") != template.count("]]"):
         raise ConfigError(

@@ -275,7 +275,7 @@ def _no_such_split(source: str, split: str, known: str) -> DataError:
     return DataError(
         got=f"{source} has no split {split!r}; it has {known}.",
         need="The split must be one of these (a slice such as train[:10%] needs streaming off).",
-        fix="Choose one of them with split=... .",
+        fix="Name one of them in split.",
     )
 
 

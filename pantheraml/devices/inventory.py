@@ -94,7 +94,7 @@ def gpu_device(index: int) -> torch.device:
     if count == 0:
         raise HardwareError(
             got=f"GPU {index} was asked for, but this process sees no GPU.",
-            need="A GPU needs its driver, a torch built for it, and to be in CUDA_VISIBLE_DEVICES.",
+            need="To be seen, a GPU needs its driver, a torch built for it, and a place in CUDA_VISIBLE_DEVICES.",
             fix="Use device_map='cpu' to run on the CPU.",
         )
     there = ", ".join(f"{i} ({torch.cuda.get_device_name(i)})" for i in range(count))
@@ -130,7 +130,7 @@ def resolve_device(device_map: object = None) -> torch.device:
             fix="Write device_map=None, or {'': 0} for the first GPU; load_in_4bit=True takes less memory.",
         )
     if not named:
-        raise ConfigError(got="device_map={} places nothing.", fix=_FORMS)
+        raise ConfigError(got="device_map={} places nothing.", need="The model needs one device.", fix=_FORMS)
     device = named.pop()
     return device if device.type == "cpu" else gpu_device(device.index)
 

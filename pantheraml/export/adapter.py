@@ -20,6 +20,8 @@ from pantheraml.export.fingerprint import base_name, differences, fingerprint
 from pantheraml.export.quantized import is_4bit, is_8bit
 from pantheraml.export.weights import plain_model, without_adapters
 from pantheraml.log import say
+from pantheraml.models.source import read_json
+from pantheraml.models.state import get_state
 from pantheraml.version import __version__
 
 RECORD = "pantheraml.json"
@@ -57,6 +59,7 @@ def save_adapter(
             fix="Use save_method='merged_16bit' for a fully fine-tuned model, or add an adapter with "
             "FastLanguageModel.get_peft_model.",
         )
+    kwargs.setdefault("save_embedding_layers", _vocabulary_changed(model))
     trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     with publish_folder(folder, trained) as build:
         type(model).save_pretrained(model, str(build), **kwargs)
@@ -67,6 +70,16 @@ def save_adapter(
             tokenizer.save_pretrained(build)
     say(f"Saved the adapter to {folder}.")
     return Path(folder)
+
+
+def _vocabulary_changed(model: PeftModel) -> bool | str:
+    """Whether the embedding has other rows than the checkpoint's; PEFT would ask the hub, so it is told."""
+    state = get_state(model)
+    if state is None:
+        return "auto"
+    config = read_json(state.source.folder / "config.json")
+    stored = config.get("text_config", config).get("vocab_size")
+    return stored is not None and stored != plain_model(model).config.get_text_config().vocab_size
 
 
 def check_adapter_matches(adapter_folder: str | Path, base_model: nn.Module) -> None:
@@ -90,21 +103,23 @@ def check_adapter_matches(adapter_folder: str | Path, base_model: nn.Module) -> 
                 fix="Give the folder that save_pretrained wrote the adapter to.",
             )
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    trained_on = config.get("base_model_name_or_path") or "an unnamed model"
+    trained_on = config.get("base_model_name_or_path")
     found: list[str] = []
     if (folder / RECORD).is_file():
         recorded = json.loads((folder / RECORD).read_text(encoding="utf-8"))["base_model"]
-        trained_on = f"{recorded['name']} ({recorded['architecture']})"
+        trained_on = recorded["name"]
         found = differences(recorded, fingerprint(base_model))
     found = found or _misfits(folder / "adapter_model.safetensors", base_model)
     if found:
-        here = f"{base_name(base_model)} ({type(plain_model(base_model)).__name__})"
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        here = base_name(base_model)
+        known = trained_on and trained_on != here  # a folder may have been overwritten with another model
+        more = f"; and {len(found) - 3} more differences" if len(found) > 3 else ""
         raise AdapterError(
-            got=f"The adapter in {folder} was trained on {trained_on}, but the model here is {here}: "
-            f"{'; '.join(found[:3])}{more}.",
+            got=f"The adapter in {folder} was trained on {trained_on if known else 'another model'}, and the model "
+            f"here is {here}: {'; '.join(found[:3])}{more}.",
             need="An adapter only makes sense on the weights that it was trained with.",
-            fix=f"Load {trained_on.split(' (')[0]} and put the adapter on it, or use one of this model.",
+            fix=f"Load {trained_on if known else 'the model it was trained on'} and put the adapter on that (its "
+            "adapter_config.json names the base model), or use an adapter of the model here.",
         )
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from pantheraml.errors import AdapterError, ConfigError, did_you_mean
-from pantheraml.log import say
+from pantheraml.errors import AdapterError, ConfigError, HardwareError, did_you_mean, first_line
+from pantheraml.log import say, warn
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -58,17 +58,15 @@ def resolve_targets(
         AdapterError: a name that matches nothing.
     """
     if isinstance(target_modules, str) and target_modules != "all-linear":
-        if not any(re.fullmatch(target_modules, name) for name, _ in model.named_modules()):
-            raise AdapterError(
-                got=f"target_modules={target_modules!r} matches no module of this {model.config.model_type} model.",
-                need="A text is a regular expression over whole module names such as 'model.layers.0.mlp.up_proj'.",
-                fix=f"Give a list of names instead: {_quoted(_linear_names(model))}.",
-            )
-        return Targets(target_modules, [], [])
+        matches = _matches(model, target_modules)
+        # For experts PEFT reduces an expression to last names, and would adapt layers that it does not match.
+        return Targets(matches if family and family.experts else target_modules, [], [])
     names = _linear_names(model)
     if target_modules == "all-linear" or (target_modules is None and family is None):
-        parameters = list(family.target_parameters) if family else []
-        return Targets("all-linear", _per_layer(parameters, layers), [])
+        if family is None:
+            return Targets("all-linear", [], [])
+        linear = sorted(names - family.expert_projections.keys())
+        return Targets(linear, _per_layer(list(family.target_parameters), layers), [])
 
     wanted = list(dict.fromkeys(target_modules if target_modules is not None else DEFAULT_TARGETS))
     merged = dict(family.merged_projections) if family else {}
@@ -78,13 +76,13 @@ def resolve_targets(
     for name in wanted:
         if name in _WHOLE_MODULES:
             continue
-        if name in names or any(module.endswith(f".{name}") for module, _ in model.named_modules()):
+        if name in experts:
+            parameters.append(experts[name])
+        elif name in names or any(module.endswith(f".{name}") for module, _ in model.named_modules()):
             modules.append(name)
         elif name in merged:
             modules.append(merged[name])
-        if name in experts:
-            parameters.append(experts[name])
-        if name not in names and not {name} & {*merged, *experts, *modules}:
+        else:
             known = sorted({*names, *merged, *experts, *_WHOLE_MODULES})
             raise AdapterError(
                 got=f"target_modules has {name!r}, which this {model.config.model_type} model does not have.",
@@ -95,10 +93,32 @@ def resolve_targets(
     mapped += sorted({f"{name} -> {experts[name]}" for name in wanted if name in experts})
     if mapped:
         say(f"{model.config.model_type} names its projections differently: {', '.join(mapped)}.")
+    dense = [name for name in wanted if name in experts and name in names]
+    if dense:
+        warn(
+            f"some layers of this {model.config.model_type} model have no experts; their {', '.join(dense)} are not "
+            "adapted, because PEFT takes these names for the experts' weights."
+        )
     whole = [name for name in wanted if name in _WHOLE_MODULES]
     if whole:
         say(f"{' and '.join(whole)} are trained in full (as modules_to_save), not by LoRA.")
     return Targets(list(dict.fromkeys(modules)), _per_layer(list(dict.fromkeys(parameters)), layers), whole)
+
+
+def _matches(model: PreTrainedModel, expression: str) -> list[str]:
+    """Names of the modules that ``expression`` matches."""
+    try:
+        found = [name for name, _ in model.named_modules() if re.fullmatch(expression, name)]
+        got = f"target_modules={expression!r} matches no module of this {model.config.model_type} model."
+    except re.error as error:
+        found, got = [], f"target_modules={expression!r} is no regular expression: {first_line(error)}."
+    if not found:
+        raise AdapterError(
+            got=got,
+            need="A text is a regular expression over whole module names such as 'model.layers.0.mlp.up_proj'.",
+            fix=f"Give a list of names instead: {_quoted(_linear_names(model))}.",
+        )
+    return found
 
 
 def _per_layer(parameters: list[str], layers: Sequence[int] | None) -> list[str]:
@@ -110,11 +130,11 @@ def _per_layer(parameters: list[str], layers: Sequence[int] | None) -> list[str]
 
 def _linear_names(model: nn.Module) -> set[str]:
     """Last name parts of all modules that multiply by a matrix, heads and embeddings excluded."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore[reportCallIssue]
+    heads = [model.get_output_embeddings(), getattr(model, "score", None)]  # pyright: ignore[reportCallIssue]
     return {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if module is not head and _is_linear(module)
+        if _is_linear(module) and not any(module is head for head in heads)
     }
 
 
@@ -161,7 +181,7 @@ def build_lora_config(model: PreTrainedModel, family: ModelFamily | None, **sett
         AdapterError: targets or layers that the model does not have, or that PEFT refuses.
         ConfigError: a setting that is unknown or out of range.
     """
-    from peft import LoftQConfig, LoraConfig, TaskType
+    from peft import LoraConfig, TaskType
 
     known = {field.name for field in fields(LoraConfig)}
     for name, value in settings.items():
@@ -174,33 +194,80 @@ def build_lora_config(model: PreTrainedModel, family: ModelFamily | None, **sett
     _check_numbers(settings)
     layers = check_layers(model, settings.pop("layers_to_transform", None))
     targets = resolve_targets(model, family, settings.pop("target_modules", None), layers)
-    if targets.parameters and settings.get("lora_dropout"):
-        raise AdapterError(
-            got=f"lora_dropout={settings['lora_dropout']} was given for a mixture of experts.",
-            need="PEFT applies no dropout to the fused expert weights, so the flag would act on a part of the model.",
-            fix="Use lora_dropout=0, or leave gate_proj, up_proj and down_proj out of target_modules.",
-        )
-    loftq = settings.pop("loftq_config", None)
-    if settings.get("init_lora_weights") == "loftq":
-        loftq = loftq or {"loftq_bits": 4}
-        settings["loftq_config"] = LoftQConfig(**loftq) if isinstance(loftq, dict) else loftq
-    elif loftq:
-        raise ConfigError(
-            got=f"loftq_config was given with init_lora_weights={settings.get('init_lora_weights', True)!r}.",
-            need="It is read only by the LoftQ initialisation.",
-            fix='Add init_lora_weights="loftq", or drop loftq_config.',
-        )
+    if targets.parameters:
+        _check_experts(settings)
+    _settle_loftq(model, settings)
     whole = [*(settings.pop("modules_to_save", None) or []), *targets.whole]
     is_classifier = type(model).__name__.endswith("ForSequenceClassification")
     parameters = [*(settings.pop("target_parameters", None) or []), *targets.parameters]
-    return LoraConfig(
-        task_type=TaskType.SEQ_CLS if is_classifier else TaskType.CAUSAL_LM,
-        target_modules=targets.modules,
-        target_parameters=parameters or None,
-        modules_to_save=list(dict.fromkeys(whole)) or None,
-        layers_to_transform=layers,
-        **settings,
-    )
+    if not (targets.modules or parameters):
+        raise AdapterError(
+            got="target_modules names nothing that LoRA can adapt.",
+            need="embed_tokens, lm_head and modules_to_save are trained in full, beside an adapter.",
+            fix="Add projections to target_modules, or load with full_finetuning=True to train all weights.",
+        )
+    try:
+        return LoraConfig(
+            task_type=TaskType.SEQ_CLS if is_classifier else TaskType.CAUSAL_LM,
+            target_modules=targets.modules,
+            target_parameters=parameters or None,
+            modules_to_save=list(dict.fromkeys(whole)) or None,
+            layers_to_transform=layers,
+            **settings,
+        )
+    except (ValueError, TypeError) as error:
+        raise _refused(error, settings) from error
+
+
+def _check_experts(settings: dict[str, Any]) -> None:
+    """Refuse what PEFT cannot do for the fused weights of experts."""
+    for name, default in (("lora_dropout", 0), ("use_dora", False), ("lora_bias", False)):
+        if settings.get(name):
+            raise AdapterError(
+                got=f"{name}={settings[name]} was given for a mixture of experts.",
+                need="PEFT cannot apply it to fused expert weights, so it would act on a part of the model.",
+                fix=f"Write {name}={default}, or leave gate_proj, up_proj and down_proj out of target_modules.",
+            )
+
+
+def _settle_loftq(model: PreTrainedModel, settings: dict[str, Any]) -> None:
+    """Complete and check the LoftQ settings in place."""
+    from importlib.util import find_spec
+
+    from peft import LoftQConfig
+
+    from pantheraml.devices.inventory import num_gpus
+
+    loftq = settings.pop("loftq_config", None)
+    start = settings.get("init_lora_weights", True)
+    if start != "loftq":
+        if loftq:
+            raise ConfigError(
+                got=f"loftq_config was given with init_lora_weights={start!r}.",
+                need="It is read only by the LoftQ initialisation.",
+                fix='Add init_lora_weights="loftq", or drop loftq_config.',
+            )
+        return
+    if getattr(model, "is_quantized", False):
+        raise ConfigError(
+            got='init_lora_weights="loftq" was given for quantised weights.',
+            need="LoftQ chooses the quantised weights and the adapter together, so it begins with full ones.",
+            fix="Load with load_in_16bit=True, or drop init_lora_weights.",
+        )
+    if num_gpus() == 0:
+        raise HardwareError(
+            got='init_lora_weights="loftq" was given, and this process sees no GPU.',
+            need="PEFT computes the LoftQ start on a GPU.",
+            fix='Use a machine with one, or another start such as init_lora_weights="pissa".',
+        )
+    if find_spec("scipy") is None:
+        raise ConfigError(
+            got='init_lora_weights="loftq" was given and scipy is not installed.',
+            need="PEFT computes the LoftQ start with it.",
+            fix="Run `pip install scipy`, or drop init_lora_weights.",
+        )
+    loftq = loftq or {"loftq_bits": 4}
+    settings["loftq_config"] = LoftQConfig(**loftq) if isinstance(loftq, dict) else loftq
 
 
 def _check_numbers(settings: dict[str, Any]) -> None:
@@ -215,17 +282,17 @@ def _check_numbers(settings: dict[str, Any]) -> None:
             need="The LoRA rank is a whole number of 1 or more.",
             fix="Use r=16.",
         )
-    if not 0 <= dropout < 1:
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ConfigError(
             got=f"lora_dropout={dropout!r} was given.",
-            need="It is a share, 0 or more and less than 1.",
+            need="It is the share of values that is dropped, a number of 0 or more and less than 1.",
             fix="Use lora_dropout=0.",
         )
     if bias not in ("none", "all", "lora_only"):
         raise ConfigError(
             got=f"bias={bias!r} was given.",
-            need=f"It is 'none', 'all' or 'lora_only'. {did_you_mean(str(bias), ('none', 'all', 'lora_only'))}",
-            fix='Use bias="none".',
+            need="It is 'none', 'all' or 'lora_only'.",
+            fix=did_you_mean(str(bias), ("none", "all", "lora_only")) or 'Use bias="none".',
         )
 
 
@@ -247,41 +314,26 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> 
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             torch.manual_seed(seed)
             return get_peft_model(model, config)
-    except (ValueError, TypeError, NotImplementedError, KeyError) as error:
-        raise AdapterError(
-            got=f"PEFT cannot attach this adapter: {str(error).splitlines()[0]}",
-            need=f"The settings were {config.target_modules=}, {config.init_lora_weights=}, {config.use_dora=}.",
-            fix="Change the one it names, or leave it out for plain LoRA.",
-        ) from error
+    except (ValueError, TypeError, NotImplementedError, KeyError, ImportError) as error:
+        raise _refused(error, vars(config)) from error
 
 
-def load_adapter(model: PreTrainedModel, folder: Any) -> PeftModel:
-    """Attach the saved adapter of ``folder``, trainable.
-
-    Raises:
-        AdapterError: the adapter lacks weights this model would need, or has others.
-    """
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
-
-    try:
-        wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True)
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise _foreign(folder, model, str(error).splitlines()[0]) from error
-    expected = set(get_peft_model_state_dict(wrapped))
-    with safe_open(f"{folder}/adapter_model.safetensors", framework="pt") as file:
-        stored = set(file.keys())
-    if expected != stored:
-        odd = sorted(expected ^ stored)
-        raise _foreign(folder, model, f"{len(odd)} adapter weights do not match, first {odd[0]}")
-    return wrapped
-
-
-def _foreign(folder: Any, model: PreTrainedModel, reason: str) -> AdapterError:
+def _refused(error: Exception, settings: dict[str, Any]) -> AdapterError:
+    """PEFT's own refusal, with the settings it is most often about."""
+    names = (
+        "r",
+        "init_lora_weights",
+        "use_dora",
+        "use_rslora",
+        "bias",
+        "layers_to_transform",
+        "layers_pattern",
+    )
+    given = [f"{name}={settings[name]!r}" for name in names if settings.get(name) not in (None, False)]
     return AdapterError(
-        got=f"The adapter in '{folder}' does not fit the base model '{model.config.name_or_path}' ({reason}).",
-        need="An adapter only fits the model it was trained on.",
-        fix="Load it with that model: set 'base_model_name_or_path' in its adapter_config.json.",
+        got=f"PEFT refuses these settings: {first_line(error)}.",
+        need=f"They have to fit together and fit the model; given were {', '.join(given)}.",
+        fix="Change the one that PEFT names, or leave it out for plain LoRA.",
     )
 
 

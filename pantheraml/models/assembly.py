@@ -6,11 +6,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pantheraml.errors import ConfigError
 from pantheraml.log import say
 from pantheraml.models import loading
 from pantheraml.models.families import find_family
 from pantheraml.models.patching import PatchSet
+from pantheraml.models.positions import extend_positions
 from pantheraml.models.precision import PrecisionFlags, choose_precision
+from pantheraml.models.saved_adapters import saved_vocabulary
 from pantheraml.models.source import resolve_source
 from pantheraml.models.state import ModelState, Recompute, set_state
 from pantheraml.models.tokenizer import check_vocabulary, load_tokenizer
@@ -60,18 +63,27 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
     source = resolve_source(
         request.model_name, revision=request.revision, token=request.token, trust_remote_code=trust
     )
+    if source.adapter is not None and request.flags.full_finetuning:
+        raise ConfigError(
+            got=f"full_finetuning=True was given for the adapter '{request.model_name}'.",
+            need="All weights are trained from a full model; an adapter is a few extra ones.",
+            fix="Merge it first with save_pretrained_merged and load that folder, or drop full_finetuning.",
+        )
     config = loading.load_config(source.folder, trust_remote_code=trust)
     stored = getattr(config, "quantization_config", None)
     precision = choose_precision(request.flags, request.dtype, device, stored)
-    loading.extend_positions(config, request.max_seq_length, request.rope_scaling)
+    extend_positions(config, request.max_seq_length, request.rope_scaling)
     tokenizer = load_tokenizer(source.tokenizer_folder, fix=request.fix_tokenizer, trust_remote_code=trust)
     num_labels = loading.choose_num_labels(request.num_labels, config, source.adapter)
     options = loading.LoadOptions(device, precision, request.attn_implementation, num_labels, trust)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(request.random_state)
         model = loading.load_model(source.folder, config, options)
-        if request.resize_model_vocab is not None:
-            model.resize_token_embeddings(request.resize_model_vocab, mean_resizing=False)
+        rows = request.resize_model_vocab
+        if rows is None and source.adapter is not None:
+            rows = saved_vocabulary(model, source.adapter)
+        if rows is not None:
+            model.resize_token_embeddings(rows, mean_resizing=False)
     model.config._name_or_path = model.name_or_path = source.name
     check_vocabulary(model, tokenizer)
     if model.config.pad_token_id is None:

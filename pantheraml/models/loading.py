@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from pantheraml.errors import ConfigError, ModelLoadError, did_you_mean
-from pantheraml.log import warn
+from pantheraml.errors import ConfigError, ModelLoadError, PantheraMLError, did_you_mean, first_line
 from pantheraml.models.precision import Precision
+from pantheraml.models.source import read_json
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
+
 
 # The new layer of transformers' sequence classifiers.
 _HEADS = ("score.weight", "classifier.weight")
@@ -43,18 +46,39 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     Raises:
         ModelLoadError: an architecture this transformers does not know, or a damaged file.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        import transformers
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise _explain_config(folder, error) from error
 
-        raise ModelLoadError(
-            got=f"The configuration in '{folder}' cannot be used: {str(error).splitlines()[0]}",
-            need=f"transformers {transformers.__version__} must know the architecture.",
-            fix="Update transformers, or pass trust_remote_code=True if the folder brings code that you trust.",
-        ) from error
+
+def _explain_config(folder: Path, error: Exception) -> ModelLoadError:
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    kind = read_json(folder / "config.json").get("model_type")
+    if not kind:
+        return ModelLoadError(
+            got=f"'{folder / 'config.json'}' has no model_type.",
+            need="It says which architecture the weights belong to.",
+            fix="Copy config.json of the original model.",
+        )
+    if kind not in CONFIG_MAPPING:
+        return ModelLoadError(
+            got=f"'{folder}' holds a model of the type {kind!r}.",
+            need=f"transformers {transformers.__version__} knows no such architecture. "
+            f"{did_you_mean(str(kind), CONFIG_MAPPING.keys())}",
+            fix="Update transformers for a newer model, or pass trust_remote_code=True if the folder brings code "
+            "that you trust.",
+        )
+    return ModelLoadError(
+        got=f"'{folder / 'config.json'}' cannot be used: {first_line(error.__cause__ or error)}.",
+        need=f"transformers {transformers.__version__} must understand the settings of a {kind} model.",
+        fix="Copy config.json of the original model, or update transformers.",
+    )
 
 
 def choose_num_labels(wanted: int | None, config: PretrainedConfig, adapter: Path | None) -> int | None:
@@ -90,77 +114,6 @@ def _stored_num_labels(config: PretrainedConfig, adapter: Path | None) -> int | 
         return tensors.get_slice(heads[0]).get_shape()[0] if heads else None
 
 
-def extend_positions(
-    config: PretrainedConfig, max_seq_length: int, rope_scaling: dict[str, Any] | None
-) -> None:
-    """Apply ``rope_scaling`` to ``config`` and check that the model knows ``max_seq_length`` positions.
-
-    Args:
-        config: changed in place.
-        max_seq_length: longest row to be trained, in tokens.
-        rope_scaling: for example ``{"rope_type": "linear", "factor": 2.0}`` (``"type"`` is understood too).
-
-    Raises:
-        ConfigError: an unknown kind of scaling, or a model without rotary positions that is asked for more of them.
-    """
-    text = config.get_text_config()
-    trained = getattr(text, "max_position_embeddings", None)
-    current = getattr(text, "rope_parameters", None)
-    if rope_scaling is not None:
-        trained = _scale_rope(text, current, trained, dict(rope_scaling))
-    if trained is None or max_seq_length <= trained:
-        return
-    if not current:
-        raise ConfigError(
-            got=f"max_seq_length={max_seq_length} was asked of a model with {trained} learned positions.",
-            need="Learned position embeddings have no row beyond their last one.",
-            fix=f"Use max_seq_length={trained} or less.",
-        )
-    factor = -(-max_seq_length // trained)
-    warn(
-        f"max_seq_length={max_seq_length} is more than the {trained} positions this model was made for; positions "
-        "beyond them are used as they are. To stretch the trained ones instead, pass "
-        f'rope_scaling={{"rope_type": "linear", "factor": {float(factor)}}} (or "yarn").'
-    )
-
-
-def _scale_rope(text: Any, current: Any, trained: int | None, scaling: dict[str, Any]) -> int | None:
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    kind = scaling.pop("type", None)
-    kind = scaling.setdefault("rope_type", kind or "linear")
-    known = ["default", *ROPE_INIT_FUNCTIONS]
-    if kind not in known:
-        raise ConfigError(
-            got=f"rope_scaling has rope_type={kind!r}.",
-            need=f"transformers knows {', '.join(known)}. {did_you_mean(str(kind), known)}",
-            fix='Write for example rope_scaling={"rope_type": "linear", "factor": 2.0}.',
-        )
-    if not isinstance(current, dict) or any(isinstance(value, dict) for value in current.values()):
-        raise ConfigError(
-            got=f"rope_scaling was given for a {text.model_type} model.",
-            need="Only models with one set of rotary positions can be stretched this way.",
-            fix="Leave rope_scaling out.",
-        )
-    factor = scaling.get("factor", 1.0)
-    if not isinstance(factor, int | float) or factor < 1:
-        raise ConfigError(
-            got=f"rope_scaling has factor={factor!r}.",
-            need="The factor says how many times longer rows become, at least 1.",
-            fix='Write for example rope_scaling={"rope_type": "linear", "factor": 2.0}.',
-        )
-    text.rope_parameters = {
-        "original_max_position_embeddings": trained,
-        **current,
-        **scaling,
-        "factor": float(factor),
-    }
-    if trained is not None:
-        text.max_position_embeddings = int(trained * factor)
-        return text.max_position_embeddings
-    return None
-
-
 def load_model(folder: Path, config: PretrainedConfig, options: LoadOptions) -> PreTrainedModel:
     """The model of ``folder`` on its device.
 
@@ -177,13 +130,17 @@ def load_model(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
         "dtype": options.precision.dtype,
         "device_map": {"": str(options.device)},
         "use_safetensors": True,
+        "ignore_mismatched_sizes": True,  # refused below, by name
         "trust_remote_code": options.trust_remote_code,
     }
     if options.attn_implementation is not None:
         kwargs["attn_implementation"] = options.attn_implementation
-    quantization = None if hasattr(config, "quantization_config") else options.precision.quantization_config()
-    if quantization is not None:
-        kwargs["quantization_config"] = quantization
+    stored: dict[str, Any] | None = getattr(config, "quantization_config", None)
+    if stored is None:
+        kwargs["quantization_config"] = options.precision.quantization_config()
+    elif options.precision.storage == "4bit":  # the format is the checkpoint's, the computation ours
+        compute = str(options.precision.dtype).removeprefix("torch.")
+        config.quantization_config = {**stored, "bnb_4bit_compute_dtype": compute}
     kind = AutoModelForCausalLM
     if options.num_labels is not None:
         kind = AutoModelForSequenceClassification
@@ -195,30 +152,102 @@ def load_model(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
     except (ValueError, RuntimeError, OSError, KeyError, ImportError) as error:
         if type(error).__name__ == "OutOfMemoryError":
             raise
-        raise ModelLoadError(
-            got=f"The weights in '{folder}' could not be loaded as {config.model_type}: {str(error).splitlines()[0]}",
-            need="Weights and config.json must belong together and fit this version of transformers.",
-            fix="Check that the folder was not mixed from two models; update transformers for a newer architecture.",
-        ) from error
+        raise _explain_load(folder, config, options, error) from error
     new_head = options.num_labels is not None and _stored_num_labels(config, None) is None
-    _check_report(folder, report, new_head=new_head)
+    _check_report(folder, report, _odd_layers(model), new_head=new_head)
+    if stored is not None:
+        _cast_plain(model, options.precision.dtype)
+    if options.precision.storage == "4bit":
+        _keep_trainable(model)
     return model
 
 
-def _check_report(folder: Path, report: dict[str, Any], *, new_head: bool) -> None:
+def _keep_trainable(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on CPUs that have AVX512-BF16.
+
+    It does so at the first forward in evaluation mode, for good, into a form whose product has no gradient: the
+    layers below would then train on wrong gradients, silently.
+    """
+    for layer in cast("Iterable[Any]", model.modules()):
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def _cast_plain(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast what is not quantised of a stored quantised model; transformers leaves it as it was stored."""
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for name, weight in model.named_parameters():
+        is_packed = getattr(weight, "quant_state", None) is not None or not weight.is_floating_point()
+        if not is_packed and weight.dtype != dtype and kept.isdisjoint(name.split(".")):
+            weight.data = weight.data.to(dtype)
+
+
+def _explain_load(
+    folder: Path, config: PretrainedConfig, options: LoadOptions, error: Exception
+) -> PantheraMLError:
+    if "Unrecognized configuration class" in str(error):
+        kind = "language model" if options.num_labels is None else "sequence classifier"
+        return ModelLoadError(
+            got=f"'{folder}' holds a {config.model_type} model, which is no {kind} in transformers.",
+            need="What is trained here are models that transformers loads by AutoModelForCausalLM, or with num_labels "
+            "by AutoModelForSequenceClassification.",
+            fix="Give the folder of a language model.",
+        )
+    attention = options.attn_implementation
+    if attention is not None and re.search(
+        "attn_implementation|attention implementation|flash", str(error), re.I
+    ):
+        return ConfigError(
+            got=f"attn_implementation={attention!r} cannot be used here: {first_line(error).split('. ')[0]}.",
+            need="'eager' and 'sdpa' need nothing; flash attention needs its package and a GPU.",
+            fix="Leave attn_implementation out to let the model choose.",
+        )
+    return ModelLoadError(
+        got=f"The weights in '{folder}' could not be loaded as {config.model_type}: {first_line(error)}.",
+        need="Weights and config.json must belong together and fit this version of transformers.",
+        fix="Check that the folder was not mixed from two models; update transformers for a newer architecture.",
+    )
+
+
+def _odd_layers(model: PreTrainedModel) -> list[str]:
+    """Weights of linear layers with another shape than their layer's; transformers compares unquantised ones only."""
+    from torch import nn
+
+    return [
+        f"{name}.weight"
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+        and tuple(getattr(getattr(layer.weight, "quant_state", None), "shape", layer.weight.shape))
+        != (layer.out_features, layer.in_features)
+    ]
+
+
+def _check_report(folder: Path, report: dict[str, Any], odd: list[str], *, new_head: bool) -> None:
     """Refuse weights that were silently made up: names the checkpoint lacks, or shapes that differ."""
-    missing = sorted(report.get("missing_keys", ()))
+    missing = sorted(report["missing_keys"])
     if new_head:  # a language model's checkpoint has no classification head; it starts random
         missing = [key for key in missing if not key.startswith(("score.", "classifier."))]
-    mismatched = [
-        str(entry[0] if isinstance(entry, tuple | list) else entry)
-        for entry in report.get("mismatched_keys", ())
-    ]
-    bad = [*missing, *mismatched]
-    if bad:
+    mismatched = sorted(
+        {
+            *odd,
+            *(
+                str(entry[0] if isinstance(entry, tuple | list) else entry)
+                for entry in report["mismatched_keys"]
+            ),
+        }
+    )
+    asked = "config.json asks for"
+    found = [f"'{folder}' lacks {_listed(missing)} that {asked}."] if missing else []
+    found += [f"'{folder}' holds {_listed(mismatched)} of another shape than {asked}."] if mismatched else []
+    if found:
         raise ModelLoadError(
-            got=f"'{folder}' lacks {len(missing)} weights of its model and {len(mismatched)} have another shape"
-            f" ({', '.join(bad[:4])}{', …' if len(bad) > 4 else ''}).",
-            need="A model with made-up weights must not be trained by mistake.",
+            got=" ".join(found),
+            need="They would start random, and a model with made-up weights must not be trained by mistake.",
             fix="Check that config.json and the safetensors belong together, or copy the model again.",
         )
+
+
+def _listed(names: list[str]) -> str:
+    """How many weights, and the names of the first."""
+    count = "1 weight" if len(names) == 1 else f"{len(names)} weights"
+    return f"{count} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"

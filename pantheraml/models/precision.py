@@ -143,13 +143,20 @@ def _stored_precision(
 
     is_4bit = stored.get("load_in_4bit") or stored.get("_load_in_4bit")
     is_8bit = stored.get("load_in_8bit") or stored.get("_load_in_8bit")
-    method = str(stored.get("quant_method", "bitsandbytes" if is_4bit or is_8bit else "unknown"))
-    kind = "load_in_4bit" if is_4bit else "load_in_8bit" if is_8bit else f"'{method}'"
-    if method != "bitsandbytes" or flags.full_finetuning or any(name != kind for name in chosen):
-        wanted = "full_finetuning" if flags.full_finetuning else chosen[0] if chosen else "training"
+    if not (is_4bit or is_8bit):
         raise ConfigError(
-            got=f"The checkpoint is stored quantised ({method}, {kind}) and {wanted} was asked for.",
-            need="Quantised weights keep their format; bitsandbytes checkpoints are read in their own precision.",
-            fix="Take the 16-bit version of this model, or for a bitsandbytes checkpoint drop the other flags.",
+            got=f"The checkpoint is stored quantised by {stored.get('quant_method', 'an unnamed method')}.",
+            need="Of quantised checkpoints, those of bitsandbytes are read; adapters of others are not trained here.",
+            fix="Take the 16-bit version of this model; load_in_4bit=True quantises it while it is loaded.",
+        )
+    flag = "load_in_4bit" if is_4bit else "load_in_8bit"
+    unwanted = [f"{name}=True" for name in chosen if name != flag]
+    unwanted += ["full_finetuning=True"] if flags.full_finetuning else []
+    unwanted += ["load_in_4bit=False"] if is_4bit and flags.load_in_4bit is False else []
+    if unwanted:
+        raise ConfigError(
+            got=f"{unwanted[0]} was given for a checkpoint that is stored in {'4' if is_4bit else '8'}-bit.",
+            need="Weights that were quantised keep their format.",
+            fix=f"Drop {unwanted[0]} to load it as it is stored, or take the 16-bit version of this model.",
         )
     return Precision("4bit" if is_4bit else "8bit", pick_dtype(dtype, device))

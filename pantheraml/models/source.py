@@ -7,6 +7,7 @@ so copies in other formats are neither downloaded nor opened.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import struct
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any
 from pantheraml.errors import ModelLoadError
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer*", "*.tiktoken"]
+# Folders of a repository hold the same model in other formats.
+_NESTED = ["*/*.json", "*/*.txt", "*/*.model", "*/*.tiktoken"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -61,7 +64,7 @@ def resolve_source(
     """
     folder = _local_folder(str(name), revision, token, trust_remote_code)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         if not base:
             raise ModelLoadError(
                 got=f"The adapter in '{name}' does not say which model it belongs to.",
@@ -84,6 +87,7 @@ def resolve_source(
             need="A model folder as written by save_pretrained is needed.",
             fix="Check the path; a checkpoint of a run is one level deeper, in checkpoint-<step>.",
         )
+    read_json(folder / "config.json")
     check_weights(folder, "model")
     return ModelSource(str(name), folder)
 
@@ -105,23 +109,11 @@ def check_weights(folder: Path, stem: str) -> list[Path]:
     if single.exists():
         shards = [single]
     elif index.exists():
-        shards = [folder / file for file in dict.fromkeys(_read_json(index).get("weight_map", {}).values())]
+        shards = [folder / file for file in dict.fromkeys(read_json(index).get("weight_map", {}).values())]
     else:
         shards = []
     if not shards:
-        pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
-        if pickles:
-            raise ModelLoadError(
-                got=f"'{folder}' offers its weights as pickles only ({', '.join(pickles[:3])}).",
-                need="Pickles can run code when they are opened, so only safetensors are read.",
-                fix="Convert the folder where you trust it: AutoModelForCausalLM.from_pretrained(FOLDER)"
-                ".save_pretrained(NEW_FOLDER) writes safetensors.",
-            )
-        raise ModelLoadError(
-            got=f"'{folder}' holds no weights.",
-            need=f"{single.name} or {index.name} with its shards is needed.",
-            fix="Copy the missing files, or download the model again.",
-        )
+        raise _no_weights(folder, stem, [file.name for file in folder.iterdir()])
     missing = [file.name for file in shards if not file.exists()]
     if missing:
         raise ModelLoadError(
@@ -132,6 +124,23 @@ def check_weights(folder: Path, stem: str) -> list[Path]:
     for file in shards:
         _check_complete(file)
     return shards
+
+
+def _no_weights(place: str | Path, stem: str, names: list[str]) -> ModelLoadError:
+    """The error for a folder or repository with the files ``names`` and no safetensors among them."""
+    pickles = sorted({name for pattern in _PICKLES for name in fnmatch.filter(names, pattern)})
+    if pickles:
+        return ModelLoadError(
+            got=f"'{place}' offers its weights as pickles only ({', '.join(pickles[:3])}).",
+            need="Pickles can run code when they are opened, so only safetensors are read.",
+            fix="Convert it where you trust it: AutoModelForCausalLM.from_pretrained(FOLDER)"
+            ".save_pretrained(NEW_FOLDER) writes safetensors.",
+        )
+    return ModelLoadError(
+        got=f"'{place}' holds no weights.",
+        need=f"{stem}.safetensors or {stem}.safetensors.index.json with its shards is needed.",
+        fix="Copy the missing files, or download the model again.",
+    )
 
 
 def _check_complete(file: Path) -> None:
@@ -156,7 +165,7 @@ def _check_complete(file: Path) -> None:
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise ModelLoadError(
-            got=f"'{file}' has {size:,} bytes where its header promises {expected:,}.",
+            got=f"'{file}' has {size:,} bytes where its header promises {expected:,} bytes.",
             need="The file was cut short or overwritten; its tensors cannot be trusted.",
             fix="Copy or download this file again.",
         )
@@ -182,16 +191,32 @@ def _fetch(repo_id: str, revision: str | None, token: str | None, trust_remote_c
     from huggingface_hub import snapshot_download
 
     def download(patterns: list[str]) -> Path:
-        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
+        folder = snapshot_download(
+            repo_id, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=_NESTED
+        )
+        return Path(folder)
 
     try:
         folder = download([*_SMALL_FILES, *(["*.py"] if trust_remote_code else [])])
         stem = "model" if (folder / "config.json").exists() else "adapter_model"
         index = folder / f"{stem}.safetensors.index.json"
-        shards = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else []
-        return download(shards or [f"{stem}.safetensors"])
+        shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else []
+        folder = download(shards or [f"{stem}.safetensors"])
     except Exception as error:
         raise _explain_hub_error(repo_id, revision, error) from error
+    if not any(folder.glob("*.safetensors")):
+        raise _no_weights(repo_id, stem, _list_repository(repo_id, revision, token))
+    return folder
+
+
+def _list_repository(repo_id: str, revision: str | None, token: str | None) -> list[str]:
+    """Names of all files there; none when the hub does not say, since they only make an error clearer."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi(token=token).list_repo_files(repo_id, revision=revision)
+    except Exception:
+        return []
 
 
 def _explain_hub_error(repo_id: str, revision: str | None, error: Exception) -> ModelLoadError:
@@ -215,16 +240,35 @@ def _explain_hub_error(repo_id: str, revision: str | None, error: Exception) -> 
             need="A local folder or a hub id such as 'org/name' is needed; private models need a token.",
             fix="Check the spelling, or pass token='hf_...'.",
         )
+    at = f" at revision '{revision}'" if revision else ""
     return ModelLoadError(
-        got=f"'{repo_id}' is not a folder here, is not in the local cache, and the hub cannot be reached"
-        f" ({type(error).__name__}).",
-        need="The files must be on this machine before a run without network.",
-        fix=f"Give a local folder, or run `hf download {repo_id}` once with network"
-        " (and unset HF_HUB_OFFLINE if it is set).",
+        got=f"'{repo_id}' is neither a folder here nor whole in the local cache{at}, and {_why_not(error)}.",
+        need="The files must be on this machine before a run without the hub.",
+        fix=f"Give a local folder, or run `hf download {repo_id}` once where the hub can be reached"
+        " (and HF_HUB_OFFLINE is not set).",
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _why_not(error: BaseException | None) -> str:
+    """Why the hub gave nothing, as the end of a sentence."""
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE keeps this process from the hub"
+    while error is not None:
+        if isinstance(error, hub.HfHubHTTPError) and error.response is not None:
+            return f"the hub answered with status {error.response.status_code}"
+        error = error.__cause__
+    return "the hub cannot be reached"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``.
+
+    Raises:
+        ModelLoadError: the file holds none.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -234,5 +278,9 @@ def _read_json(file: Path) -> dict[str, Any]:
             fix="Copy or download it again.",
         ) from error
     if not isinstance(content, dict):
-        raise ModelLoadError(got=f"'{file}' holds no JSON object.", fix="Copy or download it again.")
+        raise ModelLoadError(
+            got=f"'{file}' holds no JSON object but a {type(content).__name__}.",
+            need="Its settings are name and value, in braces.",
+            fix="Copy or download it again.",
+        )
     return content

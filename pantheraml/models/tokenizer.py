@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pantheraml.errors import ModelLoadError
+from pantheraml.errors import ModelLoadError, first_line
 from pantheraml.log import say, warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Any of these is a tokenizer, or most of one.
+_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 # Tokens that model makers set aside for padding, in order of preference.
 _PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|endoftext|>", "<unk>")
 
@@ -28,13 +30,20 @@ def load_tokenizer(folder: Path, *, fix: bool, trust_remote_code: bool = False) 
     """
     from transformers import AutoTokenizer
 
+    if not any(path for pattern in _FILES for path in folder.glob(pattern)):
+        raise ModelLoadError(
+            got=f"'{folder}' holds no tokenizer.",
+            need="A tokenizer.json (or a sentencepiece tokenizer.model) is needed beside the weights.",
+            fix="Copy the tokenizer's files of the original model there.",
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise ModelLoadError(
-            got=f"No tokenizer could be read from '{folder}' ({type(error).__name__}: {str(error).splitlines()[0]}).",
+            got=f"The tokenizer in '{folder}' cannot be read ({first_line(error)}).",
             need="A tokenizer.json (or a sentencepiece tokenizer.model) is needed beside the weights.",
-            fix="Copy the tokenizer's files there; for tokenizer.model also `pip install 'pantheraml[sentencepiece]'`.",
+            fix="Copy the tokenizer's files of the original model again; for tokenizer.model also "
+            "`pip install 'pantheraml[sentencepiece]'`.",
         ) from error
     if fix:
         tokenizer.padding_side = "right"
@@ -43,15 +52,15 @@ def load_tokenizer(folder: Path, *, fix: bool, trust_remote_code: bool = False) 
 
 
 def _ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
+    named = tokenizer.pad_token
+    if named is not None and named != tokenizer.eos_token:
         return
     vocabulary = tokenizer.get_vocab()
     for token in _PAD_TOKENS:
         if token in vocabulary and token != tokenizer.eos_token:
             tokenizer.pad_token = token
-            say(
-                f"padding uses {token!r}: the tokenizer named {'the end-of-text token' if token else 'none'} for it."
-            )
+            said = "no token" if named is None else "the end-of-text token"
+            say(f"padding uses {token!r}: the tokenizer named {said} for it.")
             return
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

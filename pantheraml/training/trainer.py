@@ -89,14 +89,7 @@ class PantheraMLTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         processing_class = _one_tokenizer(processing_class, tokenizer)
-        if isinstance(model, str):
-            raise ConfigError(
-                got=f"model={model!r} was given to the trainer.",
-                need="The trainer takes a loaded model.",
-                fix=f"Write model, tokenizer = FastLanguageModel.from_pretrained({model!r}).",
-            )
-        if train_dataset is None:
-            raise DataError(got="No train_dataset was given.", fix="Pass train_dataset=load_dataset(...).")
+        train_dataset = _given_rows(model, train_dataset)
         config = to_sft_config(
             args, dataset_text_field=dataset_text_field, packing=packing, dataset_num_proc=dataset_num_proc
         )
@@ -272,6 +265,23 @@ class PantheraMLTrainer(SFTTrainer):
 
 
 UnslothTrainer = PantheraMLTrainer
+
+
+def _given_rows(model: object, rows: Rows | None) -> Rows:
+    """The training rows; refuses a model that is only a name, and rows that are not there."""
+    if isinstance(model, str):
+        raise ConfigError(
+            got=f"model={model!r} was given to the trainer.",
+            need="The trainer takes a loaded model.",
+            fix=f"Write model, tokenizer = FastLanguageModel.from_pretrained({model!r}).",
+        )
+    if rows is None:
+        raise DataError(
+            got="No train_dataset was given.",
+            need="The trainer takes a datasets.Dataset or a stream, in any format of docs/data-formats.md.",
+            fix="Pass train_dataset=load_dataset('json', data_files='rows.jsonl', split='train').",
+        )
+    return rows
 
 
 def _one_tokenizer(

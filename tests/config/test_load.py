@@ -168,8 +168,7 @@ flavour: 1
         "run.yaml:1: devices names 2: cuda:0, cuda:1. Training on several GPUs is not available in this "
         "version; give one device.",
         "run.yaml:3: there is no setting trainer.lr. Write trainer.learning_rate.",
-        "run.yaml:4: there is no setting trainer.learning_rte. "
-        "Did you mean 'learning_rate' or 'embedding_learning_rate'?",
+        "run.yaml:4: there is no setting trainer.learning_rte. Did you mean 'learning_rate'?",
         "run.yaml:5: there is no setting trainer.max_seq_length. "
         "It belongs elsewhere: write model.max_seq_length.",
         "run.yaml:6: trainer.per_device_train_batch_size is 0; "
@@ -207,7 +206,7 @@ flavour: 1
         ("data.loader=rows", 'data.loader is "rows"; it takes text such as package.module:function or null.'),
         ("train_on_responses={instruction_part: a}", "train_on_responses.response_part is missing; it takes"),
         ("train_on_responses={user: a}", "there is no setting train_on_responses.user."),
-        ("trainer.max_stepz=1", "no setting trainer.max_stepz. Did you mean 'max_steps' or"),
+        ("trainer.max_stepz=1", "no setting trainer.max_stepz. Did you mean 'max_steps'?"),
         ("lora.learning_ratee=1", "no setting lora.learning_ratee. Did you mean 'trainer.learning_rate'?"),
         ("lora.seed=1", "there is no setting lora.seed. It belongs elsewhere: write seed or trainer.seed."),
         ("trainer.optim=[", "expected the node content"),

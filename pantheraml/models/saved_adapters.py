@@ -1,0 +1,68 @@
+"""Adapters that were saved: attached to their base model, whole."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pantheraml.errors import AdapterError, first_line
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+_WEIGHTS = "adapter_model.safetensors"
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Attach the saved adapter of ``folder``, trainable.
+
+    Raises:
+        AdapterError: the adapter lacks weights this model would need, or has others.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    vocabulary = _vocabulary_keys(model)
+    try:
+        with warnings.catch_warnings():  # what it warns of is an error below
+            warnings.filterwarnings("ignore", "Found missing adapter keys")
+            wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise _foreign(folder, model, first_line(error)) from error
+    # Left to itself, PEFT asks the hub whether the vocabulary was resized.
+    expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        stored = set(file.keys())
+    odd = sorted((expected - stored) | (stored - expected - vocabulary))
+    if odd:
+        raise _foreign(folder, model, f"{len(odd)} of its weights do not match, first {odd[0]}")
+    return wrapped
+
+
+def saved_vocabulary(model: PreTrainedModel, folder: Path) -> int | None:
+    """Rows of the embedding that lies beside the adapter in ``folder``, None where there is none.
+
+    PEFT saves embedding and head with an adapter whose model got another vocabulary.
+    """
+    from safetensors import safe_open
+
+    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        found = _vocabulary_keys(model) & set(file.keys())
+        return file.get_slice(min(found)).get_shape()[0] if found else None
+
+
+def _vocabulary_keys(model: PreTrainedModel) -> set[str]:
+    """Names of whole embedding and head weights in an adapter's file."""
+    whole = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = [name for name, module in model.named_modules() if any(module is one for one in whole)]
+    return {f"base_model.model.{name}{step}.weight" for name in names for step in ("", ".base_layer")}
+
+
+def _foreign(folder: Path, model: PreTrainedModel, reason: str) -> AdapterError:
+    return AdapterError(
+        got=f"The adapter in '{folder}' does not fit the base model '{model.config.name_or_path}' ({reason}).",
+        need="An adapter only fits the model it was trained on.",
+        fix="Load it with that model: set 'base_model_name_or_path' in its adapter_config.json.",
+    )

@@ -1,0 +1,71 @@
+"""Trainers that cannot be built, and runs that would train nothing."""
+
+from __future__ import annotations
+
+import textwrap
+
+from tests.errors.workshop import Workshop, case
+
+ROWS = [{"text": "one two three"}, {"text": "four five six"}]
+
+
+@case
+def trainer_without_tokenizer(shop: Workshop) -> None:
+    shop.trainer(ROWS, tokenizer=None)
+
+
+@case
+def trainer_with_two_tokenizers(shop: Workshop) -> None:
+    from tests import tiny
+
+    shop.trainer(ROWS, processing_class=tiny.build_tokenizer())
+
+
+@case
+def trainer_with_the_name_of_a_model(shop: Workshop) -> None:
+    shop.trainer(ROWS, model="org/name")
+
+
+@case
+def trainer_without_rows(shop: Workshop) -> None:
+    shop.trainer(ROWS, train_dataset=None)
+
+
+@case
+def arguments_of_the_wrong_kind(shop: Workshop) -> None:
+    shop.trainer(ROWS, args={"max_steps": 1})
+
+
+@case
+def no_rate_for_embeddings(shop: Workshop) -> None:
+    shop.trainer(ROWS, arguments={"embedding_learning_rate": 0.0})
+
+
+@case
+def rate_of_embeddings_that_are_not_trained(shop: Workshop) -> None:
+    shop.trainer(ROWS, arguments={"embedding_learning_rate": 1e-5}).train()
+
+
+@case
+def run_file_with_three_problems(shop: Workshop) -> None:
+    from pantheraml.config.load import load_config
+
+    text = """
+        model:
+          model_name: org/name
+          load_in_4bit: true
+          load_in_8bit: true
+        data:
+          path: rows.jsonl
+        trainer:
+          learning_rte: 2e-4
+          max_steps: many
+    """
+    load_config(shop.file("run.yaml", textwrap.dedent(text)))
+
+
+@case
+def run_file_that_is_not_there(shop: Workshop) -> None:
+    from pantheraml.config.load import load_config
+
+    load_config(shop.root / "nothing.yaml")

@@ -1,0 +1,36 @@
+"""Loads models from the hub that HF_ENDPOINT names and prints what came of it; run by test_hub_download.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+
+from pantheraml import FastLanguageModel
+from pantheraml.errors import PantheraMLError
+
+
+def attempt(name: str, **flags: Any) -> dict[str, Any]:
+    """Name of the model and the sum of its logits, or the error."""
+    try:
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            name, max_seq_length=64, load_in_4bit=False, device_map="cpu", **flags
+        )
+    except PantheraMLError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    with torch.no_grad():
+        logits = model.eval()(torch.arange(5, 25)[None]).logits
+    return {
+        "name": model.config._name_or_path,
+        "logits": logits.double().sum().item(),
+        "tokens": len(tokenizer),
+        "template": tokenizer.chat_template,
+        "adapter": hasattr(model, "peft_config"),
+    }
+
+
+if __name__ == "__main__":
+    found = {key: attempt(**flags) for key, flags in json.loads(sys.argv[1]).items()}
+    print("RESULT " + json.dumps(found))
