@@ -45,11 +45,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             _synchronize()
+            if options.profile and state.global_step == options.steps - 1:
+                self.profiler = torch.profiler.profile()
+                self.profiler.start()
             self.began = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             _synchronize()
             self.times.append(time.perf_counter() - self.began)
+            if options.profile and state.global_step == options.steps:
+                self.profiler.stop()
+                self.times.pop()
+                print(self.profiler.key_averages().table(sort_by="self_device_time_total", row_limit=40))
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "grad_norm" in logs:
@@ -151,6 +158,7 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--profile", action="store_true", help="print the kernels of the last step")
     parser.add_argument("--output", default="outputs/benchmark")
     options = parser.parse_args()
     if options.make:

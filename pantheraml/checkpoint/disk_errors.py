@@ -67,7 +67,13 @@ def save_error(
     if waiting is not None:
         kept = f"The new files are complete; those not yet in place wait in {waiting} for the next save."
     if number is None or number in _FULL:
-        size = f"needs {_size(bytes_needed)}" if bytes_needed else f"had written {_size(written)}" if written else ""
+        size = (
+            f"needs {_size(bytes_needed)}"
+            if bytes_needed
+            else f"had written {_size(written)}"
+            if written
+            else ""
+        )
         space = f"{f'The save {size} and ' if size else ''}{_size(free_bytes(target))} is free there."
         fix = "Free some space or save to a folder on another disk; `df -h` lists the disks."
         return SaveError(got, f"{space} {kept}", fix)

@@ -25,7 +25,9 @@ def removed_on_failure(folder: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         number = disk_error_number(error)
-        explained = None if number is None else save_error(number, str(error), folder)  # before space is freed
+        explained = (
+            None if number is None else save_error(number, str(error), folder)
+        )  # before space is freed
         if not existed:
             shutil.rmtree(folder, ignore_errors=True)
         if explained is None:

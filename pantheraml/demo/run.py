@@ -9,7 +9,11 @@ from typing import Any, cast
 from rich.console import Console
 from rich.table import Table
 
-QUESTIONS = ("What is the capital of France?", "Name the capital city of Japan.", "What is the opposite of hot?")
+QUESTIONS = (
+    "What is the capital of France?",
+    "Name the capital city of Japan.",
+    "What is the opposite of hot?",
+)
 
 
 def main(
