@@ -27,7 +27,7 @@ _BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 256, "num_warps": 4}
 
 
 @jit
-def _add_kernel(
+def _add_norm_kernel(
     x_ptr, y_ptr, s_ptr, h_ptr, w_ptr, rows, cols, eps, offset, t_ptr, t_stride, b_ptr, rank, scale,
     NORM: tl.constexpr, CAST_FIRST: tl.constexpr, LORA: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -60,7 +60,7 @@ def _add_kernel(
 
 
 @jit
-def _backward_kernel(
+def _norm_backward_kernel(
     dh_ptr, ds_ptr, s_ptr, dx_ptr, h_ptr, w_ptr, rows, cols, eps, offset, t_ptr, t_stride, b_ptr, rank, scale,
     RESIDUAL: tl.constexpr, KEEP_H: tl.constexpr, CAST_FIRST: tl.constexpr, LORA: tl.constexpr, RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -136,7 +136,7 @@ def add_norm(
     h = torch.empty_like(x) if weight is not None else s
     rows, cols = x.shape
     arguments, flags = _lora_arguments(lora, x)
-    _add_kernel[(-(-rows // _BLOCKS["BLOCK_M"]),)](
+    _add_norm_kernel[(-(-rows // _BLOCKS["BLOCK_M"]),)](
         x, y, s, h, x if weight is None else weight, rows, cols, eps, offset, *arguments,
         NORM=weight is not None, CAST_FIRST=cast_first, **flags, **_BLOCKS,
     )  # fmt: skip
@@ -173,7 +173,7 @@ def norm_backward(
     rows, cols = s.shape
     eps, offset, cast_first = norm
     arguments, flags = _lora_arguments(lora, s)
-    _backward_kernel[(-(-rows // _BLOCKS["BLOCK_M"]),)](
+    _norm_backward_kernel[(-(-rows // _BLOCKS["BLOCK_M"]),)](
         dh, dh if ds is None else ds, s, dx, dx if h is None else h, weight, rows, cols, eps, offset, *arguments,
         RESIDUAL=ds is not None, KEEP_H=keep_h, CAST_FIRST=cast_first, **flags, **_BLOCKS,
     )  # fmt: skip

@@ -19,9 +19,11 @@ from torch import Tensor
 from pantheraml.kernels.launch import jit, tl
 from pantheraml.kernels.low_rank import LowRank, low_rank_tile, padded_rank
 
+_BLOCKS = {"BLOCK_M": 64, "num_warps": 4}
+
 
 @jit
-def _forward_kernel(
+def _rotate_kernel(
     x_ptr, x_stride, rows, cols, cos_ptr, sin_ptr, bias_ptr, t_ptr, t_stride, b_ptr, rank, scale,
     TURN: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr, RANK: tl.constexpr, HALF: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -58,7 +60,7 @@ def _forward_kernel(
 
 
 @jit
-def _backward_kernel(
+def _rotate_back_kernel(
     dy_ptr, dy_batch, dy_token, dy_head, dx_ptr, dx_stride, tokens, rows, cos_ptr, sin_ptr,
     TURN: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -114,11 +116,10 @@ def rotate_(
     cos, sin = rotary if rotary is not None else (x, x)
     t, b, scale = lora if lora is not None else (x, x, 0.0)
     rank = 0 if lora is None else lora.b.shape[1]
-    block = 64
-    _forward_kernel[(cols // head_dim, -(-rows // block))](
+    _rotate_kernel[(cols // head_dim, -(-rows // _BLOCKS["BLOCK_M"]))](
         x, x.stride(0), rows, cols, cos, sin, x if bias is None else bias, t, t.stride(0), b, rank, scale,
         TURN=rotary is not None, BIAS=bias is not None, LORA=lora is not None,
-        RANK=padded_rank(max(rank, 1)), HALF=head_dim // 2, BLOCK_M=block, num_warps=4,
+        RANK=padded_rank(max(rank, 1)), HALF=head_dim // 2, **_BLOCKS,
     )  # fmt: skip
     return x
 
@@ -138,10 +139,9 @@ def rotate_back(dy: Tensor, rotary: tuple[Tensor, Tensor] | None, out: Tensor) -
     if dy.device.type != "cuda":
         return _eager_backward(dy, rotary, out)
     cos, sin = rotary if rotary is not None else (dy, dy)
-    block = 64
-    _backward_kernel[(heads, -(-batch * tokens // block))](
+    _rotate_back_kernel[(heads, -(-batch * tokens // _BLOCKS["BLOCK_M"]))](
         dy, dy.stride(0), dy.stride(2), dy.stride(1), out, out.stride(0), tokens, batch * tokens, cos, sin,
-        TURN=rotary is not None, HALF=head_dim // 2, BLOCK_M=block, num_warps=4,
+        TURN=rotary is not None, HALF=head_dim // 2, **_BLOCKS,
     )  # fmt: skip
     return out
 

@@ -44,7 +44,7 @@ def _activate(g, GELU: tl.constexpr):
 
 
 @jit
-def _forward_kernel(
+def _glu_forward_kernel(
     g_ptr, u_ptr, y_ptr, rows, cols, tg_ptr, tu_ptr, t_stride, bg_ptr, bu_ptr, rank, scale_g, scale_u,
     GELU: tl.constexpr, LORA: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +62,7 @@ def _forward_kernel(
 
 
 @jit
-def _backward_kernel(
+def _glu_backward_kernel(
     dy_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, y_ptr, rows, cols, tg_ptr, tu_ptr, t_stride, bg_ptr, bu_ptr, rank,
     scale_g, scale_u, td_ptr, td_stride, bd_ptr, rank_d, scale_d,
     GELU: tl.constexpr, LORA: tl.constexpr, LORA_D: tl.constexpr, RANK: tl.constexpr, RANK_D: tl.constexpr,
@@ -87,11 +87,12 @@ def _backward_kernel(
     tl.store(y_ptr + at, (value * u).to(element), mask=there)
 
 
-_BLOCKS = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
+_FORWARD = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
+_BACKWARD = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
 
 
-def _grid(rows: int, cols: int) -> tuple[int, int]:
-    return (-(-cols // _BLOCKS["BLOCK_N"]), -(-rows // _BLOCKS["BLOCK_M"]))
+def _grid(rows: int, cols: int, blocks: dict[str, int]) -> tuple[int, int]:
+    return (-(-cols // blocks["BLOCK_N"]), -(-rows // blocks["BLOCK_M"]))
 
 
 def glu_forward(
@@ -114,7 +115,7 @@ def glu_forward(
         return (_eager_activation(left, activation) * right).to(g.dtype)
     y = torch.empty_like(g)
     lora, rank = _lora_arguments(g, lora_g, lora_u)
-    _forward_kernel[_grid(*g.shape)](
+    _glu_forward_kernel[_grid(*g.shape, _FORWARD)](
         g,
         u,
         y,
@@ -123,7 +124,7 @@ def glu_forward(
         GELU=activation == "gelu_tanh",
         LORA=lora_g is not None,
         RANK=rank,
-        **_BLOCKS,
+        **_FORWARD,
     )
     return y
 
@@ -158,10 +159,10 @@ def glu_backward(
     down = (dy, 0, dy, 0, 0.0) if lora_dy is None else (
         lora_dy.t, lora_dy.t.stride(0), lora_dy.b, lora_dy.b.shape[1], lora_dy.scale,
     )  # fmt: skip
-    _backward_kernel[_grid(*g.shape)](
+    _glu_backward_kernel[_grid(*g.shape, _BACKWARD)](
         dy, g, u, dg, du, y, *g.shape, *lora, *down,
         GELU=activation == "gelu_tanh", LORA=lora_g is not None, LORA_D=lora_dy is not None, RANK=rank,
-        RANK_D=16 if lora_dy is None else padded_rank(lora_dy.b.shape[1]), **_BLOCKS,
+        RANK_D=16 if lora_dy is None else padded_rank(lora_dy.b.shape[1]), **_BACKWARD,
     )  # fmt: skip
     return dg, du, y
 

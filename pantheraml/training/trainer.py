@@ -34,8 +34,8 @@ from pantheraml.training.arguments import (
     to_sft_config,
     written_recompute,
 )
-from pantheraml.training.cpu_head import bind_cpu_head, needs_cpu_head
 from pantheraml.training.evaluation import TokenSums
+from pantheraml.training.head import bind_cpu_head, bind_head, needs_cpu_head, why_not_fused
 from pantheraml.training.optimizer import embedding_parameters, split_embedding_group
 
 Rows = Dataset | IterableDataset
@@ -140,11 +140,18 @@ class PantheraMLTrainer(SFTTrainer):
                 formatting_func=formatting_func,
                 **kwargs,
             )
-        if needs_cpu_head(config.device):
-            # TRL puts its head on the model for good, and a later trainer does so again; so does this one.
-            base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-            bind_cpu_head(cast(PreTrainedModel, base), PatchSet())
+        self._place_head(fused=state is not None and state.kernels == "auto")
         self._check_rows()
+
+    def _place_head(self, *, fused: bool) -> None:
+        """Put our head where TRL's is slower or cannot run."""
+        # TRL puts its head on the model for good, and a later trainer does so again; so does this one.
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        base = cast(PreTrainedModel, base)
+        if needs_cpu_head(self.args.device):
+            bind_cpu_head(base, PatchSet())
+        elif fused and self.args.device.type == "cuda" and why_not_fused(base) is None:
+            bind_head(base, PatchSet())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as SFTTrainer does, after one line about the run and one row with what is trained on marked."""

@@ -22,7 +22,8 @@ from pantheraml.models.fused.functions import (
 from pantheraml.models.fused.projection import Projection, read_projection
 from pantheraml.models.patching import PatchSet
 
-# Families whose layer is: norm, q k v (bias allowed), rotary positions, attention, o, residual, norm, gated MLP, residual.
+# Families whose layer is: norm, q k v (bias allowed), rotary positions, attention, o, residual, norm, gated MLP,
+# residual.
 _PLAIN_LAYERS = ("llama", "mistral", "qwen2")
 
 
