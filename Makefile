@@ -5,6 +5,8 @@ OLDEST := .venv-oldest
 BIN    := $(VENV)/bin
 MODEL  ?=
 export HF_HUB_DISABLE_TELEMETRY ?= 1
+# Test processes share the cores; more than one thread each makes them wait for one another.
+test unit test-oldest: export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test lint unit oldest test-oldest test-gpu clean
 
@@ -37,7 +39,7 @@ unit: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile tests/families tests/training
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile tests/families tests/training tests/models tests/data tests/export tests/facade
 
 # On a machine with a CUDA GPU, with whatever environment is active.
 test-gpu:

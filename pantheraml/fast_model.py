@@ -91,7 +91,8 @@ class FastLanguageModel:
             auto_device_map: same as ``device_map="auto"``.
             kernels: ``"auto"`` swaps in fused parts where they run; ``"off"`` gives the plain transformers model.
             attn_implementation: transformers' name of an attention, or None.
-            num_labels: build a sequence classifier (for reward models: 1) instead of a language model.
+            num_labels: build a sequence classifier (for reward models: 1) instead of a language model; None
+                builds what was saved.
             unknown: anything else is an error that says what to use.
 
         Returns:

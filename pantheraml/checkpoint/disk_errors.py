@@ -67,14 +67,10 @@ def save_error(
     if waiting is not None:
         kept = f"The new files are complete; those not yet in place wait in {waiting} for the next save."
     if number is None or number in _FULL:
-        size = (
-            f"needs {_size(bytes_needed)}"
-            if bytes_needed
-            else f"had written {_size(written)}"
-            if written
-            else ""
-        )
-        space = f"{f'The save {size} and ' if size else ''}{_size(free_bytes(target))} is free there."
+        space = f"{_size(free_bytes(target))} is free there."
+        if bytes_needed or written:
+            size = f"needs {_size(bytes_needed)}" if bytes_needed else f"had written {_size(written)}"
+            space = f"The save {size} and {space}"
         fix = "Free some space or save to a folder on another disk; `df -h` lists the disks."
         return SaveError(got, f"{space} {kept}", fix)
     if number in _FORBIDDEN:

@@ -65,7 +65,8 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
     precision = choose_precision(request.flags, request.dtype, device, stored)
     loading.extend_positions(config, request.max_seq_length, request.rope_scaling)
     tokenizer = load_tokenizer(source.tokenizer_folder, fix=request.fix_tokenizer, trust_remote_code=trust)
-    options = loading.LoadOptions(device, precision, request.attn_implementation, request.num_labels, trust)
+    num_labels = loading.choose_num_labels(request.num_labels, config, source.adapter)
+    options = loading.LoadOptions(device, precision, request.attn_implementation, num_labels, trust)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(request.random_state)
         model = loading.load_model(source.folder, config, options)

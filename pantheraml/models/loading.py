@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
+# The new layer of transformers' sequence classifiers.
+_HEADS = ("score.weight", "classifier.weight")
+
 
 @dataclass(frozen=True)
 class LoadOptions:
@@ -52,6 +55,39 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
             need=f"transformers {transformers.__version__} must know the architecture.",
             fix="Update transformers, or pass trust_remote_code=True if the folder brings code that you trust.",
         ) from error
+
+
+def choose_num_labels(wanted: int | None, config: PretrainedConfig, adapter: Path | None) -> int | None:
+    """How many labels the classifier to build has, or None for a language model.
+
+    Args:
+        wanted: what the user asked for, or None for what was saved.
+        config: the base model's configuration.
+        adapter: folder of a saved adapter; the head of a classifier comes with it, the base model has none.
+
+    Raises:
+        ConfigError: a classifier with another number of labels was saved.
+    """
+    stored = _stored_num_labels(config, adapter)
+    if wanted is not None and stored not in (None, wanted):
+        raise ConfigError(
+            got=f"num_labels={wanted} was given for a classifier that was saved with {stored}.",
+            need="Its trained head has one row for each label.",
+            fix="Leave num_labels out to load it as it is, or give the model it was trained from.",
+        )
+    return stored if wanted is None else wanted
+
+
+def _stored_num_labels(config: PretrainedConfig, adapter: Path | None) -> int | None:
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return config.num_labels
+    if adapter is None:
+        return None
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as tensors:
+        heads = [key for key in tensors.keys() if key.endswith(_HEADS)]  # noqa: SIM118 - not a dictionary
+        return tensors.get_slice(heads[0]).get_shape()[0] if heads else None
 
 
 def extend_positions(
@@ -151,7 +187,8 @@ def load_model(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
     kind = AutoModelForCausalLM
     if options.num_labels is not None:
         kind = AutoModelForSequenceClassification
-        kwargs["num_labels"] = options.num_labels
+        # Beside a config, an argument of that name would reach the model's own class.
+        config.num_labels = options.num_labels
     try:
         loaded: Any = kind.from_pretrained(folder, output_loading_info=True, **kwargs)
         model, report = loaded
@@ -163,7 +200,8 @@ def load_model(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
             need="Weights and config.json must belong together and fit this version of transformers.",
             fix="Check that the folder was not mixed from two models; update transformers for a newer architecture.",
         ) from error
-    _check_report(folder, report, new_head=options.num_labels is not None)
+    new_head = options.num_labels is not None and _stored_num_labels(config, None) is None
+    _check_report(folder, report, new_head=new_head)
     return model
 
 

@@ -23,6 +23,7 @@ class PantheraMLTrainingArguments(SFTConfig):
         max_length: longest row in tokens; None means the model's ``max_seq_length`` (SFTConfig: 1024).
         gradient_checkpointing: None means that the model's ``use_gradient_checkpointing`` decides (SFTConfig: True);
             True or False written here wins over it.
+        use_cpu: on where there is no CUDA GPU.
         dataloader_pin_memory: off where there is no GPU to copy to.
         bf16: None (with ``fp16`` unset) chooses by hardware: bf16 where the GPU has it, else fp16 on a GPU,
             float32 on a CPU (SFTConfig: bf16 everywhere).
@@ -42,7 +43,9 @@ class PantheraMLTrainingArguments(SFTConfig):
         # transformers turns None into False; what the user wrote is kept apart. Its newer name for it wins.
         newer = getattr(self, "activation_checkpointing", None)
         self._written_recompute = self.gradient_checkpointing if newer is None else newer
-        on_gpu = num_gpus() > 0 and not self.use_cpu
+        # Models are put on CUDA GPUs or on the CPU; said here, transformers allows bf16 there too.
+        self.use_cpu = self.use_cpu or num_gpus() == 0
+        on_gpu = not self.use_cpu
         self.dataloader_pin_memory = self.dataloader_pin_memory and on_gpu
         if self.bf16 is None and not self.fp16:
             self.bf16 = on_gpu and is_bfloat16_supported()

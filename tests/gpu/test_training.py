@@ -41,7 +41,9 @@ def arguments(folder, **kwargs):
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_precision_trains_saves_and_merges(llama, tmp_path, precision, packing):
+def test_every_precision_trains_saves_and_merges(tmp_path, precision, packing):
+    # bitsandbytes' fast 4-bit product wants widths that are multiples of 64.
+    llama = tiny.save_checkpoint(tmp_path / "base", intermediate_size=128)
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(llama), max_seq_length=128, **PRECISIONS[precision]
     )
@@ -161,5 +163,7 @@ def test_loading_holds_no_second_copy_on_the_host(two_gigabytes, precision, reco
     for name, value in figures.items():
         record_property(name, value)
     print(precision, figures)
-    assert figures["anonymous"] <= 1.2 * max(shards) + 1
-    assert figures["rss"] <= 1.2 * max(shards) + 1
+    # Private memory: what a second copy would take. The resident set also counts the mapped pages of the files, which
+    # are the system's cache of them: shared between processes, and given back under pressure.
+    assert figures["anonymous"] <= max(shards)
+    assert figures["rss"] <= sum(shards) + 1

@@ -7,9 +7,9 @@ config; a family only says what to expect. A new architecture is one short file 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 # The names every LoRA script uses; most families call their projections so.
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -26,6 +26,19 @@ Deviation = Literal[
     "partial_rotary",  # RoPE may turn only part of each head (rope_parameters.partial_rotary_factor)
     "residual_dropout",  # dropout on attention and MLP outputs (config.resid_pdrop)
 ]
+
+
+class _Copyable:
+    """Lets models that carry their family be copied and pickled, which read-only mappings cannot be."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}  # pyright: ignore[reportArgumentType]
+        plain = {key: dict(v) if isinstance(v, MappingProxyType) else v for key, v in values.items()}
+        return _rebuild, (type(self), plain)
+
+
+def _rebuild(kind: type[Any], values: dict[str, Any]) -> Any:
+    return kind(**{key: MappingProxyType(v) if isinstance(v, dict) else v for key, v in values.items()})
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,7 @@ class NormKind:
 
 
 @dataclass(frozen=True)
-class Experts:
+class Experts(_Copyable):
     """Where the experts of a mixture layer are; paths from the MLP.
 
     Attributes:
@@ -65,7 +78,7 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class ModelFamily:
+class ModelFamily(_Copyable):
     """Names and kinds of one family of causal language models.
 
     Attributes:
