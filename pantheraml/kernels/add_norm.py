@@ -6,13 +6,13 @@ Forward, in float32, s and h each rounded once:
     s = x + y + lora
     h = s / rms(s) * (offset + weight)
 
-Backward of ``h`` with respect to s, given dh (T, N), its LoRA addend and the gradient ds that comes by the residual:
-    g  = (dh + lora_dh) * (offset + weight)
+Backward of ``h`` with respect to s, given dh (T, N) and the gradient ds that comes by the residual:
+    g  = dh * (offset + weight)
     dx = ds + rstd * (g - s_hat * mean(g * s_hat))
     h  is recomputed on the way when asked for, because the gradient of LoRA's A needs it
 
-A row does not fit into registers beside the factors of LoRA, so each program walks twice over the columns of a few
-rows; the second walk reads what the first one left in the cache.
+In the forward a row does not fit into registers beside the factors of LoRA, so each program walks twice over the
+columns of a few rows; the second walk reads what the first one left in the cache.
 """
 
 from __future__ import annotations
@@ -61,43 +61,27 @@ def _add_norm_kernel(
 
 @jit
 def _norm_backward_kernel(
-    dh_ptr, ds_ptr, s_ptr, dx_ptr, h_ptr, w_ptr, rows, cols, eps, offset, t_ptr, t_stride, b_ptr, rank, scale,
-    RESIDUAL: tl.constexpr, KEEP_H: tl.constexpr, CAST_FIRST: tl.constexpr, LORA: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dh_ptr, ds_ptr, s_ptr, dx_ptr, h_ptr, w_ptr, rows, cols, eps, offset,
+    RESIDUAL: tl.constexpr, KEEP_H: tl.constexpr, CAST_FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    line = row.to(tl.int64)[:, None] * cols
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    there = col < cols
+    at = row * cols + col
     element = dx_ptr.dtype.element_ty
-    squares = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    products = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    for start in range(0, cols, BLOCK_N):
-        col = start + tl.arange(0, BLOCK_N)
-        there = (row < rows)[:, None] & (col < cols)[None, :]
-        s = tl.load(s_ptr + line + col[None, :], mask=there, other=0.0).to(tl.float32)
-        g = tl.load(dh_ptr + line + col[None, :], mask=there, other=0.0).to(tl.float32)
-        if LORA:
-            g += low_rank_tile(t_ptr, t_stride, b_ptr, row, col, rows, cols, rank, scale, RANK)
-        w = tl.load(w_ptr + col, mask=col < cols, other=0.0).to(tl.float32) + offset
-        squares += tl.sum(s * s, axis=1)
-        products += tl.sum(tl.where(there, g * w[None, :] * s, 0.0), axis=1)
-    rstd = tl.rsqrt(squares / cols + eps)
-    mean = products * rstd / cols
-    for start in range(0, cols, BLOCK_N):
-        col = start + tl.arange(0, BLOCK_N)
-        there = (row < rows)[:, None] & (col < cols)[None, :]
-        s_hat = tl.load(s_ptr + line + col[None, :], mask=there, other=0.0).to(tl.float32) * rstd[:, None]
-        g = tl.load(dh_ptr + line + col[None, :], mask=there, other=0.0).to(tl.float32)
-        if LORA:
-            g += low_rank_tile(t_ptr, t_stride, b_ptr, row, col, rows, cols, rank, scale, RANK)
-        w = tl.load(w_ptr + col, mask=col < cols, other=0.0).to(tl.float32) + offset
-        dx = rstd[:, None] * (g * w[None, :] - s_hat * mean[:, None])
-        if RESIDUAL:
-            dx += tl.load(ds_ptr + line + col[None, :], mask=there, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + line + col[None, :], dx.to(element), mask=there)
-        if KEEP_H:
-            if CAST_FIRST:
-                s_hat = s_hat.to(element).to(tl.float32)
-            tl.store(h_ptr + line + col[None, :], (s_hat * w[None, :]).to(element), mask=there)
+    s = tl.load(s_ptr + at, mask=there, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + col, mask=there, other=0.0).to(tl.float32) + offset
+    g = tl.load(dh_ptr + at, mask=there, other=0.0).to(tl.float32) * w
+    rstd = tl.rsqrt(tl.sum(s * s, axis=0) / cols + eps)
+    s_hat = s * rstd
+    dx = rstd * (g - s_hat * (tl.sum(g * s_hat, axis=0) / cols))
+    if RESIDUAL:
+        dx += tl.load(ds_ptr + at, mask=there, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + at, dx.to(element), mask=there)
+    if KEEP_H:
+        if CAST_FIRST:
+            s_hat = s_hat.to(element).to(tl.float32)
+        tl.store(h_ptr + at, (s_hat * w).to(element), mask=there)
 
 
 def _lora_arguments(lora: LowRank | None, stand_in: Tensor) -> tuple[tuple, dict]:
@@ -144,21 +128,14 @@ def add_norm(
 
 
 def norm_backward(
-    dh: Tensor,
-    lora: LowRank | None,
-    ds: Tensor | None,
-    s: Tensor,
-    weight: Tensor,
-    norm: tuple[float, float, bool],
-    keep_h: bool,
+    dh: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, norm: tuple[float, float, bool], keep_h: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of the norm's input, with the residual's gradient and LoRA's share added.
+    """The gradient of the norm's input, with the residual's gradient added.
 
     Args:
-        dh: (T, N), contiguous: gradient of the norm's output, from the base weights.
-        lora: what LoRA adds to dh, or None.
-        ds: (T, N): gradient that comes by the residual, or None.
-        s: (T, N): the norm's input.
+        dh: (T, N), contiguous: gradient of the norm's output.
+        ds: (T, N), contiguous: gradient that comes by the residual, or None.
+        s: (T, N), contiguous: the norm's input.
         weight: (N,).
         norm: eps, offset and cast_first of the norm.
         keep_h: also return the norm's output.
@@ -167,15 +144,16 @@ def norm_backward(
         dx (T, N), and h (T, N) or None.
     """
     if dh.device.type != "cuda":
-        return _eager_backward(dh, lora, ds, s, weight, norm, keep_h)
+        return _eager_backward(dh, ds, s, weight, norm, keep_h)
     dx = torch.empty_like(s)
     h = torch.empty_like(s) if keep_h else None
     rows, cols = s.shape
     eps, offset, cast_first = norm
-    arguments, flags = _lora_arguments(lora, s)
-    _norm_backward_kernel[(-(-rows // _BLOCKS["BLOCK_M"]),)](
-        dh, dh if ds is None else ds, s, dx, dx if h is None else h, weight, rows, cols, eps, offset, *arguments,
-        RESIDUAL=ds is not None, KEEP_H=keep_h, CAST_FIRST=cast_first, **flags, **_BLOCKS,
+    block = 1 << (cols - 1).bit_length()
+    _norm_backward_kernel[(rows,)](
+        dh, dh if ds is None else ds, s, dx, dx if h is None else h, weight, rows, cols, eps, offset,
+        RESIDUAL=ds is not None, KEEP_H=keep_h, CAST_FIRST=cast_first, BLOCK=block,
+        num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
     return dx, h
 
@@ -207,16 +185,9 @@ def _eager_add(
 
 
 def _eager_backward(
-    dh: Tensor,
-    lora: LowRank | None,
-    ds: Tensor | None,
-    s: Tensor,
-    weight: Tensor,
-    norm: tuple[float, float, bool],
-    keep_h: bool,
+    dh: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, norm: tuple[float, float, bool], keep_h: bool
 ) -> tuple[Tensor, Tensor | None]:
-    g = dh.float() if lora is None else dh.float() + lora.dense().float()
-    g = g * (weight.float() + norm[1])
+    g = dh.float() * (weight.float() + norm[1])
     rstd, s_hat, h = _eager_norm(s, weight, norm)
     dx = rstd * (g - s_hat * (g * s_hat).mean(-1, keepdim=True))
     if ds is not None:

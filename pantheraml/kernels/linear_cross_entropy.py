@@ -82,7 +82,9 @@ def _score_kernel(
             tl.store(z_ptr + col, d.to(z_ptr.dtype.element_ty), mask=col < cols)
 
 
-def _score_rows(z: Tensor, labels: Tensor, scale: float, cap: float | None, gradient: bool) -> tuple[Tensor, ...]:
+def _score_rows(
+    z: Tensor, labels: Tensor, scale: float, cap: float | None, gradient: bool
+) -> tuple[Tensor, ...]:
     """log_probs, entropy, is_top1 of logits z (rows, V); z becomes d logp / d z when ``gradient``."""
     if z.device.type != "cuda":
         return _eager_score(z, labels, scale, cap, gradient)
@@ -94,7 +96,9 @@ def _score_rows(z: Tensor, labels: Tensor, scale: float, cap: float | None, grad
     return logp, entropy, top1
 
 
-def _eager_score(z: Tensor, labels: Tensor, scale: float, cap: float | None, gradient: bool) -> tuple[Tensor, ...]:
+def _eager_score(
+    z: Tensor, labels: Tensor, scale: float, cap: float | None, gradient: bool
+) -> tuple[Tensor, ...]:
     raw = z.float() * scale
     y = raw if cap is None else cap * torch.tanh(raw / cap)
     log_p = y.log_softmax(-1)

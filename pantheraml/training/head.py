@@ -90,7 +90,11 @@ def _forward(
 
 
 def _plain_forward(
-    model: PreTrainedModel, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any
+    model: PreTrainedModel,
+    *args: Any,
+    fused_lm_head: bool = False,
+    labels: Tensor | None = None,
+    **kwargs: Any,
 ) -> Any:
     own_forward = type(model).forward
     if not fused_lm_head or labels is None:

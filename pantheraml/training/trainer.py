@@ -37,6 +37,7 @@ from pantheraml.training.arguments import (
 from pantheraml.training.evaluation import TokenSums
 from pantheraml.training.head import bind_cpu_head, bind_head, needs_cpu_head, why_not_fused
 from pantheraml.training.optimizer import embedding_parameters, split_embedding_group
+from pantheraml.training.step_figures import StepFigures
 
 Rows = Dataset | IterableDataset
 
@@ -128,6 +129,7 @@ class PantheraMLTrainer(SFTTrainer):
             config.max_length = None  # TRL refuses it, since it would not cut the rows; _prepare_dataset does
 
         self._eval_sums: TokenSums | None = None
+        self._figures = StepFigures()
         if config.padding_free or (config.packing and config.packing_strategy != "wrapped"):
             keep_documents_apart(model)
         with _kept_trainable_weights(model):
@@ -239,6 +241,41 @@ class PantheraMLTrainer(SFTTrainer):
         if rate is not None and not existed:
             split_embedding_group(optimizer, embedding_parameters(cast(torch.nn.Module, self.model)), rate)
         return optimizer
+
+    # --- loss -----------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss; in the plain case its figures stay on the device until they are logged."""
+        if return_outputs or not self._loss_is_plain():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs["use_cache"] = False
+        output = model(**inputs, fused_lm_head=True)
+        labels = output.label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        tokens = mask.sum() if mask is not None else positions.numel() if positions is not None else 0
+        self._figures.add(output.entropy, output.is_top1, output.label_mask, tokens)
+        return -output.log_probs.sum() / torch.as_tensor(labels).clamp(min=1)
+
+    def _loss_is_plain(self) -> bool:
+        """Whether the loss of this step is the plain negative log-likelihood in one process."""
+        model = cast(torch.nn.Module, self.model)
+        is_nll = (
+            self.args.loss_type == "nll" and self.compute_loss_func is None and self.label_smoother is None
+        )
+        return model.training and is_nll and not self.aux_loss_enabled and self.accelerator.num_processes == 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as TRL does, with the figures of the steps since the last line."""
+        entropies, accuracies, tokens = self._figures.take()
+        if entropies:
+            self._total_train_tokens += tokens
+            figures = self._metrics["train"]
+            figures["entropy"] += entropies
+            figures["mean_token_accuracy"] += accuracies
+            figures["num_tokens"] = [self._total_train_tokens]
+        super().log(logs, start_time)
 
     # --- evaluation -----------------------------------------------------------------------------------------
 

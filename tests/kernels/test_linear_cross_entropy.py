@@ -31,7 +31,9 @@ def inputs(rows, width, vocabulary, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.5, None), (1.0, 3.0), (2.0, 5.0)])
-@pytest.mark.parametrize(("rows", "width", "vocabulary"), [(1, 16, 11), (37, 32, 1000), (5, 64, 8193), (64, 16, 512)])
+@pytest.mark.parametrize(
+    ("rows", "width", "vocabulary"), [(1, 16, 11), (37, 32, 1000), (5, 64, 8193), (64, 16, 512)]
+)
 def test_values_and_gradient(rows, width, vocabulary, scale, cap, monkeypatch):
     monkeypatch.setattr(op, "_CHUNK_ELEMENTS", 10 * vocabulary)  # several chunks
     h, weight, labels = inputs(rows, width, vocabulary)

@@ -90,11 +90,23 @@ def _slices(t: Tensor | None, projections: tuple[Projection, ...]) -> list[Tenso
 
 
 def _back_through(grads: list[Tensor], projections: tuple[Projection, ...]) -> tuple[Tensor, Tensor | None]:
-    """dX from the base weights, (T, K), and LoRA's part of it as ``scale * dY B``, (T, sum of ranks)."""
-    dx = grads[0] @ projections[0].weight()
-    for grad, projection in zip(grads[1:], projections[1:], strict=True):
+    """dX (T, K), LoRA included, and its ``scale * dY B`` (T, sum of ranks), which the factors' gradients need.
+
+    The thin product of LoRA comes first and the wide ones are added to it: adding inside a product is free, while
+    adding the thin one afterwards would read and write dX once more.
+    """
+    inner = _inner(grads, projections)
+    if inner is None:
+        dx = grads[0] @ projections[0].weight()
+        rest = zip(grads[1:], projections[1:], strict=True)
+    else:
+        a = _stacked(projections, inner.dtype)
+        assert a is not None
+        dx = inner @ a
+        rest = zip(grads, projections, strict=True)
+    for grad, projection in rest:
         dx.addmm_(grad, projection.weight())
-    return dx, _inner(grads, projections)
+    return dx, inner
 
 
 def _inner(grads: list[Tensor], projections: tuple[Projection, ...]) -> Tensor | None:
@@ -169,13 +181,11 @@ class AttentionInput(torch.autograd.Function):
             out = buffer[:, start : start + projection.features]
             grads.append(rotate_back(grad, (cos, sin) if index < 2 else None, out))
             start += projection.features
-        a = _stacked(projections, flat.dtype)
         if ctx.needs_input_grad[0]:
             dh, inner = _back_through(grads, projections)
-            lora = None if a is None or inner is None else LowRank(inner, a.T.contiguous(), 1.0)
             residual = dx.reshape(flat.shape)
             gradient, h = norm_backward(
-                dh, lora, residual, flat, part.norm.weight, part.norm.settings, keep_h=t is not None
+                dh, residual, flat, part.norm.weight, part.norm.settings, keep_h=t is not None
             )
             gradient = gradient.view(dx.shape)
         else:  # the first layer: nothing trained lies before it
@@ -239,15 +249,11 @@ class AttentionOutput(torch.autograd.Function):
         del value
 
         dh, inner = _back_through([dgate, dup], pair)
-        a = _stacked(pair, flat.dtype)
-        lora = None if a is None or inner is None else LowRank(inner, a.T.contiguous(), 1.0)
-        dmiddle, h = norm_backward(dh, lora, flat, middle, norm.weight, norm.settings, keep_h=t is not None)
+        dmiddle, h = norm_backward(dh, flat, middle, norm.weight, norm.settings, keep_h=t is not None)
         pair_factors = _factor_gradients([dgate, dup], inner, middle if h is None else h, t, pair)
         del dgate, dup, h, dh
 
         dheads, inner_o = _back_through([dmiddle], (part.o,))
-        if inner_o is not None and part.o.a is not None:
-            dheads.addmm_(inner_o, part.o.a.detach().to(inner_o.dtype))
         o_factors = _factor_gradients([dmiddle], inner_o, heads, t_o, (part.o,))
         shape = dy.shape
         return (
