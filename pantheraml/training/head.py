@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from pantheraml.kernels.linear_cross_entropy import linear_log_probs
+from pantheraml.models.fused.projection import computes_in
 from pantheraml.models.patching import PatchSet
 
 # What a config may do to its logits besides a soft-cap; such a head is left to TRL.
@@ -57,6 +58,11 @@ def bind_cpu_head(model: PreTrainedModel, patches: PatchSet) -> None:
     patches.bind(model, "forward", _plain_forward, "TRL 1.15 computes its head in Triton only")
 
 
+def _fits(model: PreTrainedModel) -> bool:
+    weight: Any = model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
+    return why_not_fused(model) is None and computes_in(weight.dtype, weight.device)
+
+
 def _forward(
     before: Any,
     model: PreTrainedModel,
@@ -65,7 +71,7 @@ def _forward(
     labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    if not fused_lm_head or labels is None or "shift_labels" in kwargs or why_not_fused(model) is not None:
+    if not fused_lm_head or labels is None or "shift_labels" in kwargs or not _fits(model):
         return before(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
     num_items = kwargs.pop("num_items_in_batch", None)
     target = labels[:, 1:]

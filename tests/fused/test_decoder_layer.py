@@ -144,3 +144,10 @@ def test_generation_equals_stock_and_undoing_restores_the_layers():
     assert list(ours.state_dict()) == names == list(theirs.state_dict())
     with torch.no_grad():
         assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+
+
+def test_autocast_to_another_dtype_runs_the_stock_layer(calls):
+    ours, theirs = (build("llama", ALL, fused)[0] for fused in (True, False))
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert_equal(run(ours), run(theirs), tolerance=0.05)
+    assert not calls

@@ -19,7 +19,7 @@ from pantheraml.models.fused.functions import (
     OutputPart,
     factors,
 )
-from pantheraml.models.fused.projection import Projection, read_projection
+from pantheraml.models.fused.projection import Projection, computes_in, read_projection
 from pantheraml.models.patching import PatchSet
 
 # Families whose layer is: norm, q k v (bias allowed), rotary positions, attention, o, residual, norm, gated MLP,
@@ -125,6 +125,8 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         norms = [self._read_norm(name) for name in self.family.layer_norms]
         first, second = norms
         if first is None or second is None or x.dtype != first.weight.dtype:
+            return None
+        if not computes_in(x.dtype, x.device) or q.dtype != x.dtype:
             return None
         before = InputPart(first, (q, k, v), attention.head_dim)
         activation = "silu" if self.family.activation == "silu" else "gelu_tanh"

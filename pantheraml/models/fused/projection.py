@@ -39,6 +39,12 @@ class Projection(NamedTuple):
         return dequantize_4bit(packed.data, state)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the layer computes in."""
+        state = getattr(self.linear.weight, "quant_state", None)
+        return self.linear.weight.dtype if state is None else state.dtype
+
+    @property
     def features(self) -> int:
         """N."""
         return self.linear.out_features
@@ -79,6 +85,11 @@ def read_projection(layer: nn.Module) -> Projection | str:
     return Projection(
         base, module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])
     )
+
+
+def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of ``dtype`` tensors are computed in that dtype, which autocast may change."""
+    return not torch.is_autocast_enabled(device.type) or torch.get_autocast_dtype(device.type) == dtype
 
 
 def thin(x: Tensor, factor: Tensor) -> Tensor:
