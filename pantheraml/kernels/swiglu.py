@@ -91,7 +91,8 @@ _FORWARD = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
 _BACKWARD = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
 
 
-def _grid(rows: int, cols: int, blocks: dict[str, int]) -> tuple[int, int]:
+def _grid(tensor: Tensor, blocks: dict[str, int]) -> tuple[int, int]:
+    rows, cols = tensor.shape
     return (-(-cols // blocks["BLOCK_N"]), -(-rows // blocks["BLOCK_M"]))
 
 
@@ -115,7 +116,7 @@ def glu_forward(
         return (_eager_activation(left, activation) * right).to(g.dtype)
     y = torch.empty_like(g)
     lora, rank = _lora_arguments(g, lora_g, lora_u)
-    _glu_forward_kernel[_grid(*g.shape, _FORWARD)](
+    _glu_forward_kernel[_grid(g, _FORWARD)](
         g,
         u,
         y,
@@ -159,7 +160,7 @@ def glu_backward(
     down = (dy, 0, dy, 0, 0.0) if lora_dy is None else (
         lora_dy.t, lora_dy.t.stride(0), lora_dy.b, lora_dy.b.shape[1], lora_dy.scale,
     )  # fmt: skip
-    _glu_backward_kernel[_grid(*g.shape, _BACKWARD)](
+    _glu_backward_kernel[_grid(g, _BACKWARD)](
         dy, g, u, dg, du, y, *g.shape, *lora, *down,
         GELU=activation == "gelu_tanh", LORA=lora_g is not None, LORA_D=lora_dy is not None, RANK=rank,
         RANK_D=16 if lora_dy is None else padded_rank(lora_dy.b.shape[1]), **_BACKWARD,
