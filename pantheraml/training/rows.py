@@ -21,8 +21,9 @@ def format_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, text_field: str,
 
 
 def token_counts(rows: Dataset) -> Any:
-    """Tokens of each row, as a numpy array."""
-    return rows.with_format("arrow")[:]["input_ids"].combine_chunks().value_lengths().to_numpy()
+    """Tokens of each row, as a numpy array of int64: Arrow's int32 overflows in products with them."""
+    lengths = rows.with_format("arrow")[:]["input_ids"].combine_chunks().value_lengths()
+    return lengths.to_numpy().astype("int64")
 
 
 def report_cut_rows(name: str, rows: Dataset, most: int) -> None:

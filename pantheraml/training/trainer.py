@@ -156,7 +156,7 @@ class PantheraMLTrainer(SFTTrainer):
             or "input_ids" not in rows.column_names
         ):
             return
-        longest = max(token_counts(rows), default=0)
+        longest = int(token_counts(rows).max())
         tokens = longest * self.args.per_device_train_batch_size
         need, free = estimate_activations(cast(Any, self.model), tokens), free_gpu_bytes(self.args.device)
         on = need > FREE_SHARE * free
