@@ -37,6 +37,12 @@ def gpu_memory(index: int) -> dict[str, float]:
     }
 
 
+def free_gpu_bytes(device: torch.device) -> int:
+    """What this process can still allocate on a GPU: free memory, and what its allocator holds unused."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def cpu_memory() -> dict[str, float]:
     """Memory of this process and its machine, in GiB: ``rss``, ``peak_rss`` and ``total``."""
     rss = psutil.Process().memory_info().rss

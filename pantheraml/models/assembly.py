@@ -97,6 +97,7 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
         recompute=request.recompute,
         full_finetuning=request.flags.full_finetuning,
         family=find_family(config),
+        kernels=request.kernels,
         patches=PatchSet(),
     )
     set_state(model, state)

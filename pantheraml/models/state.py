@@ -30,6 +30,7 @@ class ModelState:
         recompute: the user's ``use_gradient_checkpointing``.
         full_finetuning: whether all weights are trained.
         family: its architecture as data, or None for the generic path.
+        kernels: ``"auto"`` or ``"off"``.
         patches: the ledger of everything that was changed on it: fused parts, bound methods.
     """
 
@@ -39,6 +40,7 @@ class ModelState:
     recompute: Recompute
     full_finetuning: bool
     family: ModelFamily | None
+    kernels: str
     patches: PatchSet
 
 

@@ -23,6 +23,8 @@ class PantheraMLTrainingArguments(SFTConfig):
         max_length: longest row in tokens; None means the model's ``max_seq_length`` (SFTConfig: 1024).
         gradient_checkpointing: None means that the model's ``use_gradient_checkpointing`` decides (SFTConfig: True);
             True or False written here wins over it.
+        logging_nan_inf_filter: off: a loss that is not finite is logged as such, and no step waits for the device to
+            find out (transformers: replaced by the mean of the others).
         use_cpu: on where there is no CUDA GPU.
         dataloader_pin_memory: off where there is no GPU to copy to.
         bf16: None (with ``fp16`` unset) chooses by hardware: bf16 where the GPU has it, else fp16 on a GPU,
@@ -37,6 +39,10 @@ class PantheraMLTrainingArguments(SFTConfig):
     )
     gradient_checkpointing: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=None, metadata={"help": "Recompute activations; None leaves it to the model."}
+    )
+
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Log losses that are not finite as what they are."}
     )
 
     def __post_init__(self) -> None:

@@ -9,22 +9,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from pantheraml.checkpoint.partial import removed_on_failure
-from pantheraml.data.formats import format_dataset
 from pantheraml.data.masking import check_labels
 from pantheraml.data.preview import describe_sample
-from pantheraml.devices.memory import format_memory_stats, get_memory_stats
+from pantheraml.devices.memory import GIB, format_memory_stats, free_gpu_bytes, get_memory_stats
 from pantheraml.errors import ConfigError, DataError
 from pantheraml.log import say
 from pantheraml.models.adapters import count_parameters
 from pantheraml.models.packed_rows import keep_documents_apart
 from pantheraml.models.patching import PatchSet
-from pantheraml.models.recompute import is_recompute_on
+from pantheraml.models.recompute import FREE_SHARE, estimate_activations, is_recompute_on
 from pantheraml.models.state import get_state
 from pantheraml.training.arguments import (
     PantheraMLTrainingArguments,
@@ -34,11 +33,11 @@ from pantheraml.training.arguments import (
     to_sft_config,
     written_recompute,
 )
-from pantheraml.training.cpu_head import bind_cpu_head, needs_cpu_head
 from pantheraml.training.evaluation import TokenSums
+from pantheraml.training.head import bind_cpu_head, bind_head, needs_cpu_head, why_not_fused
 from pantheraml.training.optimizer import embedding_parameters, split_embedding_group
-
-Rows = Dataset | IterableDataset
+from pantheraml.training.rows import Rows, format_rows, report_cut_rows, token_counts
+from pantheraml.training.step_figures import StepFigures
 
 
 class PantheraMLTrainer(SFTTrainer):
@@ -94,20 +93,22 @@ class PantheraMLTrainer(SFTTrainer):
             args, dataset_text_field=dataset_text_field, packing=packing, dataset_num_proc=dataset_num_proc
         )
         if formatting_func is None:
-            train_dataset = _format(train_dataset, processing_class, config.dataset_text_field, "training")
+            train_dataset = format_rows(
+                train_dataset, processing_class, config.dataset_text_field, "training"
+            )
             if isinstance(eval_dataset, dict):
                 eval_dataset = {
-                    name: _format(rows, processing_class, config.dataset_text_field, name)
+                    name: format_rows(rows, processing_class, config.dataset_text_field, name)
                     for name, rows in eval_dataset.items()
                 }
             elif eval_dataset is not None:
-                eval_dataset = _format(
+                eval_dataset = format_rows(
                     eval_dataset, processing_class, config.dataset_text_field, "evaluation"
                 )
 
         state = get_state(model)
+        written = self._written_recompute = written_recompute(args)
         if state is not None:
-            written = written_recompute(args)
             policy = state.recompute if written is None else written
             set_recompute_argument(config, is_recompute_on(policy, model.device.type))
             if kwargs.get("peft_config") is None and not state.full_finetuning:
@@ -121,6 +122,7 @@ class PantheraMLTrainer(SFTTrainer):
             config.max_length = None  # TRL refuses it, since it would not cut the rows; _prepare_dataset does
 
         self._eval_sums: TokenSums | None = None
+        self._figures = StepFigures()
         if config.padding_free or (config.packing and config.packing_strategy != "wrapped"):
             keep_documents_apart(model)
         with _kept_trainable_weights(model):
@@ -133,15 +135,44 @@ class PantheraMLTrainer(SFTTrainer):
                 formatting_func=formatting_func,
                 **kwargs,
             )
-        if needs_cpu_head(config.device):
-            # TRL puts its head on the model for good, and a later trainer does so again; so does this one.
-            base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-            bind_cpu_head(cast(PreTrainedModel, base), PatchSet())
+        self._place_head(fused=state is not None and state.kernels == "auto")
         self._check_rows()
+
+    def _plan_recompute(self) -> None:
+        """Under the "auto" policy on a GPU: recompute only if the activations of the longest batch may not fit."""
+        state, rows = get_state(cast(torch.nn.Module, self.model)), self.train_dataset
+        if state is None or self._written_recompute is not None or state.recompute != "auto":
+            return
+        if (
+            self.args.device.type != "cuda"
+            or not isinstance(rows, Dataset)
+            or "input_ids" not in rows.column_names
+        ):
+            return
+        longest = int(token_counts(rows).max())
+        tokens = longest * self.args.per_device_train_batch_size
+        need, free = estimate_activations(cast(Any, self.model), tokens), free_gpu_bytes(self.args.device)
+        on = need > FREE_SHARE * free
+        set_recompute_argument(cast(SFTConfig, self.args), on)
+        say(
+            f"recompute {'on' if on else 'off'}: {tokens} tokens at a time keep about {need / GIB:.1f} GiB of "
+            f"activations, and {FREE_SHARE:.0%} of {free / GIB:.1f} GiB free memory may be used for them."
+        )
+
+    def _place_head(self, *, fused: bool) -> None:
+        """Put our head where TRL's is slower or cannot run."""
+        # TRL puts its head on the model for good, and a later trainer does so again; so does this one.
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        base = cast(PreTrainedModel, base)
+        if needs_cpu_head(self.args.device):
+            bind_cpu_head(base, PatchSet())
+        elif fused and self.args.device.type == "cuda" and why_not_fused(base) is None:
+            bind_head(base, PatchSet())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as SFTTrainer does, after one line about the run and one row with what is trained on marked."""
         self._check_rows()  # rows may have been masked since
+        self._plan_recompute()
         self._say_plan()
         return super().train(*args, **kwargs)
 
@@ -165,7 +196,7 @@ class PantheraMLTrainer(SFTTrainer):
         )
         prepared = super()._prepare_dataset(whole, processing_class, cut, packing, None, dataset_name)
         if isinstance(whole, Dataset) and isinstance(prepared, Dataset) and self._row_length is not None:
-            _report_cut_rows(dataset_name, whole, self._row_length)
+            report_cut_rows(dataset_name, whole, self._row_length)
             if not packing and len(prepared) < len(whole):
                 say(
                     f"{len(whole) - len(prepared)} of {len(whole)} {dataset_name} rows have no token left to train on."
@@ -225,6 +256,43 @@ class PantheraMLTrainer(SFTTrainer):
         if rate is not None and not existed:
             split_embedding_group(optimizer, embedding_parameters(cast(torch.nn.Module, self.model)), rate)
         return optimizer
+
+    # --- loss -----------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss; in the plain case its figures stay on the device until they are logged."""
+        if return_outputs or not self._loss_is_plain():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs["use_cache"] = False
+        output = model(**inputs, fused_lm_head=True)
+        labels = output.label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        tokens = mask.sum() if mask is not None else positions.numel() if positions is not None else 0
+        self._figures.add(output.entropy, output.is_top1, output.label_mask, tokens)
+        return -output.log_probs.sum() / torch.as_tensor(labels).clamp(min=1)
+
+    def _loss_is_plain(self) -> bool:
+        """Whether the loss of this step is the plain negative log-likelihood in one process."""
+        model = cast(torch.nn.Module, self.model)
+        is_nll = (
+            cast(SFTConfig, self.args).loss_type == "nll"
+            and self.compute_loss_func is None
+            and self.label_smoother is None
+        )
+        return model.training and is_nll and not self.aux_loss_enabled and self.accelerator.num_processes == 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as TRL does, with the figures of the steps since the last line."""
+        entropies, accuracies, tokens = self._figures.take()
+        if entropies:
+            self._total_train_tokens += tokens
+            figures = self._metrics["train"]
+            figures["entropy"] += entropies
+            figures["mean_token_accuracy"] += accuracies
+            figures["num_tokens"] = [self._total_train_tokens]
+        super().log(logs, start_time)
 
     # --- evaluation -----------------------------------------------------------------------------------------
 
@@ -314,24 +382,6 @@ def _ensure_adapter(model: Any) -> Any:
     from pantheraml.fast_model import FastLanguageModel
 
     return FastLanguageModel.get_peft_model(model)
-
-
-def _format(rows: Rows, tokenizer: PreTrainedTokenizerBase, text_field: str, name: str) -> Rows:
-    formatted, found = format_dataset(rows, tokenizer, text_field=text_field)
-    say(f"{name} rows: {found.reason}")
-    return formatted
-
-
-def _report_cut_rows(name: str, rows: Dataset, most: int) -> None:
-    """Say how many rows are longer than ``most`` tokens, and what that costs."""
-    lengths = rows.with_format("arrow")[:]["input_ids"].combine_chunks().value_lengths().to_numpy()
-    longer = int((lengths > most).sum())
-    if longer:
-        lost = int((lengths - most).clip(min=0).sum())
-        say(
-            f"{longer} of {len(rows)} {name} rows are longer than {most} tokens (the longest has {lengths.max()}) and "
-            f"are cut: {lost} of {lengths.sum()} tokens are not trained on. Raise max_seq_length to keep them."
-        )
 
 
 @contextmanager

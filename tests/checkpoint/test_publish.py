@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from contextlib import contextmanager
 from pathlib import Path
@@ -204,6 +205,14 @@ def test_file_size_limit_keeps_the_old_model(tmp_path, writer):
     assert tree(tmp_path) == {"out/model.safetensors": b"old"}
 
 
+def open_the_way_to(folder: Path) -> None:
+    """Let other users reach ``folder``: pytest keeps its folders, and each of its workers', to one user."""
+    for path in (folder, *folder.parents):
+        if path == Path(tempfile.gettempdir()):
+            break
+        path.chmod(0o755)
+
+
 def as_nobody(action) -> str:
     """Run ``action`` in a forked child without root's rights; returns the error it raised, as text."""
     reader, writer = os.pipe()
@@ -228,8 +237,7 @@ def as_nobody(action) -> str:
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_missing_permission_is_refused_before_the_work(tmp_path):
-    for path in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        path.chmod(0o755)
+    open_the_way_to(tmp_path)
     target = tmp_path / "out"
     save(target, config_dot_json="old")
     target.chmod(0o555)
@@ -240,8 +248,7 @@ def test_missing_permission_is_refused_before_the_work(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_writable_folder_in_a_forbidden_one_is_saved_to(tmp_path):
-    for path in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        path.chmod(0o755)
+    open_the_way_to(tmp_path)
     target = tmp_path / "out"
     target.mkdir()
     target.chmod(0o777)
@@ -253,8 +260,7 @@ def test_a_writable_folder_in_a_forbidden_one_is_saved_to(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_failure_between_two_renames_keeps_the_new_files_for_later(tmp_path):
-    for path in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        path.chmod(0o755)
+    open_the_way_to(tmp_path)
     tmp_path.chmod(0o777)
     target = tmp_path / "out"
     (target / "sub").mkdir(parents=True)

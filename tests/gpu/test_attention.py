@@ -98,7 +98,8 @@ def test_a_packed_row_is_its_documents_alone(name, how):
     if how == "bfloat16":
         model = model.bfloat16()
     patches = apply_fused_parts(model, find_family(model.config), PatchSet())
-    assert sum(isinstance(m, FusedRMSNorm) for m in model.modules()) == len(patches.report()) - 1
+    swapped = [change for change in patches.report() if change.what.endswith("FusedRMSNorm")]
+    assert sum(isinstance(m, FusedRMSNorm) for m in model.modules()) == len(swapped) > 0
     packed, alone, varlen = run(model, (70, 1, 33, 12), autocast=how == "autocast")
     tolerance = 1e-5 if how == "float32" else 0.03 * alone.abs().max().item()
     assert (packed - alone).abs().max().item() <= tolerance

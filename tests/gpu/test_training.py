@@ -165,5 +165,5 @@ def test_loading_holds_no_second_copy_on_the_host(two_gigabytes, precision, reco
     print(precision, figures)
     # Private memory: what a second copy would take. The resident set also counts the mapped pages of the files, which
     # are the system's cache of them: shared between processes, and given back under pressure.
-    assert figures["anonymous"] <= max(shards)
+    assert figures["anonymous"] <= 1.2 * max(shards) + 1
     assert figures["rss"] <= sum(shards) + 1

@@ -16,7 +16,7 @@ import trl
 from datasets import Dataset
 
 from pantheraml import FastLanguageModel
-from pantheraml.training.cpu_head import needs_cpu_head
+from pantheraml.training.head import needs_cpu_head
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "You are importing from 'trl.experimental'")

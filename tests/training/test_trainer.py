@@ -20,7 +20,7 @@ from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingA
 from pantheraml.errors import ConfigError, DataError
 from pantheraml.models.patching import PatchSet
 from pantheraml.models.recompute import is_recomputing
-from pantheraml.training.cpu_head import bind_cpu_head, needs_cpu_head
+from pantheraml.training.head import bind_cpu_head, needs_cpu_head
 from tests import tiny
 
 ALPACA = Dataset.from_list(

@@ -6,13 +6,21 @@ from typing import TYPE_CHECKING
 
 from pantheraml.models.families import ModelFamily
 from pantheraml.models.fused.attention import apply_attention
+from pantheraml.models.fused.decoder_layer import FusedDecoderLayer, apply_layers
 from pantheraml.models.fused.norm import FusedRMSNorm, apply_norms
 from pantheraml.models.patching import PatchSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["FusedRMSNorm", "apply_attention", "apply_fused_parts", "apply_norms"]
+__all__ = [
+    "FusedDecoderLayer",
+    "FusedRMSNorm",
+    "apply_attention",
+    "apply_fused_parts",
+    "apply_layers",
+    "apply_norms",
+]
 
 
 def apply_fused_parts(
@@ -33,6 +41,7 @@ def apply_fused_parts(
         patches.skip(type(model).__name__, f"no family describes {model.config.model_type!r}")
         return patches
     apply_norms(model, family, patches)
+    apply_layers(model, family, patches)
     if keep_attention:
         patches.skip("attention", "an attn_implementation was given")
         return patches

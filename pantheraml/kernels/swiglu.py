@@ -1,0 +1,201 @@
+"""SwiGLU and GeGLU with LoRA inside: ``act(g + lora_g) * (u + lora_u)``.
+
+Shapes: g, u, y (T, N); each LoRA addend is ``scale * t B^T`` with t (T, R) and B (N, R).
+
+Forward, in float32 per tile, rounded once:
+    g' = g + lora_g,  u' = u + lora_u
+    y  = silu(g') * u'              (gelu_tanh(g') * u' for Gemma)
+
+Backward, with dy (T, N) and, for the LoRA of the product that follows (down_proj), dy' = dy + lora_dy:
+    dg = dy' * u' * act'(g')
+    du = dy' * act(g')
+    y  is recomputed on the way, because the gradient of down_proj's A needs it
+    silu'(g) = s + g s (1 - s) with s = sigmoid(g)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pantheraml.kernels.launch import jit, tl
+from pantheraml.kernels.low_rank import LowRank, low_rank_tile, padded_rank
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+_SQRT_2_OVER_PI = 0.7978845608028654
+
+
+@jit
+def _activate(g, GELU: tl.constexpr):
+    """act(g) and act'(g) in float32."""
+    if GELU:
+        inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
+        tanh = 2 * tl.sigmoid(2 * inner) - 1
+        value = 0.5 * g * (1 + tanh)
+        slope = 0.5 * (1 + tanh) + 0.5 * g * (1 - tanh * tanh) * 0.7978845608028654 * (
+            1 + 3 * 0.044715 * g * g
+        )
+    else:
+        s = tl.sigmoid(g)
+        value = g * s
+        slope = s + value * (1 - s)
+    return value, slope
+
+
+@jit
+def _glu_forward_kernel(
+    g_ptr, u_ptr, y_ptr, rows, cols, tg_ptr, tu_ptr, t_stride, bg_ptr, bu_ptr, rank, scale_g, scale_u,
+    GELU: tl.constexpr, LORA: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = row.to(tl.int64)[:, None] * cols + col[None, :]
+    there = (row < rows)[:, None] & (col < cols)[None, :]
+    g = tl.load(g_ptr + at, mask=there, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + at, mask=there, other=0.0).to(tl.float32)
+    if LORA:
+        g += low_rank_tile(tg_ptr, t_stride, bg_ptr, row, col, rows, cols, rank, scale_g, RANK)
+        u += low_rank_tile(tu_ptr, t_stride, bu_ptr, row, col, rows, cols, rank, scale_u, RANK)
+    value, _ = _activate(g, GELU)
+    tl.store(y_ptr + at, (value * u).to(y_ptr.dtype.element_ty), mask=there)
+
+
+@jit
+def _glu_backward_kernel(
+    dy_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, y_ptr, rows, cols, tg_ptr, tu_ptr, t_stride, bg_ptr, bu_ptr, rank,
+    scale_g, scale_u, td_ptr, td_stride, bd_ptr, rank_d, scale_d,
+    GELU: tl.constexpr, LORA: tl.constexpr, LORA_D: tl.constexpr, RANK: tl.constexpr, RANK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = row.to(tl.int64)[:, None] * cols + col[None, :]
+    there = (row < rows)[:, None] & (col < cols)[None, :]
+    g = tl.load(g_ptr + at, mask=there, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + at, mask=there, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + at, mask=there, other=0.0).to(tl.float32)
+    if LORA:
+        g += low_rank_tile(tg_ptr, t_stride, bg_ptr, row, col, rows, cols, rank, scale_g, RANK)
+        u += low_rank_tile(tu_ptr, t_stride, bu_ptr, row, col, rows, cols, rank, scale_u, RANK)
+    if LORA_D:
+        dy += low_rank_tile(td_ptr, td_stride, bd_ptr, row, col, rows, cols, rank_d, scale_d, RANK_D)
+    value, slope = _activate(g, GELU)
+    element = dg_ptr.dtype.element_ty
+    tl.store(dg_ptr + at, (dy * u * slope).to(element), mask=there)
+    tl.store(du_ptr + at, (dy * value).to(element), mask=there)
+    tl.store(y_ptr + at, (value * u).to(element), mask=there)
+
+
+_FORWARD = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
+_BACKWARD = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
+
+
+def _grid(tensor: Tensor, blocks: dict[str, int]) -> tuple[int, int]:
+    rows, cols = tensor.shape
+    return (-(-cols // blocks["BLOCK_N"]), -(-rows // blocks["BLOCK_M"]))
+
+
+def glu_forward(
+    g: Tensor, u: Tensor, lora_g: LowRank | None, lora_u: LowRank | None, activation: str
+) -> Tensor:
+    """``act(g + lora_g) * (u + lora_u)``.
+
+    Args:
+        g: (T, N), contiguous.
+        u: (T, N), contiguous.
+        lora_g: the addend of g; given together with ``lora_u`` and of the same rank, or neither.
+        lora_u: the addend of u.
+        activation: ``"silu"`` or ``"gelu_tanh"``.
+
+    Returns:
+        (T, N) in the dtype of g.
+    """
+    if g.device.type != "cuda":
+        left, right = _with_lora(g, u, lora_g, lora_u)
+        return (_eager_activation(left, activation) * right).to(g.dtype)
+    y = torch.empty_like(g)
+    lora, rank = _lora_arguments(g, lora_g, lora_u)
+    _glu_forward_kernel[_grid(g, _FORWARD)](
+        g,
+        u,
+        y,
+        *g.shape,
+        *lora,
+        GELU=activation == "gelu_tanh",
+        LORA=lora_g is not None,
+        RANK=rank,
+        **_FORWARD,
+    )
+    return y
+
+
+def glu_backward(
+    dy: Tensor,
+    g: Tensor,
+    u: Tensor,
+    lora_g: LowRank | None,
+    lora_u: LowRank | None,
+    lora_dy: LowRank | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``glu_forward`` and its value once more.
+
+    Args:
+        dy: (T, N), contiguous.
+        g: as in the forward; so are u, lora_g, lora_u and activation.
+        u: (T, N).
+        lora_g: the addend of g.
+        lora_u: the addend of u.
+        lora_dy: what is added to dy, or None.
+        activation: as in the forward.
+
+    Returns:
+        dg, du, and y: (T, N) each.
+    """
+    if g.device.type != "cuda":
+        return _eager_backward(dy, _with_lora(g, u, lora_g, lora_u), lora_dy, activation, g.dtype)
+    dg, du, y = torch.empty_like(g), torch.empty_like(g), torch.empty_like(g)
+    lora, rank = _lora_arguments(g, lora_g, lora_u)
+    down = (dy, 0, dy, 0, 0.0) if lora_dy is None else (
+        lora_dy.t, lora_dy.t.stride(0), lora_dy.b, lora_dy.b.shape[1], lora_dy.scale,
+    )  # fmt: skip
+    _glu_backward_kernel[_grid(g, _BACKWARD)](
+        dy, g, u, dg, du, y, *g.shape, *lora, *down,
+        GELU=activation == "gelu_tanh", LORA=lora_g is not None, LORA_D=lora_dy is not None, RANK=rank,
+        RANK_D=16 if lora_dy is None else padded_rank(lora_dy.b.shape[1]), **_BACKWARD,
+    )  # fmt: skip
+    return dg, du, y
+
+
+def _lora_arguments(g: Tensor, lora_g: LowRank | None, lora_u: LowRank | None) -> tuple[tuple, int]:
+    if lora_g is None or lora_u is None:
+        return (g, g, 0, g, g, 0, 0.0, 0.0), 16
+    rank = lora_g.b.shape[1]
+    return (
+        (lora_g.t, lora_u.t, lora_g.t.stride(0), lora_g.b, lora_u.b, rank, lora_g.scale, lora_u.scale),
+        padded_rank(rank),
+    )
+
+
+def _with_lora(g: Tensor, u: Tensor, lora_g: LowRank | None, lora_u: LowRank | None) -> tuple[Tensor, Tensor]:
+    pairs = ((g, lora_g), (u, lora_u))
+    left, right = (x.float() if lora is None else x.float() + lora.dense().float() for x, lora in pairs)
+    return left, right
+
+
+def _eager_activation(g: Tensor, activation: str) -> Tensor:
+    return functional.silu(g) if activation == "silu" else functional.gelu(g, approximate="tanh")
+
+
+def _eager_backward(
+    dy: Tensor, inputs: tuple[Tensor, Tensor], lora_dy: LowRank | None, activation: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    dy = dy.float() if lora_dy is None else dy.float() + lora_dy.dense().float()
+    with torch.enable_grad():
+        g = inputs[0].detach().requires_grad_()
+        value = _eager_activation(g, activation)
+        (slope,) = torch.autograd.grad(value.sum(), g)
+    value = value.detach()
+    dg, du, y = dy * inputs[1] * slope, dy * value, value * inputs[1]
+    return dg.to(dtype), du.to(dtype), y.to(dtype)

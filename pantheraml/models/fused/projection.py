@@ -1,0 +1,106 @@
+"""What a linear layer computes, read from the layer itself: base weight, bias, LoRA factors.
+
+The layers stay where they are and keep their Parameters; fused functions read them at every call, so that disabling
+an adapter, loading another one or merging acts at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+
+class Projection(NamedTuple):
+    """``y = x W^T + bias + scale * (x A^T) B^T``.
+
+    Attributes:
+        linear: the frozen base layer (nn.Linear, or bitsandbytes' 4-bit one).
+        a: LoRA's A, (R, K), or None without an active adapter.
+        b: LoRA's B, (N, R), or None.
+        scale: the adapter's scale.
+    """
+
+    linear: nn.Linear
+    a: Tensor | None
+    b: Tensor | None
+    scale: float
+
+    def weight(self) -> Tensor:
+        """W (N, K) in the dtype it computes in; 4-bit weights are unpacked anew."""
+        packed = self.linear.weight
+        state = getattr(packed, "quant_state", None)
+        if state is None:
+            return packed
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(packed.data, state)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layer computes in."""
+        state = getattr(self.linear.weight, "quant_state", None)
+        return self.linear.weight.dtype if state is None else state.dtype
+
+    @property
+    def features(self) -> int:
+        """N."""
+        return self.linear.out_features
+
+
+def read_projection(layer: nn.Module) -> Projection | str:
+    """The projection of ``layer``, or why it cannot be computed by a fused function.
+
+    Covered are frozen linears without adapter or with one plain LoRA adapter (rank-stabilised or not, any start).
+    """
+    module: Any = layer
+    base: Any = module.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    if not isinstance(base, nn.Linear):
+        return f"{type(base).__name__} is no linear layer"
+    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        return "base weights are trained"
+    kind = type(base).__name__
+    if kind not in ("Linear", "Linear4bit") or "forward" in vars(base):
+        return f"{kind} computes in a way of its own"
+    if not isinstance(layer, LoraLayer) or module.disable_adapters:
+        return Projection(base, None, None, 0.0)
+    if module.merged:
+        return Projection(base, None, None, 0.0)
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    if not names:
+        return Projection(base, None, None, 0.0)
+    if len(names) > 1:
+        return "several adapters are active"
+    name = names[0]
+    if name in module.lora_variant:
+        return f"the adapter is a {type(module.lora_variant[name]).__name__}"
+    if module.training and not isinstance(module.lora_dropout[name], nn.Identity):
+        return "the adapter has dropout"
+    if module.lora_bias.get(name):
+        return "the adapter has a bias"
+    if module.fan_in_fan_out:
+        return "the weight is stored turned"
+    return Projection(
+        base, module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])
+    )
+
+
+def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of ``dtype`` tensors are computed in that dtype, which autocast may change."""
+    return not torch.is_autocast_enabled(device.type) or torch.get_autocast_dtype(device.type) == dtype
+
+
+def thin(x: Tensor, factor: Tensor) -> Tensor:
+    """``x factor^T`` in the dtype of x: the narrow products of LoRA."""
+    return x @ factor.to(x.dtype).T
+
+
+def factor_gradient(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """``scale * left^T right`` in float32; left (T, M), right (T, N), summed over T in float32."""
+    if left.device.type == "cuda" and left.dtype != torch.float32:
+        product = torch.mm(left.T, right, out_dtype=torch.float32)
+    else:
+        product = left.T @ right
+    return product if scale == 1.0 else product * scale

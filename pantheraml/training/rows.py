@@ -1,0 +1,38 @@
+"""Rows on their way into the trainer: recognised, and their lengths told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from pantheraml.data.formats import format_dataset
+from pantheraml.log import say
+
+Rows = Dataset | IterableDataset
+
+
+def format_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, text_field: str, name: str) -> Rows:
+    """Rows in a form TRL reads; says what they were recognised as."""
+    formatted, found = format_dataset(rows, tokenizer, text_field=text_field)
+    say(f"{name} rows: {found.reason}")
+    return formatted
+
+
+def token_counts(rows: Dataset) -> Any:
+    """Tokens of each row, as a numpy array of int64: Arrow's int32 overflows in products with them."""
+    lengths = rows.with_format("arrow")[:]["input_ids"].combine_chunks().value_lengths()
+    return lengths.to_numpy().astype("int64")
+
+
+def report_cut_rows(name: str, rows: Dataset, most: int) -> None:
+    """Say how many rows are longer than ``most`` tokens, and what that costs."""
+    lengths = token_counts(rows)
+    longer = int((lengths > most).sum())
+    if longer:
+        lost = int((lengths - most).clip(min=0).sum())
+        say(
+            f"{longer} of {len(rows)} {name} rows are longer than {most} tokens (the longest has {lengths.max()}) and "
+            f"are cut: {lost} of {lengths.sum()} tokens are not trained on. Raise max_seq_length to keep them."
+        )
