@@ -8,9 +8,21 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from pantheraml.data.formats import format_dataset
+from pantheraml.errors import DataError
 from pantheraml.log import say
 
 Rows = Dataset | IterableDataset
+
+
+def given_rows(rows: Rows | None) -> Rows:
+    """The training rows; an error when there are none."""
+    if rows is None:
+        raise DataError(
+            got="No train_dataset was given.",
+            need="The trainer takes a datasets.Dataset or a stream, in any format of docs/data-formats.md.",
+            fix="Pass train_dataset=load_dataset('json', data_files='rows.jsonl', split='train').",
+        )
+    return rows
 
 
 def format_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, text_field: str, name: str) -> Rows:

@@ -36,7 +36,7 @@ from pantheraml.training.arguments import (
 from pantheraml.training.evaluation import TokenSums
 from pantheraml.training.head import bind_cpu_head, bind_head, needs_cpu_head, why_not_fused
 from pantheraml.training.optimizer import embedding_parameters, split_embedding_group
-from pantheraml.training.rows import Rows, format_rows, report_cut_rows, token_counts
+from pantheraml.training.rows import Rows, format_rows, given_rows, report_cut_rows, token_counts
 from pantheraml.training.step_figures import StepFigures
 
 
@@ -88,7 +88,8 @@ class PantheraMLTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         processing_class = _one_tokenizer(processing_class, tokenizer)
-        train_dataset = _given_rows(model, train_dataset)
+        _refuse_name(model)
+        train_dataset = given_rows(train_dataset)
         config = to_sft_config(
             args, dataset_text_field=dataset_text_field, packing=packing, dataset_num_proc=dataset_num_proc
         )
@@ -335,21 +336,13 @@ class PantheraMLTrainer(SFTTrainer):
 UnslothTrainer = PantheraMLTrainer
 
 
-def _given_rows(model: object, rows: Rows | None) -> Rows:
-    """The training rows; refuses a model that is only a name, and rows that are not there."""
+def _refuse_name(model: object) -> None:
     if isinstance(model, str):
         raise ConfigError(
             got=f"model={model!r} was given to the trainer.",
             need="The trainer takes a loaded model.",
             fix=f"Write model, tokenizer = FastLanguageModel.from_pretrained({model!r}).",
         )
-    if rows is None:
-        raise DataError(
-            got="No train_dataset was given.",
-            need="The trainer takes a datasets.Dataset or a stream, in any format of docs/data-formats.md.",
-            fix="Pass train_dataset=load_dataset('json', data_files='rows.jsonl', split='train').",
-        )
-    return rows
 
 
 def _one_tokenizer(

@@ -11,8 +11,8 @@ from peft import PeftModel
 
 from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments
 from pantheraml.models.patching import PatchSet
-from pantheraml.training.cpu_head import bind_cpu_head
 from pantheraml.training.evaluation import TokenSums
+from pantheraml.training.head import bind_cpu_head
 from tests import tiny
 
 ROWS = Dataset.from_dict({"text": ["one two three four", "five six", "seven eight nine", "ten"]})
