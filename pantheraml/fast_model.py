@@ -82,8 +82,8 @@ class FastLanguageModel:
             rope_scaling: stretch rotary positions, for example ``{"rope_type": "linear", "factor": 2.0}``.
             fix_tokenizer: give the tokenizer a padding token that is not the end-of-text token.
             trust_remote_code: run Python code that comes with the model.
-            use_gradient_checkpointing: recompute activations: True, False, ``"auto"`` (on a GPU yes, on a CPU no)
-                or ``"unsloth"`` (a synonym of True).
+            use_gradient_checkpointing: recompute activations: True, False, ``"auto"`` (only when the
+                longest batch may not fit into the GPU) or ``"unsloth"`` (a synonym of True).
             resize_model_vocab: number of embedding rows to grow or shrink to.
             revision: branch, tag or commit on the hub.
             random_state: seed of whatever starts random (new embedding rows, a classification head).
