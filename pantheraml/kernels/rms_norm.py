@@ -18,10 +18,22 @@ rstd is cheap to have again from x, which the backward reads anyway, so only x a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from pantheraml.kernels.launch import jit, tl, triton
+
+
+class RMSNorm(NamedTuple):
+    """A norm as fused functions pass it: weight (N,), and the settings that ``rms_norm`` explains."""
+
+    weight: Tensor
+    eps: float
+    offset: float = 0.0
+    cast_first: bool = True
+
 
 # Longest row one program holds; longer ones take the plain PyTorch path.
 MAX_COLUMNS = 65536
@@ -35,6 +47,7 @@ def _forward_kernel(
     w_ptr,
     y_ptr,
     x_stride,
+    y_stride,
     rows,
     cols,
     eps,
@@ -54,7 +67,7 @@ def _forward_kernel(
     if CAST_FIRST:
         x_hat = x_hat.to(x_ptr.dtype.element_ty).to(tl.float32)
     y = x_hat * w[None, :]
-    tl.store(y_ptr + row * cols + col[None, :], y.to(y_ptr.dtype.element_ty), mask=there)
+    tl.store(y_ptr + row * y_stride + col[None, :], y.to(y_ptr.dtype.element_ty), mask=there)
 
 
 @jit
@@ -115,14 +128,17 @@ def _as_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def triton_forward(x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool) -> Tensor:
-    """The forward by Triton; arguments as ``rms_norm``."""
-    y = _empty_output(x, weight, cast_first)
+def triton_forward(
+    x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool, out: Tensor | None = None
+) -> Tensor:
+    """The forward by Triton; arguments as ``rms_norm_into`` and ``rms_norm``."""
+    y = _empty_output(x, weight, cast_first) if out is None else out
     rows = _as_rows(x)
     blocks = _blocks(x.shape[-1])
     programs = -(-rows.shape[0] // blocks["BLOCK_M"])
+    y_stride = x.shape[-1] if out is None else out.stride(0)
     _forward_kernel[(programs,)](
-        rows, weight, y, rows.stride(0), *rows.shape, eps, offset, CAST_FIRST=cast_first, **blocks
+        rows, weight, y, rows.stride(0), y_stride, *rows.shape, eps, offset, CAST_FIRST=cast_first, **blocks
     )
     return y
 
@@ -272,3 +288,10 @@ def rms_norm(
         it equals what transformers computes, bit by bit.
     """
     return _rms_norm(x, weight, eps, offset, cast_first)
+
+
+def rms_norm_into(out: Tensor, x: Tensor, norm: RMSNorm) -> Tensor:
+    """``rms_norm`` of x (T, N) without a gradient, written to ``out`` (T, N), stride 1 along a row; returns out."""
+    if x.device.type == "cuda" and _fits_triton(x):
+        return triton_forward(x, *norm, out)
+    return out.copy_(_eager_forward(x, *norm))

@@ -1,172 +1,331 @@
-"""Rotary positions for the heads of q, k and v in one buffer, with bias and LoRA inside.
+"""Rotary positions for the heads of q and k, with bias, LoRA and the norm of a head inside.
 
-Shapes: x (T, H * D), the products of the projections side by side; cos, sin (T, D) as transformers makes them (both
-halves alike); bias (H * D,); the LoRA addend ``scale * t B^T``.
+Shapes: x (T, heads * D), a projection's product; cos, sin (T, R) or (T, R / 2) as transformers makes them, where R <= D
+numbers of a head are turned (R / 2 pairs; where there are two halves of cos they are alike); bias (heads * D,); weight
+of the heads' norm (D,).
 
-Forward, per head, in place, in float32, rounded once (x1, x2 are the halves of a head):
+Forward, per head, in float32, rounded once (x1, x2 are the halves of the turned part):
     x  = x + bias + lora
-    y1 = x1 cos1 - x2 sin1
-    y2 = x2 cos2 + x1 sin2       heads of v are not turned
+    x  = x / rms(x) * (offset + weight)        only with a head norm (Qwen 3, Gemma 3); rounded as RMSNorm does
+    y1 = x1 cos - x2 sin
+    y2 = x2 cos + x1 sin                       heads of v and the rest of a head (D > R) are not turned
 
-Backward turns the other way: dx1 = dy1 cos1 + dy2 sin2, dx2 = dy2 cos2 - dy1 sin1.
+Without a norm y takes the place of x. With one, x (bias and LoRA added) stays, because the backward needs it.
+
+Backward turns the other way, dx1 = dy1 cos + dy2 sin, dx2 = dy2 cos - dy1 sin, and goes through the norm as that of
+RMSNorm does.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pantheraml.kernels.launch import jit, tl
 from pantheraml.kernels.low_rank import LowRank, low_rank_tile, padded_rank
+from pantheraml.kernels.rms_norm import RMSNorm
 
-_BLOCKS = {"BLOCK_M": 64, "num_warps": 4}
+_BLOCK_M = 32
+_WARPS = 4
+
+
+class Rotary(NamedTuple):
+    """cos and sin, (T, R) or (T, R / 2) each, contiguous; and R, the numbers of a head that are turned."""
+
+    cos: Tensor
+    sin: Tensor
+    width: int
+
+
+@jit
+def _normalise(x1, x2, tail, w1, w2, w_tail, eps, width, element: tl.constexpr, CAST_FIRST: tl.constexpr):
+    """x / rms(x) * w of a head in three parts, rounded to ``element`` where RMSNorm rounds; and 1 / rms."""
+    squares = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1) + tl.sum(tail * tail, axis=1)
+    rstd = tl.rsqrt(squares / width + eps)[:, None]
+    x1 *= rstd
+    x2 *= rstd
+    tail *= rstd
+    if CAST_FIRST:
+        x1 = x1.to(element).to(tl.float32)
+        x2 = x2.to(element).to(tl.float32)
+        tail = tail.to(element).to(tl.float32)
+    y1 = (x1 * w1[None, :]).to(element).to(tl.float32)
+    y2 = (x2 * w2[None, :]).to(element).to(tl.float32)
+    y_tail = (tail * w_tail[None, :]).to(element).to(tl.float32)
+    return y1, y2, y_tail
 
 
 @jit
 def _rotate_kernel(
-    x_ptr, x_stride, rows, cols, cos_ptr, sin_ptr, bias_ptr, t_ptr, t_stride, b_ptr, rank, scale,
-    TURN: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr, RANK: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    x_ptr, x_stride, y_ptr, y_stride, rows, cols, cos_ptr, sin_ptr, bias_ptr, w_ptr, eps, offset,
+    t_ptr, t_stride, b_ptr, rank, scale,
+    TURN: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, CAST_FIRST: tl.constexpr, LORA: tl.constexpr,
+    RANK: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr, TAIL: tl.constexpr, TAIL_LANES: tl.constexpr,
+    COS_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    D: tl.constexpr = 2 * HALF + TAIL
     head = tl.program_id(0)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    lane = tl.arange(0, HALF)
-    first = head * 2 * HALF + lane
+    lane = tl.arange(0, LANES)
+    first = head * D + lane
     second = first + HALF
     line = row.to(tl.int64)[:, None]
     there = (row < rows)[:, None] & (lane < HALF)[None, :]
     x1 = tl.load(x_ptr + line * x_stride + first[None, :], mask=there, other=0.0).to(tl.float32)
     x2 = tl.load(x_ptr + line * x_stride + second[None, :], mask=there, other=0.0).to(tl.float32)
+    rest = tl.arange(0, TAIL_LANES)
+    third = head * D + 2 * HALF + rest
+    tail_there = (row < rows)[:, None] & (rest < TAIL)[None, :]
+    tail = tl.zeros((BLOCK_M, TAIL_LANES), tl.float32)
+    if TAIL > 0:
+        tail += tl.load(x_ptr + line * x_stride + third[None, :], mask=tail_there, other=0.0).to(tl.float32)
     if BIAS:
-        x1 += tl.load(bias_ptr + first).to(tl.float32)[None, :]
-        x2 += tl.load(bias_ptr + second).to(tl.float32)[None, :]
-    if LORA:
-        x1 += low_rank_tile(t_ptr, t_stride, b_ptr, row, first, rows, cols, rank, scale, RANK)
-        x2 += low_rank_tile(t_ptr, t_stride, b_ptr, row, second, rows, cols, rank, scale, RANK)
+        x1 += tl.load(bias_ptr + first, mask=lane < HALF, other=0.0).to(tl.float32)[None, :]
+        x2 += tl.load(bias_ptr + second, mask=lane < HALF, other=0.0).to(tl.float32)[None, :]
+        if TAIL > 0:
+            tail += tl.load(bias_ptr + third, mask=rest < TAIL, other=0.0).to(tl.float32)[None, :]
+    if LORA:  # lanes past the head take nothing
+        of_first = tl.where(lane < HALF, first, cols)
+        of_second = tl.where(lane < HALF, second, cols)
+        x1 += low_rank_tile(t_ptr, t_stride, b_ptr, row, of_first, rows, cols, rank, scale, RANK)
+        x2 += low_rank_tile(t_ptr, t_stride, b_ptr, row, of_second, rows, cols, rank, scale, RANK)
+        if TAIL > 0:
+            of_third = tl.where(rest < TAIL, third, cols)
+            tail += low_rank_tile(t_ptr, t_stride, b_ptr, row, of_third, rows, cols, rank, scale, RANK)
+    element: tl.constexpr = x_ptr.dtype.element_ty
+    if NORM:
+        x1 = x1.to(element).to(tl.float32)
+        x2 = x2.to(element).to(tl.float32)
+        tail = tail.to(element).to(tl.float32)
+        if BIAS or LORA:
+            tl.store(x_ptr + line * x_stride + first[None, :], x1.to(element), mask=there)
+            tl.store(x_ptr + line * x_stride + second[None, :], x2.to(element), mask=there)
+            if TAIL > 0:
+                tl.store(x_ptr + line * x_stride + third[None, :], tail.to(element), mask=tail_there)
+        w1 = tl.load(w_ptr + lane, mask=lane < HALF, other=0.0).to(tl.float32) + offset
+        w2 = tl.load(w_ptr + HALF + lane, mask=lane < HALF, other=0.0).to(tl.float32) + offset
+        w_tail = tl.load(w_ptr + 2 * HALF + rest, mask=rest < TAIL, other=0.0).to(tl.float32) + offset
+        x1, x2, tail = _normalise(x1, x2, tail, w1, w2, w_tail, eps, D, element, CAST_FIRST)
     if TURN:
-        at = line * (2 * HALF) + lane[None, :]
-        cos1 = tl.load(cos_ptr + at, mask=there, other=0.0).to(tl.float32)
-        sin1 = tl.load(sin_ptr + at, mask=there, other=0.0).to(tl.float32)
-        cos2 = tl.load(cos_ptr + at + HALF, mask=there, other=0.0).to(tl.float32)
-        sin2 = tl.load(sin_ptr + at + HALF, mask=there, other=0.0).to(tl.float32)
-        y1 = x1 * cos1 - x2 * sin1
-        y2 = x2 * cos2 + x1 * sin2
+        at = line * COS_WIDTH + lane[None, :]
+        cos = tl.load(cos_ptr + at, mask=there, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + at, mask=there, other=0.0).to(tl.float32)
+        y1 = x1 * cos - x2 * sin
+        y2 = x2 * cos + x1 * sin
     else:
         y1 = x1
         y2 = x2
-    element = x_ptr.dtype.element_ty
-    tl.store(x_ptr + line * x_stride + first[None, :], y1.to(element), mask=there)
-    tl.store(x_ptr + line * x_stride + second[None, :], y2.to(element), mask=there)
+    tl.store(y_ptr + line * y_stride + first[None, :], y1.to(element), mask=there)
+    tl.store(y_ptr + line * y_stride + second[None, :], y2.to(element), mask=there)
+    if TAIL > 0:
+        tl.store(y_ptr + line * y_stride + third[None, :], tail.to(element), mask=tail_there)
 
 
 @jit
 def _rotate_back_kernel(
     dy_ptr, dy_batch, dy_token, dy_head, dx_ptr, dx_stride, tokens, rows, cos_ptr, sin_ptr,
-    TURN: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr,
+    x_ptr, x_stride, w_ptr, eps, offset,
+    TURN: tl.constexpr, NORM: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr, TAIL: tl.constexpr,
+    TAIL_LANES: tl.constexpr, COS_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    D: tl.constexpr = 2 * HALF + TAIL
     head = tl.program_id(0)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    lane = tl.arange(0, HALF)
+    lane = tl.arange(0, LANES)
+    rest = tl.arange(0, TAIL_LANES)
     there = (row < rows)[:, None] & (lane < HALF)[None, :]
+    tail_there = (row < rows)[:, None] & (rest < TAIL)[None, :]
     line = row.to(tl.int64)[:, None]
-    source = (
-        dy_ptr + (line // tokens) * dy_batch + (line % tokens) * dy_token + head * dy_head + lane[None, :]
-    )
-    dy1 = tl.load(source, mask=there, other=0.0).to(tl.float32)
-    dy2 = tl.load(source + HALF, mask=there, other=0.0).to(tl.float32)
+    source = dy_ptr + (line // tokens) * dy_batch + (line % tokens) * dy_token + head.to(tl.int64) * dy_head
+    dy1 = tl.load(source + lane[None, :], mask=there, other=0.0).to(tl.float32)
+    dy2 = tl.load(source + HALF + lane[None, :], mask=there, other=0.0).to(tl.float32)
+    tail = tl.zeros((BLOCK_M, TAIL_LANES), tl.float32)
+    if TAIL > 0:
+        tail += tl.load(source + 2 * HALF + rest[None, :], mask=tail_there, other=0.0).to(tl.float32)
     if TURN:
-        at = line * (2 * HALF) + lane[None, :]
-        cos1 = tl.load(cos_ptr + at, mask=there, other=0.0).to(tl.float32)
-        sin1 = tl.load(sin_ptr + at, mask=there, other=0.0).to(tl.float32)
-        cos2 = tl.load(cos_ptr + at + HALF, mask=there, other=0.0).to(tl.float32)
-        sin2 = tl.load(sin_ptr + at + HALF, mask=there, other=0.0).to(tl.float32)
-        dx1 = dy1 * cos1 + dy2 * sin2
-        dx2 = dy2 * cos2 - dy1 * sin1
+        at = line * COS_WIDTH + lane[None, :]
+        cos = tl.load(cos_ptr + at, mask=there, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + at, mask=there, other=0.0).to(tl.float32)
+        dx1 = dy1 * cos + dy2 * sin
+        dx2 = dy2 * cos - dy1 * sin
     else:
         dx1 = dy1
         dx2 = dy2
+    first = head * D + lane[None, :]
+    third = head * D + 2 * HALF + rest[None, :]
+    if NORM:
+        at = line * x_stride
+        x1 = tl.load(x_ptr + at + first, mask=there, other=0.0).to(tl.float32)
+        x2 = tl.load(x_ptr + at + first + HALF, mask=there, other=0.0).to(tl.float32)
+        x3 = tl.zeros((BLOCK_M, TAIL_LANES), tl.float32)
+        if TAIL > 0:
+            x3 += tl.load(x_ptr + at + third, mask=tail_there, other=0.0).to(tl.float32)
+        squares = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1) + tl.sum(x3 * x3, axis=1)
+        rstd = tl.rsqrt(squares / D + eps)[:, None]
+        dx1 *= (tl.load(w_ptr + lane, mask=lane < HALF, other=0.0).to(tl.float32) + offset)[None, :]
+        dx2 *= (tl.load(w_ptr + HALF + lane, mask=lane < HALF, other=0.0).to(tl.float32) + offset)[None, :]
+        tail *= (tl.load(w_ptr + 2 * HALF + rest, mask=rest < TAIL, other=0.0).to(tl.float32) + offset)[
+            None, :
+        ]
+        x1 *= rstd
+        x2 *= rstd
+        x3 *= rstd
+        along = tl.sum(dx1 * x1, axis=1) + tl.sum(dx2 * x2, axis=1) + tl.sum(tail * x3, axis=1)
+        along = (along / D)[:, None]
+        dx1 = rstd * (dx1 - x1 * along)
+        dx2 = rstd * (dx2 - x2 * along)
+        tail = rstd * (tail - x3 * along)
     element = dx_ptr.dtype.element_ty
-    target = dx_ptr + line * dx_stride + head * 2 * HALF + lane[None, :]
-    tl.store(target, dx1.to(element), mask=there)
-    tl.store(target + HALF, dx2.to(element), mask=there)
+    target = dx_ptr + line * dx_stride
+    tl.store(target + first, dx1.to(element), mask=there)
+    tl.store(target + first + HALF, dx2.to(element), mask=there)
+    if TAIL > 0:
+        tl.store(target + third, tail.to(element), mask=tail_there)
+
+
+def _shape(head_dim: int, rotary: Rotary | None) -> dict[str, int]:
+    """How a head is cut: R / 2 pairs, and the rest."""
+    width = head_dim if rotary is None else rotary.width
+    half, tail = width // 2, head_dim - width
+    return {
+        "HALF": half,
+        "LANES": max(16, 1 << (half - 1).bit_length()),
+        "TAIL": tail,
+        "TAIL_LANES": max(16, 1 << (tail - 1).bit_length()) if tail else 16,
+        "COS_WIDTH": 0 if rotary is None else rotary.cos.shape[-1],
+        "BLOCK_M": _BLOCK_M,
+        "num_warps": _WARPS,
+    }
 
 
 def rotate_(
     x: Tensor,
     head_dim: int,
-    rotary: tuple[Tensor, Tensor] | None,
+    rotary: Rotary | None,
     bias: Tensor | None = None,
     lora: LowRank | None = None,
+    norm: RMSNorm | None = None,
 ) -> Tensor:
-    """Add bias and LoRA to a projection and turn its heads, in place.
+    """Add bias and LoRA to a projection's product, normalise its heads and turn them.
 
     Args:
-        x: (T, H * D), stride 1 along the last dim.
-        head_dim: D, a power of two of at least 32 on a GPU.
-        rotary: cos and sin, (T, D) contiguous; None only adds (v).
-        bias: (H * D,) or None.
+        x: (T, heads * D), stride 1 along the last dim; changed: it holds the result, or with ``norm`` the sum.
+        head_dim: D.
+        rotary: what turns; None turns nothing (v).
+        bias: (heads * D,) or None.
         lora: the addend, or None.
+        norm: the heads' norm, or None.
 
     Returns:
-        x.
+        x itself, or with ``norm`` a new (T, heads * D).
     """
-    rows, cols = x.shape
     if x.device.type != "cuda":
-        return _eager_forward(x, head_dim, rotary, bias, lora)
-    cos, sin = rotary if rotary is not None else (x, x)
+        return _eager_forward(x, head_dim, rotary, bias, lora, norm)
+    rows, cols = x.shape
+    y = x if norm is None else x.new_empty(x.shape)
+    turn = (x, x) if rotary is None else rotary[:2]
+    weight, eps, offset, cast_first = (x, 0.0, 0.0, True) if norm is None else norm
     t, b, scale = lora if lora is not None else (x, x, 0.0)
     rank = 0 if lora is None else lora.b.shape[1]
-    _rotate_kernel[(cols // head_dim, -(-rows // _BLOCKS["BLOCK_M"]))](
-        x, x.stride(0), rows, cols, cos, sin, x if bias is None else bias, t, t.stride(0), b, rank, scale,
-        TURN=rotary is not None, BIAS=bias is not None, LORA=lora is not None,
-        RANK=padded_rank(max(rank, 1)), HALF=head_dim // 2, **_BLOCKS,
+    _rotate_kernel[(cols // head_dim, -(-rows // _BLOCK_M))](
+        x, x.stride(0), y, y.stride(0), rows, cols, *turn, x if bias is None else bias, weight, eps, offset,
+        t, t.stride(0), b, rank, scale,
+        TURN=rotary is not None, BIAS=bias is not None, NORM=norm is not None, CAST_FIRST=cast_first,
+        LORA=lora is not None, RANK=padded_rank(max(rank, 1)), **_shape(head_dim, rotary),
     )  # fmt: skip
-    return x
+    return y
 
 
-def rotate_back(dy: Tensor, rotary: tuple[Tensor, Tensor] | None, out: Tensor) -> Tensor:
-    """The gradient before the turn.
+def rotate_back(
+    dy: Tensor,
+    rotary: Rotary | None,
+    out: Tensor,
+    norm: RMSNorm | None = None,
+    x: Tensor | None = None,
+) -> Tensor:
+    """The gradient before the turn and the norm.
 
     Args:
-        dy: (B, H, S, D), any strides with stride 1 along D.
+        dy: (B, heads, S, D), any strides with stride 1 along D.
         rotary: as in ``rotate_``.
-        out: (B * S, H * D), stride 1 along the last dim; written.
+        out: (B * S, heads * D), stride 1 along the last dim; written.
+        norm: as in ``rotate_``.
+        x: with ``norm``: what ``rotate_`` left in its x.
 
     Returns:
         out.
     """
     batch, heads, tokens, head_dim = dy.shape
     if dy.device.type != "cuda":
-        return _eager_backward(dy, rotary, out)
-    cos, sin = rotary if rotary is not None else (dy, dy)
-    _rotate_back_kernel[(heads, -(-batch * tokens // _BLOCKS["BLOCK_M"]))](
-        dy, dy.stride(0), dy.stride(2), dy.stride(1), out, out.stride(0), tokens, batch * tokens, cos, sin,
-        TURN=rotary is not None, HALF=head_dim // 2, **_BLOCKS,
+        return _eager_backward(dy, rotary, out, norm, x)
+    if dy.stride(3) != 1:
+        dy = dy.contiguous()
+    turn = (dy, dy) if rotary is None else rotary[:2]
+    weight, eps, offset, _ = (dy, 0.0, 0.0, True) if norm is None else norm
+    raw = dy if x is None else x
+    _rotate_back_kernel[(heads, -(-batch * tokens // _BLOCK_M))](
+        dy, dy.stride(0), dy.stride(2), dy.stride(1), out, out.stride(0), tokens, batch * tokens, *turn,
+        raw, raw.stride(0), weight, eps, offset,
+        TURN=rotary is not None, NORM=norm is not None, **_shape(head_dim, rotary),
     )  # fmt: skip
     return out
 
 
+def _both_halves(rotary: Rotary) -> tuple[Tensor, Tensor]:
+    """cos and sin in float32, (T, 1, R)."""
+    parts = (part.float()[:, None] for part in rotary[:2])
+    cos, sin = (torch.cat((p, p), -1) if p.shape[-1] < rotary.width else p for p in parts)
+    return cos, sin
+
+
+def _eager_norm(x: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """1 / rms, x / rms in float32, and the norm's output; x (T, heads, D)."""
+    x32 = x.float()
+    rstd = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + norm.eps)
+    x_hat = x32 * rstd
+    rounded = x_hat.to(x.dtype).float() if norm.cast_first else x_hat
+    return rstd, x_hat, (rounded * (norm.weight.float() + norm.offset)).to(x.dtype)
+
+
 def _eager_forward(
-    x: Tensor, head_dim: int, rotary: tuple[Tensor, Tensor] | None, bias: Tensor | None, lora: LowRank | None
+    x: Tensor,
+    head_dim: int,
+    rotary: Rotary | None,
+    bias: Tensor | None,
+    lora: LowRank | None,
+    norm: RMSNorm | None,
 ) -> Tensor:
     y = x.float()
     if bias is not None:
         y = y + bias.float()
     if lora is not None:
         y = y + lora.dense().float()
+    if norm is not None:
+        x.copy_(y)
+        y = _eager_norm(x.reshape(x.shape[0], -1, head_dim), norm)[2].float()
+    y = y.reshape(x.shape[0], -1, head_dim)
     if rotary is not None:
-        y = y.view(x.shape[0], -1, head_dim)
-        cos, sin = (part.float()[:, None] for part in rotary)
-        y1, y2 = y.chunk(2, dim=-1)
-        y = (y * cos + torch.cat((-y2, y1), dim=-1) * sin).flatten(1)
-    return x.copy_(y)
+        cos, sin = _both_halves(rotary)
+        turned, rest = y[..., : rotary.width], y[..., rotary.width :]
+        y1, y2 = turned.chunk(2, dim=-1)
+        y = torch.cat((turned * cos + torch.cat((-y2, y1), dim=-1) * sin, rest), dim=-1)
+    y = y.flatten(1)
+    return x.copy_(y) if norm is None else y.to(x.dtype)
 
 
-def _eager_backward(dy: Tensor, rotary: tuple[Tensor, Tensor] | None, out: Tensor) -> Tensor:
-    dx = dy.transpose(1, 2).flatten(0, 1).float()  # (T, H, D)
+def _eager_backward(
+    dy: Tensor, rotary: Rotary | None, out: Tensor, norm: RMSNorm | None, x: Tensor | None
+) -> Tensor:
+    dx = dy.transpose(1, 2).flatten(0, 1).float()  # (T, heads, D)
     if rotary is not None:
-        cos, sin = (part.float()[:, None] for part in rotary)
-        turned = dx * sin
-        first, second = turned.chunk(2, dim=-1)
-        dx = dx * cos + torch.cat((second, -first), dim=-1)
+        cos, sin = _both_halves(rotary)
+        turned, rest = dx[..., : rotary.width], dx[..., rotary.width :]
+        first, second = (turned * sin).chunk(2, dim=-1)
+        dx = torch.cat((turned * cos + torch.cat((second, -first), dim=-1), rest), dim=-1)
+    if norm is not None and x is not None:
+        rstd, x_hat, _ = _eager_norm(x.reshape(dx.shape), norm)
+        g = dx * (norm.weight.float() + norm.offset)
+        dx = rstd * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))
     return out.copy_(dx.flatten(1))

@@ -1,6 +1,7 @@
 """SwiGLU and GeGLU with LoRA inside: ``act(g + lora_g) * (u + lora_u)``.
 
-Shapes: g, u, y (T, N); each LoRA addend is ``scale * t B^T`` with t (T, R) and B (N, R).
+Shapes: g, u, y (T, N), each with stride 1 along a row and any stride between rows; each LoRA addend is
+``scale * t B^T`` with t (T, R) and B (N, R).
 
 Forward, in float32 per tile, rounded once:
     g' = g + lora_g,  u' = u + lora_u
@@ -45,36 +46,38 @@ def _activate(g, GELU: tl.constexpr):
 
 @jit
 def _glu_forward_kernel(
-    g_ptr, u_ptr, y_ptr, rows, cols, tg_ptr, tu_ptr, t_stride, bg_ptr, bu_ptr, rank, scale_g, scale_u,
+    g_ptr, u_ptr, y_ptr, g_stride, u_stride, y_stride, rows, cols,
+    tg_ptr, tu_ptr, t_stride, bg_ptr, bu_ptr, rank, scale_g, scale_u,
     GELU: tl.constexpr, LORA: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    at = row.to(tl.int64)[:, None] * cols + col[None, :]
+    line = row.to(tl.int64)[:, None]
     there = (row < rows)[:, None] & (col < cols)[None, :]
-    g = tl.load(g_ptr + at, mask=there, other=0.0).to(tl.float32)
-    u = tl.load(u_ptr + at, mask=there, other=0.0).to(tl.float32)
+    g = tl.load(g_ptr + line * g_stride + col[None, :], mask=there, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + line * u_stride + col[None, :], mask=there, other=0.0).to(tl.float32)
     if LORA:
         g += low_rank_tile(tg_ptr, t_stride, bg_ptr, row, col, rows, cols, rank, scale_g, RANK)
         u += low_rank_tile(tu_ptr, t_stride, bu_ptr, row, col, rows, cols, rank, scale_u, RANK)
     value, _ = _activate(g, GELU)
-    tl.store(y_ptr + at, (value * u).to(y_ptr.dtype.element_ty), mask=there)
+    tl.store(y_ptr + line * y_stride + col[None, :], (value * u).to(y_ptr.dtype.element_ty), mask=there)
 
 
 @jit
 def _glu_backward_kernel(
-    dy_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, y_ptr, rows, cols, tg_ptr, tu_ptr, t_stride, bg_ptr, bu_ptr, rank,
+    dy_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, y_ptr, dy_stride, g_stride, u_stride, dg_stride, du_stride, y_stride,
+    rows, cols, tg_ptr, tu_ptr, t_stride, bg_ptr, bu_ptr, rank,
     scale_g, scale_u, td_ptr, td_stride, bd_ptr, rank_d, scale_d,
     GELU: tl.constexpr, LORA: tl.constexpr, LORA_D: tl.constexpr, RANK: tl.constexpr, RANK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    at = row.to(tl.int64)[:, None] * cols + col[None, :]
+    line = row.to(tl.int64)[:, None]
     there = (row < rows)[:, None] & (col < cols)[None, :]
-    g = tl.load(g_ptr + at, mask=there, other=0.0).to(tl.float32)
-    u = tl.load(u_ptr + at, mask=there, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + at, mask=there, other=0.0).to(tl.float32)
+    g = tl.load(g_ptr + line * g_stride + col[None, :], mask=there, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + line * u_stride + col[None, :], mask=there, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + line * dy_stride + col[None, :], mask=there, other=0.0).to(tl.float32)
     if LORA:
         g += low_rank_tile(tg_ptr, t_stride, bg_ptr, row, col, rows, cols, rank, scale_g, RANK)
         u += low_rank_tile(tu_ptr, t_stride, bu_ptr, row, col, rows, cols, rank, scale_u, RANK)
@@ -82,9 +85,9 @@ def _glu_backward_kernel(
         dy += low_rank_tile(td_ptr, td_stride, bd_ptr, row, col, rows, cols, rank_d, scale_d, RANK_D)
     value, slope = _activate(g, GELU)
     element = dg_ptr.dtype.element_ty
-    tl.store(dg_ptr + at, (dy * u * slope).to(element), mask=there)
-    tl.store(du_ptr + at, (dy * value).to(element), mask=there)
-    tl.store(y_ptr + at, (value * u).to(element), mask=there)
+    tl.store(dg_ptr + line * dg_stride + col[None, :], (dy * u * slope).to(element), mask=there)
+    tl.store(du_ptr + line * du_stride + col[None, :], (dy * value).to(element), mask=there)
+    tl.store(y_ptr + line * y_stride + col[None, :], (value * u).to(element), mask=there)
 
 
 _FORWARD = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
@@ -97,29 +100,37 @@ def _grid(tensor: Tensor, blocks: dict[str, int]) -> tuple[int, int]:
 
 
 def glu_forward(
-    g: Tensor, u: Tensor, lora_g: LowRank | None, lora_u: LowRank | None, activation: str
+    g: Tensor,
+    u: Tensor,
+    activation: str,
+    out: Tensor,
+    lora_g: LowRank | None = None,
+    lora_u: LowRank | None = None,
 ) -> Tensor:
     """``act(g + lora_g) * (u + lora_u)``.
 
     Args:
-        g: (T, N), contiguous.
-        u: (T, N), contiguous.
+        g: (T, N), stride 1 along a row; so are u and out.
+        u: (T, N).
+        activation: ``"silu"`` or ``"gelu_tanh"``.
+        out: (T, N) in the dtype of g; written.
         lora_g: the addend of g; given together with ``lora_u`` and of the same rank, or neither.
         lora_u: the addend of u.
-        activation: ``"silu"`` or ``"gelu_tanh"``.
 
     Returns:
-        (T, N) in the dtype of g.
+        out.
     """
     if g.device.type != "cuda":
         left, right = _with_lora(g, u, lora_g, lora_u)
-        return (_eager_activation(left, activation) * right).to(g.dtype)
-    y = torch.empty_like(g)
+        return out.copy_(_eager_activation(left, activation) * right)
     lora, rank = _lora_arguments(g, lora_g, lora_u)
     _glu_forward_kernel[_grid(g, _FORWARD)](
         g,
         u,
-        y,
+        out,
+        g.stride(0),
+        u.stride(0),
+        out.stride(0),
         *g.shape,
         *lora,
         GELU=activation == "gelu_tanh",
@@ -127,45 +138,47 @@ def glu_forward(
         RANK=rank,
         **_FORWARD,
     )
-    return y
+    return out
 
 
 def glu_backward(
     dy: Tensor,
     g: Tensor,
     u: Tensor,
-    lora_g: LowRank | None,
-    lora_u: LowRank | None,
-    lora_dy: LowRank | None,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    out: tuple[Tensor, Tensor, Tensor],
+    lora_g: LowRank | None = None,
+    lora_u: LowRank | None = None,
+    lora_dy: LowRank | None = None,
+) -> None:
     """Gradients of ``glu_forward`` and its value once more.
 
     Args:
-        dy: (T, N), contiguous.
-        g: as in the forward; so are u, lora_g, lora_u and activation.
+        dy: (T, N), stride 1 along a row, as every tensor here.
+        g: as in the forward; so are u, activation, lora_g and lora_u.
         u: (T, N).
+        activation: as in the forward.
+        out: dg, du and y, (T, N) each; written. dy itself may be one of them.
         lora_g: the addend of g.
         lora_u: the addend of u.
         lora_dy: what is added to dy, or None.
-        activation: as in the forward.
-
-    Returns:
-        dg, du, and y: (T, N) each.
     """
+    dg, du, y = out
     if g.device.type != "cuda":
-        return _eager_backward(dy, _with_lora(g, u, lora_g, lora_u), lora_dy, activation, g.dtype)
-    dg, du, y = torch.empty_like(g), torch.empty_like(g), torch.empty_like(g)
+        grads = _eager_backward(dy, _with_lora(g, u, lora_g, lora_u), lora_dy, activation)
+        for target, value in zip(out, grads, strict=True):
+            target.copy_(value)
+        return
     lora, rank = _lora_arguments(g, lora_g, lora_u)
     down = (dy, 0, dy, 0, 0.0) if lora_dy is None else (
         lora_dy.t, lora_dy.t.stride(0), lora_dy.b, lora_dy.b.shape[1], lora_dy.scale,
     )  # fmt: skip
+    tensors = (dy, g, u, dg, du, y)
     _glu_backward_kernel[_grid(g, _BACKWARD)](
-        dy, g, u, dg, du, y, *g.shape, *lora, *down,
+        *tensors, *(tensor.stride(0) for tensor in tensors), *g.shape, *lora, *down,
         GELU=activation == "gelu_tanh", LORA=lora_g is not None, LORA_D=lora_dy is not None, RANK=rank,
         RANK_D=16 if lora_dy is None else padded_rank(lora_dy.b.shape[1]), **_BACKWARD,
     )  # fmt: skip
-    return dg, du, y
 
 
 def _lora_arguments(g: Tensor, lora_g: LowRank | None, lora_u: LowRank | None) -> tuple[tuple, int]:
@@ -189,7 +202,7 @@ def _eager_activation(g: Tensor, activation: str) -> Tensor:
 
 
 def _eager_backward(
-    dy: Tensor, inputs: tuple[Tensor, Tensor], lora_dy: LowRank | None, activation: str, dtype: torch.dtype
+    dy: Tensor, inputs: tuple[Tensor, Tensor], lora_dy: LowRank | None, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy = dy.float() if lora_dy is None else dy.float() + lora_dy.dense().float()
     with torch.enable_grad():
@@ -197,5 +210,4 @@ def _eager_backward(
         value = _eager_activation(g, activation)
         (slope,) = torch.autograd.grad(value.sum(), g)
     value = value.detach()
-    dg, du, y = dy * inputs[1] * slope, dy * value, value * inputs[1]
-    return dg.to(dtype), du.to(dtype), y.to(dtype)
+    return dy * inputs[1] * slope, dy * value, value * inputs[1]

@@ -77,7 +77,8 @@ class PatchSet:
         """Put ``new`` where the module ``path`` of ``model`` is.
 
         ``new`` must hold the old module's own Parameters, buffers and those of its children that it uses,
-        under the same names. Training flag and hooks are taken over.
+        under the same names. Training flag and hooks are taken over. If it has a method ``before_revert()``, that is
+        called before the old module comes back.
 
         Raises:
             ConfigError: the state differs, the spot is already changed, or another library has put its own
@@ -139,6 +140,7 @@ class PatchSet:
         while self._spots:
             spot = self._spots.pop()
             if isinstance(spot.new, nn.Module) and isinstance(spot.old, nn.Module):
+                getattr(spot.new, "before_revert", lambda: None)()
                 _take_over(spot.new, spot.old)
             spot.restore()
             _changed.pop((id(spot.owner), spot.name), None)

@@ -63,9 +63,10 @@ def estimate_activations(model: Any, tokens: int) -> int:
     queries = config.num_attention_heads * head_dim
     keys = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    inner *= getattr(config, "num_experts_per_tok", None) or 1
+    experts = getattr(config, "num_experts_per_tok", None)
+    inner *= experts or 1
     numbers = 2 * config.hidden_size + 2 * queries + 2 * keys + 2 * inner
-    is_fused = any(isinstance(module, FusedDecoderLayer) for module in model.modules())
+    is_fused = not experts and any(isinstance(module, FusedDecoderLayer) for module in model.modules())
     factor = 1.0 if is_fused else 3.2
     return int(tokens * config.num_hidden_layers * numbers * max(model.dtype.itemsize, 2) * factor)
 

@@ -47,6 +47,7 @@ def test_rms_norm_compiles(capability, dtype, cols, cast_first):
     pointers["dw_ptr"] = "*fp32"
     numbers = {
         "x_stride": "i64",
+        "y_stride": "i64",
         "dy_stride": "i64",
         "rows": "i32",
         "cols": "i32",

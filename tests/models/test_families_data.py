@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -214,6 +215,7 @@ def test_deviations_are_told(case):
         "scaled_embedding": type(model.get_submodule(family.embedding)) is not nn.Embedding,
         "sandwich_norm": len(family.layer_norms) == 4,
         "partial_rotary": "partial_rotary_factor" in (config.rope_parameters or {}) and family.name == "phi3",
+        "half_rotary": hasattr(import_module(type(layers[0]).__module__), "_apply_rotary_emb"),
         "residual_dropout": hasattr(config, "resid_pdrop"),
     }
     assert {name for name, there in has.items() if there} == family.deviations

@@ -36,7 +36,7 @@ def apply_layers_on_meta(model):
     from pantheraml.models.fused.decoder_layer import FusedDecoderLayer
 
     for index, layer in enumerate(list(model.model.layers)):
-        new = FusedDecoderLayer(layer, find_family(model.config), model.config)
+        new = FusedDecoderLayer(layer, find_family(model.config))
         PatchSet().replace(model, f"model.layers.{index}", new, "test")
 
 

@@ -24,6 +24,7 @@ Deviation = Literal[
     "scaled_embedding",  # token embeddings are multiplied by sqrt(hidden_size)
     "sandwich_norm",  # attention and MLP outputs are normalised before they are added
     "partial_rotary",  # RoPE may turn only part of each head (rope_parameters.partial_rotary_factor)
+    "half_rotary",  # cos and sin come as one half, which holds for both
     "residual_dropout",  # dropout on attention and MLP outputs (config.resid_pdrop)
 ]
 

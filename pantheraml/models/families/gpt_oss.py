@@ -11,5 +11,5 @@ GPT_OSS = ModelFamily(
     activation="clamped_swiglu",
     mlp_projections=(),
     experts=Experts(router="router"),
-    deviations=frozenset({"sliding_window", "attention_sinks"}),
+    deviations=frozenset({"sliding_window", "attention_sinks", "half_rotary"}),
 )

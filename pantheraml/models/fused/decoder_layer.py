@@ -1,7 +1,8 @@
-"""A decoder layer whose two halves around the attention are one differentiable function each."""
+"""A decoder layer whose parts around the attention are one differentiable function each."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -10,21 +11,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pantheraml.kernels.launch import why_no_triton
+from pantheraml.kernels.rope import Rotary
 from pantheraml.models.families import ModelFamily
-from pantheraml.models.fused.functions import (
-    AttentionInput,
-    AttentionOutput,
-    InputPart,
-    Norm,
-    OutputPart,
-    factors,
-)
-from pantheraml.models.fused.projection import Projection, computes_in, read_projection
+from pantheraml.models.fused.functions import AttentionAndMLP, AttentionInput, AttentionOutput
+from pantheraml.models.fused.parts import InputPart
+from pantheraml.models.fused.projection import computes_in
+from pantheraml.models.fused.read_layer import LayerParts, LayerReader
+from pantheraml.models.fused.stack import factors
 from pantheraml.models.patching import PatchSet
-
-# Families whose layer is: norm, q k v (bias allowed), rotary positions, attention, o, residual, norm, gated MLP,
-# residual.
-_PLAIN_LAYERS = ("llama", "mistral", "qwen2")
 
 
 class FusedDecoderLayer(GradientCheckpointingLayer):
@@ -36,14 +30,12 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
     Args:
         layer: the layer it stands for.
         family: its architecture.
-        config: the model's configuration.
     """
 
-    def __init__(self, layer: nn.Module, family: ModelFamily, config: Any) -> None:
+    def __init__(self, layer: nn.Module, family: ModelFamily) -> None:
         super().__init__()
         self.stock_class = type(layer)
-        self.family = family
-        self.config = config
+        self.reader = LayerReader(family)
         for name, value in vars(layer).items():
             if name not in vars(self):
                 setattr(self, name, value)
@@ -55,7 +47,6 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
-        use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -63,7 +54,7 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         parts = None
         # Generation (a cache and no gradients) stays with the stock layer.
         if position_embeddings is not None and (past_key_values is None or torch.is_grad_enabled()):
-            parts = self._read_parts(hidden_states)
+            parts = self._parts(hidden_states)
         if parts is None or position_embeddings is None:
             return self.stock_class.forward(
                 self,
@@ -71,80 +62,74 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
-                use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-        before, after = parts
-        batch, tokens, _ = hidden_states.shape
-        cos, sin = (part.expand(batch, -1, -1).reshape(batch * tokens, -1) for part in position_embeddings)
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        device = hidden_states.device.type
+        rotary = _flat_rotary(position_embeddings, hidden_states, parts.input)
+        with torch.autocast(device, enabled=False):
             q, k, v, residual = AttentionInput.apply(
-                hidden_states.contiguous(), before, cos, sin, *factors(*before.projections)
+                hidden_states.contiguous(), parts.input, rotary, *factors(*parts.input.qkv.projections)
             )
+        attended = self._attend(
+            q, k, v, attention_mask, past_key_values, position_ids=position_ids, **kwargs
+        ).reshape(*hidden_states.shape[:2], -1)
+        o = factors(*parts.middle.o.projections)
+        if parts.mlp is not None:
+            found = factors(*parts.mlp.gate_up.projections, *parts.mlp.down.projections)
+            with torch.autocast(device, enabled=False):
+                return AttentionAndMLP.apply(residual, attended, parts.middle, parts.mlp, *o, *found)
+        with torch.autocast(device, enabled=False):
+            s, h = AttentionOutput.apply(residual, attended, parts.middle, *o)
+        mlp: Any = self.mlp
+        out = mlp(h)
+        return s + (out[0] if isinstance(out, tuple) else out)
+
+    def _parts(self, x: Tensor) -> LayerParts | None:
+        parts = self.reader.read(self)
+        if isinstance(parts, str) or not computes_in(x.dtype, x.device) or x.dtype != parts.dtype:
+            return None
+        return parts
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past_key_values: Any, **kwargs: Any
+    ) -> Tensor:
+        """What the layer's attention does between its projections."""
         module: Any = self.self_attn
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, module.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        attended, _ = attend(
-            module,
-            q,
-            k,
-            v,
-            attention_mask,
-            dropout=module.attention_dropout if self.training else 0.0,
-            scaling=module.scaling,
-            sliding_window=getattr(module, "sliding_window", None)
-            or getattr(self.config, "sliding_window", None),
-            position_ids=position_ids,
-            **kwargs,
+        eager = import_module(type(module).__module__).eager_attention_forward
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
+        window = getattr(
+            module if hasattr(module, "sliding_window") else module.config, "sliding_window", None
         )
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return AttentionOutput.apply(
-                residual,
-                attended.reshape(batch, tokens, -1),
-                after,
-                *factors(after.o, after.gate, after.up, after.down),
-            )
+        settings = dict(scaling=module.scaling, sliding_window=window)
+        settings |= self.reader.attention_settings(module)
+        dropout = module.attention_dropout if self.training else 0.0
+        return attend(module, q, k, v, mask, dropout=dropout, **settings, **kwargs)[0]
 
-    def _read_parts(self, x: Tensor) -> tuple[InputPart, OutputPart] | None:
-        attention: Any = self.self_attn
-        mlp: Any = self.mlp
-        found = [
-            read_projection(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-        ]
-        found += [read_projection(getattr(mlp, name)) for name in ("gate_proj", "up_proj", "down_proj")]
-        projections = [projection for projection in found if isinstance(projection, Projection)]
-        if len(projections) < len(found) or any(p.linear.bias is not None for p in projections[3:]):
-            return None
-        q, k, v, o, gate, up, down = projections
-        if (gate.a is None) != (up.a is None) or (
-            gate.a is not None and up.a is not None and gate.a.shape[0] != up.a.shape[0]
-        ):
-            return None
-        norms = [self._read_norm(name) for name in self.family.layer_norms]
-        first, second = norms
-        if first is None or second is None or x.dtype != first.weight.dtype:
-            return None
-        if not computes_in(x.dtype, x.device) or q.dtype != x.dtype:
-            return None
-        before = InputPart(first, (q, k, v), attention.head_dim)
-        activation = "silu" if self.family.activation == "silu" else "gelu_tanh"
-        return before, OutputPart(o, second, gate, up, down, activation)
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of every module; the weights leave their stacks first: savers want each to have memory of its own."""
+        self.reader.release()
+        return super().state_dict(*args, **kwargs)
 
-    def _read_norm(self, name: str) -> Norm | None:
-        norm: Any = getattr(self, name)
-        kind = self.family.norm
-        if norm.weight.requires_grad:
-            return None
-        eps = getattr(norm, "eps", None) or getattr(norm, kind.eps_name)
-        return Norm(norm.weight, float(eps), kind.offset, kind.cast_first)
+    def before_revert(self) -> None:
+        """Undo what was done to the layer's weights: each gets memory of its own again."""
+        self.reader.release()
+
+
+def _flat_rotary(position_embeddings: tuple[Tensor, Tensor], x: Tensor, part: InputPart) -> Rotary:
+    """cos and sin for each of the (B * S) tokens."""
+    batch, tokens, _ = x.shape
+    cos, sin = (p.expand(batch, -1, -1).reshape(batch * tokens, -1).contiguous() for p in position_embeddings)
+    width = cos.shape[-1]
+    return Rotary(cos, sin, width if not part.half_rotary else 2 * width)
 
 
 def apply_layers(
     model: nn.Module, family: ModelFamily, patches: PatchSet, *, on_cpu: bool = False
 ) -> PatchSet:
-    """Swap the decoder layers of a family that has plain ones, where Triton kernels launch.
+    """Swap the decoder layers, where Triton kernels launch.
 
     Args:
         model: the base model.
@@ -158,13 +143,11 @@ def apply_layers(
     layers = model.get_submodule(family.layers)
     device = next(model.parameters()).device
     reason = None if on_cpu and device.type == "cpu" else why_no_triton(device)
-    if family.name not in _PLAIN_LAYERS:
-        reason = f"layers of {family.name} are built otherwise"
     if reason is not None:
         patches.skip("decoder layers", reason)
         return patches
     for index, layer in enumerate(list(layers.children())):
         path = f"{family.layers}.{index}"
-        new = FusedDecoderLayer(layer, family, model.config)
-        patches.replace(model, path, new, "two functions instead of some forty kernels")
+        new = FusedDecoderLayer(layer, family)
+        patches.replace(model, path, new, "a few functions instead of some forty kernels")
     return patches

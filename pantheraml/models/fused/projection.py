@@ -28,15 +28,10 @@ class Projection(NamedTuple):
     b: Tensor | None
     scale: float
 
-    def weight(self) -> Tensor:
-        """W (N, K) in the dtype it computes in; 4-bit weights are unpacked anew."""
-        packed = self.linear.weight
-        state = getattr(packed, "quant_state", None)
-        if state is None:
-            return packed
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(packed.data, state)
+    @property
+    def is_packed(self) -> bool:
+        """Whether the base weight is held in 4 bits."""
+        return getattr(self.linear.weight, "quant_state", None) is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,6 +43,22 @@ class Projection(NamedTuple):
     def features(self) -> int:
         """N."""
         return self.linear.out_features
+
+    @property
+    def rank(self) -> int:
+        """R, 0 without an adapter."""
+        return 0 if self.a is None else self.a.shape[0]
+
+    def unpack_into(self, out: Tensor) -> None:
+        """Write the base weight (N, K) to ``out``, stride 1 along a row."""
+        packed = self.linear.weight
+        state = getattr(packed, "quant_state", None)
+        if state is None:
+            out.copy_(packed.detach())
+            return
+        from bitsandbytes.functional import dequantize_4bit
+
+        out.copy_(dequantize_4bit(packed.data, state))
 
 
 def read_projection(layer: nn.Module) -> Projection | str:
@@ -90,17 +101,3 @@ def read_projection(layer: nn.Module) -> Projection | str:
 def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether products of ``dtype`` tensors are computed in that dtype, which autocast may change."""
     return not torch.is_autocast_enabled(device.type) or torch.get_autocast_dtype(device.type) == dtype
-
-
-def thin(x: Tensor, factor: Tensor) -> Tensor:
-    """``x factor^T`` in the dtype of x: the narrow products of LoRA."""
-    return x @ factor.to(x.dtype).T
-
-
-def factor_gradient(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
-    """``scale * left^T right`` in float32; left (T, M), right (T, N), summed over T in float32."""
-    if left.device.type == "cuda" and left.dtype != torch.float32:
-        product = torch.mm(left.T, right, out_dtype=torch.float32)
-    else:
-        product = left.T @ right
-    return product if scale == 1.0 else product * scale

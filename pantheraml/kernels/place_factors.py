@@ -1,0 +1,91 @@
+"""Write LoRA's factors into the margins of a stack of weights, scaled and rounded to its dtype, in one launch.
+
+    [ W | s B ]
+    [ A |     ]      W (N, K), A (R, K), B (N, R)
+
+Both factors change at every optimizer step, W never. A table on the device lists what goes where, so that one program
+grid serves all factors of a stack whatever their number and sizes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pantheraml.kernels.launch import jit, tl
+
+_BLOCK = 2048
+
+
+class Placement(NamedTuple):
+    """``target = scale * source``: source (rows, cols) contiguous, target of the same shape, stride 1 along a row."""
+
+    source: Tensor
+    target: Tensor
+    scale: float
+
+    @property
+    def key(self) -> tuple[int | float, ...]:
+        """What the table says about it: addresses, sizes, stride, scale."""
+        return (
+            self.source.data_ptr(),
+            self.target.data_ptr(),
+            *self.source.shape,
+            self.target.stride(0),
+            self.scale,
+        )
+
+
+@jit
+def _place_kernel(
+    table_ptr, scale_ptr, SOURCE: tl.constexpr, TARGET: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    entry = tl.program_id(0)
+    table_ptr += entry * 5
+    source = tl.load(table_ptr).to(tl.pointer_type(SOURCE))  # pyright: ignore[reportArgumentType]
+    target = tl.load(table_ptr + 1).to(tl.pointer_type(TARGET))  # pyright: ignore[reportArgumentType]
+    rows = tl.load(table_ptr + 2)
+    cols = tl.load(table_ptr + 3)
+    stride = tl.load(table_ptr + 4)
+    scale = tl.load(scale_ptr + entry)
+    for start in range(tl.program_id(1) * BLOCK, rows * cols, tl.num_programs(1) * BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        there = at < rows * cols
+        value = tl.load(source + at, mask=there, other=0.0).to(tl.float32) * scale
+        tl.store(target + (at // cols) * stride + at % cols, value.to(TARGET), mask=there)
+
+
+class Table:
+    """The placements of one stack, kept on the device and rebuilt only when an address or a scale changes."""
+
+    def __init__(self) -> None:
+        self._key: tuple[tuple[int | float, ...], ...] = ()
+        self._entries: Tensor | None = None
+        self._scales: Tensor | None = None
+
+    def write(self, placements: list[Placement]) -> None:
+        """Do every placement; all sources share one dtype, all targets another."""
+        if not placements:
+            return
+        first = placements[0]
+        if first.target.device.type != "cuda" or any(not p.source.is_contiguous() for p in placements):
+            for source, target, scale in placements:
+                torch.mul(source, scale, out=target)
+            return
+        key = tuple(placement.key for placement in placements)
+        if key != self._key:
+            device = first.target.device
+            self._entries = torch.tensor([entry[:5] for entry in key], dtype=torch.int64, device=device)
+            self._scales = torch.tensor([entry[5] for entry in key], dtype=torch.float32, device=device)
+            self._key = key
+        _place_kernel[(len(placements), 64)](
+            self._entries, self._scales, SOURCE=_NAMES[first.source.dtype], TARGET=_NAMES[first.target.dtype],
+            BLOCK=_BLOCK, num_warps=4,
+        )  # fmt: skip
+
+
+_NAMES = {} if tl is None else {
+    torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
+}  # fmt: skip

@@ -1,0 +1,176 @@
+"""Forward and backward of a decoder layer's parts around its attention, without autograd.
+
+    project_in:    x -> q, k, v                   norm, projections, bias, head norms, rotary positions
+    project_out:   x, attended -> s, h            output projection, residual, norm
+    mlp:           s, h -> y                      gated MLP, residual
+
+Everything is two-dimensional: x, s, h, y (T, H) with T = B * S; LoRA is part of every product (``Stack``). Base weights
+and norms are frozen. A forward returns what its backward needs; each backward returns the gradient of its inputs and
+those of the factors, in the order of ``factors``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pantheraml.kernels.add_norm import add, add_norm, norm_backward
+from pantheraml.kernels.rms_norm import rms_norm_into
+from pantheraml.kernels.rope import Rotary, rotate_, rotate_back
+from pantheraml.kernels.swiglu import glu_backward, glu_forward
+from pantheraml.models.fused.parts import InputPart, MiddlePart, MLPPart
+
+Gradients = list[Tensor | None]
+
+
+class Heads(NamedTuple):
+    """q (T, heads * D), k and v (T, kv_heads * D); and what the backward needs: sums before the head norms, and t."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    raw: Tensor | None
+    t: Tensor | None
+
+
+def project_in(x: Tensor, part: InputPart, rotary: Rotary) -> Heads:
+    """q, k and v of x (T, H)."""
+    h = part.qkv.widened(x, x.shape[1])
+    rms_norm_into(h[:, : x.shape[1]], x, part.norm)
+    y, t = part.qkv.product(h)
+    q, k, v = y.split(part.widths, dim=1)
+    bias = part.bias
+    if bias == [None] * 3 and part.q_norm is None and part.k_norm is None:
+        turned = y[:, : q.shape[1] + k.shape[1]]
+        rotate_(turned, part.head_dim, rotary)
+        return Heads(q, k, v, None, t)
+    new_q = rotate_(q, part.head_dim, rotary, bias[0], norm=part.q_norm)
+    new_k = rotate_(k, part.head_dim, rotary, bias[1], norm=part.k_norm)
+    if bias[2] is not None:
+        rotate_(v, part.head_dim, None, bias[2])
+    return Heads(new_q, new_k, v, None if part.q_norm is None else y, t)
+
+
+def project_in_backward(
+    grads: tuple[Tensor, Tensor, Tensor],
+    residual: Tensor | None,
+    x: Tensor,
+    part: InputPart,
+    rotary: Rotary,
+    kept: tuple[Tensor | None, Tensor | None],
+) -> tuple[Tensor | None, Gradients]:
+    """The gradient of x, with ``residual`` (T, H) added; None without a residual, where nothing before x is trained.
+
+    ``grads`` are those of q, k and v, (B, heads, S, D) each; ``kept`` is raw and t of the forward.
+    """
+    raw, t = kept
+    dy = part.qkv.widened(x, part.qkv.rows)
+    parts = dy[:, : part.qkv.rows].split(part.widths, dim=1)
+    raws = (None, None) if raw is None else raw.split(part.widths, dim=1)[:2]
+    rotate_back(grads[0], rotary, parts[0], part.q_norm, raws[0])
+    rotate_back(grads[1], rotary, parts[1], part.k_norm, raws[1])
+    rotate_back(grads[2], None, parts[2])
+    if residual is None:
+        inner, dx = part.qkv.inner(dy), None
+        h = None if inner is None else rms_norm_into(torch.empty_like(x), x, part.norm)
+    else:
+        dh, inner = part.qkv.input_gradient(dy)
+        h = None if inner is None else torch.empty_like(dh)
+        dx = norm_backward(dh, residual, x, part.norm, torch.empty_like(dh), h)
+    return dx, [] if h is None else part.qkv.factor_gradients(dy, inner, h, t)
+
+
+class Middle(NamedTuple):
+    """s = x + o (T, H), h = norm(s), as wide as its reader wants it; for the backward: o before its norm, and t."""
+
+    s: Tensor
+    h: Tensor
+    raw: Tensor | None
+    t: Tensor | None
+
+
+def project_out(x: Tensor, attended: Tensor, part: MiddlePart, h: Tensor) -> Middle:
+    """The residual sum after the attention and its norm; attended (T, heads * D), h (T, >= H) is written."""
+    o, t = part.o.product(attended, part.o.projections[0].linear.bias)
+    width = x.shape[1]
+    raw = None
+    if part.post is not None:
+        raw, o = o, rms_norm_into(torch.empty_like(o), o, part.post)
+    return Middle(add_norm(x, o, None, part.norm, h[:, :width]), h, raw, t)
+
+
+def project_out_backward(
+    dh: Tensor,
+    ds: Tensor,
+    middle: tuple[Tensor, Tensor | None, Tensor | None],
+    attended: Tensor,
+    part: MiddlePart,
+    h: Tensor | None,
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Gradients of x and of what was attended; dh and ds (T, H) those of h and s.
+
+    ``middle`` is s, raw and t of the forward; h (T, H), when given, is filled with the norm's output once more.
+    """
+    s, raw, t = middle
+    width = s.shape[1]
+    wide = part.o.widened(s, width)
+    dx = norm_backward(dh, ds, s, part.norm, wide[:, :width], h)
+    dy = wide
+    if part.post is not None and raw is not None:
+        dy = part.o.widened(s, width)
+        norm_backward(dx, None, raw, part.post, dy[:, :width])
+    dattended, inner = part.o.input_gradient(dy)
+    return dx, dattended, part.o.factor_gradients(dy, inner, attended, t)
+
+
+class MLPOutput(NamedTuple):
+    """y (T, H); and what the backward needs: gate and up (T, 2 N), down's product before its norm, and both t."""
+
+    y: Tensor
+    gate_up: Tensor
+    raw: Tensor | None
+    t: Tensor | None
+    t_down: Tensor | None
+
+
+def mlp(s: Tensor, h: Tensor, part: MLPPart) -> MLPOutput:
+    """``s + down(act(gate) * up)`` of h (T, H + E)."""
+    gate_up, t = part.gate_up.product(h)
+    gate, up = gate_up.chunk(2, dim=1)
+    value = part.down.widened(s, part.down.cols)
+    glu_forward(gate, up, part.activation, value[:, : part.down.cols])
+    down, t_down = part.down.product(value)
+    raw = None
+    if part.post is not None:
+        raw, down = down, rms_norm_into(torch.empty_like(down), down, part.post)
+    return MLPOutput(add(s, down, None), gate_up, raw, t, t_down)
+
+
+class MLPGradient(NamedTuple):
+    """dh (T, H); the widened gradient of gate and up and its ``i``, for their factors; down's factors."""
+
+    dh: Tensor
+    wide: Tensor
+    inner: Tensor | None
+    down: Gradients
+
+
+def mlp_backward(
+    dy: Tensor, gate_up: Tensor, raw: Tensor | None, t_down: Tensor | None, part: MLPPart
+) -> MLPGradient:
+    """The gradient of h; gate and up's factors follow from ``part.gate_up.factor_gradients`` once h is there again."""
+    ddown = dy
+    if part.post is not None and raw is not None:
+        ddown = norm_backward(dy, None, raw, part.post, torch.empty_like(raw))
+    dvalue, inner_down = part.down.input_gradient(ddown)
+    gate, up = gate_up.chunk(2, dim=1)
+    wide = part.gate_up.widened(dy, part.gate_up.rows)
+    dgate, dup = wide[:, : part.gate_up.rows].chunk(2, dim=1)
+    # The value takes the place of its own gradient, which is read only here.
+    glu_backward(dvalue, gate, up, part.activation, (dgate, dup, dvalue))
+    down = part.down.factor_gradients(ddown, inner_down, dvalue, t_down)
+    del dvalue
+    dh, inner = part.gate_up.input_gradient(wide)
+    return MLPGradient(dh, wide, inner, down)

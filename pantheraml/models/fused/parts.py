@@ -1,0 +1,80 @@
+"""What the halves of a decoder layer compute with: its norms, its stacks of weights, and its settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pantheraml.kernels.rms_norm import RMSNorm
+from pantheraml.models.fused.stack import BoundStack
+
+
+@dataclass(frozen=True)
+class InputPart:
+    """From a layer's input to q, k and v.
+
+    Attributes:
+        norm: of the input.
+        qkv: weights of q, k and v, as three projections or as one.
+        heads: of q.
+        kv_heads: of k, and of v.
+        head_dim: D.
+        q_norm: of each head of q, or None.
+        k_norm: of each head of k, or None.
+        half_rotary: whether cos and sin come without their second half, which is like the first (gpt_oss).
+    """
+
+    norm: RMSNorm
+    qkv: BoundStack
+    heads: int
+    kv_heads: int
+    head_dim: int
+    q_norm: RMSNorm | None = None
+    k_norm: RMSNorm | None = None
+    half_rotary: bool = False
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Columns of q, k and v in their product."""
+        return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim
+
+    @property
+    def bias(self) -> list[Tensor | None]:
+        """The biases of q, k and v."""
+        found = [projection.linear.bias for projection in self.qkv.projections]
+        if len(found) == 3:
+            return list(found)
+        return [None] * 3 if found[0] is None else list(found[0].split(self.widths))
+
+
+@dataclass(frozen=True)
+class MiddlePart:
+    """From what was attended to the MLP's input: output projection, residual, norm.
+
+    Attributes:
+        o: weights of the output projection.
+        post: norm of the output projection's product, before it is added (Gemma), or None.
+        norm: of the sum.
+    """
+
+    o: BoundStack
+    post: RMSNorm | None
+    norm: RMSNorm
+
+
+@dataclass(frozen=True)
+class MLPPart:
+    """The gated MLP and its residual.
+
+    Attributes:
+        gate_up: weights of gate and up, as two projections or as one.
+        down: weights of down.
+        post: norm of down's product, before it is added (Gemma), or None.
+        activation: of the gate.
+    """
+
+    gate_up: BoundStack
+    down: BoundStack
+    post: RMSNorm | None
+    activation: str

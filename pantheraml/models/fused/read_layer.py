@@ -1,0 +1,145 @@
+"""What a decoder layer is made of, read from its modules at every call; or why fused functions cannot compute it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from pantheraml.kernels.rms_norm import RMSNorm
+from pantheraml.models.families import ModelFamily
+from pantheraml.models.fused.parts import InputPart, MiddlePart, MLPPart
+from pantheraml.models.fused.projection import Projection, read_projection
+from pantheraml.models.fused.stack import BoundStack, Stack
+
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+class LayerParts(NamedTuple):
+    """The parts of one layer, with the adapters of this call.
+
+    Attributes:
+        input: before the attention.
+        middle: after it, up to the MLP's input.
+        mlp: the gated MLP, or None where the layer's MLP is of another kind (a mixture of experts).
+        dtype: what they compute in.
+    """
+
+    input: InputPart
+    middle: MiddlePart
+    mlp: MLPPart | None
+    dtype: torch.dtype
+
+
+class LayerReader:
+    """Reads one layer of a family, and holds the memory its weights are stacked in.
+
+    Args:
+        family: the layer's architecture.
+    """
+
+    def __init__(self, family: ModelFamily) -> None:
+        self.family = family
+        self._stacks: dict[str, Stack] = {name: Stack() for name in ("qkv", "o", "gate_up", "down")}
+
+    def read(self, layer: nn.Module) -> LayerParts | str:
+        """The parts of ``layer``, or why it runs as transformers wrote it."""
+        family = self.family
+        attention, mlp = layer.get_submodule(family.attention), layer.get_submodule(family.mlp)
+        norms = [norm for name in family.layer_norms if (norm := self._norm(layer, name))]
+        head_norms = [norm for name in family.head_norms if (norm := self._norm(attention, name))]
+        if len(norms) < len(family.layer_norms) or len(head_norms) < len(family.head_norms):
+            return "norms are trained"
+        if layer.training and _has_residual_dropout(layer):
+            return "the residual has dropout"
+        groups = _groups(family, attention, mlp)
+        found = {name: [read_projection(module) for module in modules] for name, modules in groups.items()}
+        for projections in found.values():
+            for projection in projections:
+                if isinstance(projection, str):
+                    return projection
+        stacks = {
+            name: tuple(p for p in projections if isinstance(p, Projection))
+            for name, projections in found.items()
+        }
+        reason = _why_not_together(stacks)
+        if reason is not None:
+            return reason
+        bound = {name: self._stacks[name].bind(projections) for name, projections in stacks.items()}
+        return self._assemble(attention, bound, norms, head_norms)
+
+    def attention_settings(self, attention: Any) -> dict[str, Any]:
+        """What the family's attention tells the attention function besides scale and window."""
+        settings: dict[str, Any] = {}
+        if "attention_softcap" in self.family.deviations:
+            settings["softcap"] = attention.attn_logit_softcapping
+        if "attention_sinks" in self.family.deviations:
+            settings["s_aux"] = attention.sinks
+        return settings
+
+    def release(self) -> None:
+        """Give the weights back their own memory."""
+        for stack in self._stacks.values():
+            stack.release()
+
+    def _assemble(
+        self,
+        attention: Any,
+        bound: dict[str, BoundStack],
+        norms: list[RMSNorm],
+        head_norms: list[RMSNorm],
+    ) -> LayerParts:
+        config, sandwich = attention.config, len(norms) == 4
+        before = InputPart(
+            norm=norms[0],
+            qkv=bound["qkv"],
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=attention.head_dim,
+            q_norm=head_norms[0] if head_norms else None,
+            k_norm=head_norms[1] if head_norms else None,
+            half_rotary="half_rotary" in self.family.deviations,
+        )
+        middle = MiddlePart(bound["o"], norms[1] if sandwich else None, norms[2] if sandwich else norms[1])
+        mlp = None
+        if "down" in bound:
+            activation = _ACTIVATIONS[self.family.activation]
+            mlp = MLPPart(bound["gate_up"], bound["down"], norms[3] if sandwich else None, activation)
+        return LayerParts(before, middle, mlp, bound["qkv"].projections[0].dtype)
+
+    def _norm(self, owner: nn.Module, name: str) -> RMSNorm | None:
+        norm: Any = getattr(owner, name)
+        kind = self.family.norm
+        if norm.weight.requires_grad:
+            return None
+        eps = getattr(norm, "eps", None) or getattr(norm, kind.eps_name)
+        return RMSNorm(norm.weight, float(eps), kind.offset, kind.cast_first)
+
+
+def _groups(family: ModelFamily, attention: nn.Module, mlp: nn.Module) -> dict[str, list[nn.Module]]:
+    """The linears that share an input, by the name of their stack; those of the MLP only where it is a gated one."""
+    *inputs, output = (getattr(attention, name) for name in family.attention_projections)
+    groups = {"qkv": inputs, "o": [output]}
+    names = family.mlp_projections
+    if names and all(hasattr(mlp, name) for name in names):
+        *inputs, output = (getattr(mlp, name) for name in names)
+        groups |= {"gate_up": inputs, "down": [output]}
+    return groups
+
+
+def _why_not_together(stacks: dict[str, tuple[Projection, ...]]) -> str | None:
+    """Why these projections cannot be computed as stacks."""
+    dtypes = {projection.dtype for projections in stacks.values() for projection in projections}
+    if len(dtypes) > 1:
+        return "weights of several dtypes"
+    for projections in stacks.values():
+        if len({projection.is_packed for projection in projections}) > 1:
+            return "4-bit and 16-bit weights side by side"
+    biased = [p for name in ("gate_up", "down") for p in stacks.get(name, ()) if p.linear.bias is not None]
+    return "the MLP has biases" if biased else None
+
+
+def _has_residual_dropout(layer: nn.Module) -> bool:
+    names = ("resid_attn_dropout", "resid_mlp_dropout")
+    return any(getattr(getattr(layer, name, None), "p", 0.0) > 0 for name in names)

@@ -1,0 +1,245 @@
+"""Frozen weights that share their input, one below the other, with LoRA's factors in the margins.
+
+    [ W_1 | s B_1       ]
+    [ W_2 |       s B_2 ]        (N + E, K + E): N rows of weights, K columns, E >= the sum of ranks, a multiple of 64
+    [ A_1 |             ]
+    [ A_2 |             ]
+
+With x widened by ``t = x A^T`` the product of the upper rows is ``y = x W^T + s t B^T``, and with dy widened by
+``i = s dy B`` the product of the left columns is ``dX = dy W + i A``. So LoRA's share of every wide product costs 64
+more columns of an inner dimension of thousands: 5 to 36 us where the product of its own, or an addend inside the next
+elementwise kernel, took 40 to 230 us (one H200, 8,192 tokens; decision 0002).
+
+16-bit weights move into such a buffer once, and the layers' Parameters become views of it. 4-bit weights are unpacked
+into one that all layers share.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from pantheraml.kernels.place_factors import Placement, Table
+from pantheraml.models.fused.projection import Projection
+
+# Tensor cores take the inner dimension in steps of 64; narrower margins were measured slower.
+_STEP = 64
+
+
+class Product(NamedTuple):
+    """``y`` (T, N), and ``t = x A^T`` (T, E), contiguous, which the gradients of B need; None without LoRA."""
+
+    y: Tensor
+    t: Tensor | None
+
+
+class Buffer:
+    """The memory of a stack and whose weights and factors it holds."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self.table = Table()
+        self.weights: object = None
+        self.factors: object = None
+        self.layout: object = None
+
+
+# Buffers for unpacked weights, shared by all layers of the same sizes on a device: they hold one layer at a time.
+_shared: WeakValueDictionary[tuple[object, ...], Buffer] = WeakValueDictionary()
+
+
+class Stack:
+    """The weights of projections that read the same input.
+
+    Held by a layer for as long as it lives; what changes from call to call (adapters, their scales) is given as
+    ``projections``, always of the same linears.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: Buffer | None = None
+
+    def bind(self, projections: tuple[Projection, ...]) -> BoundStack:
+        """The stack as it computes with these adapters."""
+        ranks = sum(projection.rank for projection in projections)
+        margin = -(-ranks // _STEP) * _STEP
+        if projections[0].is_packed:
+            self._buffer = _shared_buffer(projections, margin)
+        elif self._buffer is None or not _holds(self._buffer, projections, margin):
+            self._buffer = _move_in(projections, margin)
+        return BoundStack(self._buffer, projections, margin)
+
+    def release(self) -> None:
+        """Give each Parameter memory of its own again."""
+        buffer, self._buffer = self._buffer, None
+        if buffer is None or not isinstance(buffer.weights, tuple):
+            return
+        for linear in buffer.weights:
+            if _lies_in(linear.weight, buffer.matrix):
+                linear.weight.data = linear.weight.data.contiguous()
+
+
+def _sizes(projections: tuple[Projection, ...]) -> tuple[int, int]:
+    return sum(p.features for p in projections), projections[0].linear.in_features
+
+
+def _lies_in(weight: Tensor, matrix: Tensor) -> bool:
+    return weight.untyped_storage().data_ptr() == matrix.untyped_storage().data_ptr()
+
+
+def _holds(buffer: Buffer, projections: tuple[Projection, ...], margin: int) -> bool:
+    """Whether the buffer is wide enough, and the Parameters are views of it still (``model.to`` moves them)."""
+    matrix = buffer.matrix
+    at, row_bytes = matrix.data_ptr(), matrix.stride(0) * matrix.itemsize
+    for projection in projections:
+        if projection.linear.weight.data_ptr() != at or projection.dtype != matrix.dtype:
+            return False
+        at += projection.features * row_bytes
+    return matrix.shape[1] - projections[0].linear.in_features >= margin
+
+
+def _move_in(projections: tuple[Projection, ...], margin: int) -> Buffer:
+    rows, cols = _sizes(projections)
+    first = projections[0].linear.weight
+    buffer = Buffer(first.new_empty(rows + margin, cols + margin))
+    at = 0
+    for projection in projections:
+        place = buffer.matrix[at : at + projection.features, :cols]
+        place.copy_(projection.linear.weight.detach())
+        projection.linear.weight.data = place
+        at += projection.features
+    buffer.weights = tuple(projection.linear for projection in projections)
+    return buffer
+
+
+def _shared_buffer(projections: tuple[Projection, ...], margin: int) -> Buffer:
+    rows, cols = _sizes(projections)
+    device, dtype = projections[0].linear.weight.device, projections[0].dtype
+    key = (device, dtype, rows, cols, margin)
+    buffer = _shared.get(key)
+    if buffer is None:
+        buffer = Buffer(torch.empty(rows + margin, cols + margin, dtype=dtype, device=device))
+        _shared[key] = buffer
+    return buffer
+
+
+class BoundStack:
+    """A stack with the adapters of one call. ``x`` is (T, K) or widened (T, K + E), ``dy`` (T, N) or (T, N + E)."""
+
+    def __init__(self, buffer: Buffer, projections: tuple[Projection, ...], margin: int) -> None:
+        self._buffer, self.projections, self.margin = buffer, projections, margin
+        self.rows, self.cols = _sizes(projections)
+
+    def widened(self, like: Tensor, width: int) -> Tensor:
+        """An empty (T, width + E) beside ``like`` (T, …): its first ``width`` columns are the caller's to fill."""
+        return like.new_empty(like.shape[0], width + self.margin)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Product:
+        """``x W^T + bias`` with LoRA's share; a widened x is completed, and takes no bias."""
+        matrix = self._matrix()
+        weight, wide = matrix[: self.rows, : self.cols], x.shape[1] > self.cols
+        if not self.margin:
+            return Product(x @ weight.T if bias is None else torch.addmm(bias, x, weight.T), None)
+        a, b = self._margins(matrix)
+        if wide:
+            t = torch.mm(x[:, : self.cols], a.T)
+            x[:, self.cols :] = t
+            return Product(x @ matrix[: self.rows, : self.cols + self.margin].T, t)
+        t = torch.mm(x, a.T)
+        # The narrow product first and the wide one added to it: adding inside a product is nearly free.
+        y = torch.mm(t, b.T) if bias is None else torch.addmm(bias, t, b.T)
+        return Product(y.addmm_(x, weight.T), t)
+
+    def input_gradient(self, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """dX (T, K) with LoRA's share, and ``i = s dy B`` (T, E); a widened dy is completed."""
+        matrix = self._matrix()
+        weight, wide = matrix[: self.rows, : self.cols], dy.shape[1] > self.rows
+        if not self.margin:
+            return dy @ weight, None
+        a, b = self._margins(matrix)
+        if wide:
+            inner = dy[:, self.rows :]
+            torch.mm(dy[:, : self.rows], b, out=inner)
+            return dy @ matrix[: self.rows + self.margin, : self.cols], inner
+        inner = dy @ b
+        return torch.mm(inner, a).addmm_(dy, weight), inner
+
+    def inner(self, dy: Tensor) -> Tensor | None:
+        """``i = s dy B`` alone, where no gradient of x is wanted."""
+        return dy[:, : self.rows] @ self._margins(self._matrix())[1] if self.margin else None
+
+    def factor_gradients(
+        self, dy: Tensor, inner: Tensor | None, x: Tensor, t: Tensor | None
+    ) -> list[Tensor | None]:
+        """Gradients of A and B of each projection, in the order of ``factors``; x (T, K) as in the product."""
+        if inner is None or t is None:
+            return [None] * (2 * len(self.projections))
+        da = _transposed_product(inner, x[:, : self.cols])
+        result: list[Tensor | None] = []
+        row = rank = 0
+        for projection in self.projections:
+            if projection.a is None or projection.b is None:
+                result += [None, None]
+            else:
+                ranks = slice(rank, rank + projection.rank)
+                db = _transposed_product(dy[:, row : row + projection.features], t[:, ranks])
+                db = db if projection.scale == 1.0 else db * projection.scale
+                result += [da[ranks].to(projection.a.dtype), db.to(projection.b.dtype)]
+                rank += projection.rank
+            row += projection.features
+        return result
+
+    def _margins(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors, (E, K) and (N, E); E may be less than the buffer has room for."""
+        right = slice(self.cols, self.cols + self.margin)
+        return matrix[self.rows : self.rows + self.margin, : self.cols], matrix[: self.rows, right]
+
+    def _matrix(self) -> Tensor:
+        """The buffer with this stack's weights and factors in it."""
+        buffer = self._buffer
+        linears = tuple(projection.linear for projection in self.projections)
+        if buffer.weights != linears:
+            row = 0
+            for projection in self.projections:
+                projection.unpack_into(buffer.matrix[row : row + projection.features, : self.cols])
+                row += projection.features
+            buffer.weights, buffer.factors = linears, None
+        if self.margin and buffer.factors is not self.projections:
+            self._place_factors()
+        return buffer.matrix
+
+    def _place_factors(self) -> None:
+        buffer = self._buffer
+        layout = (self.margin, tuple(projection.rank for projection in self.projections))
+        a, b = self._margins(buffer.matrix)
+        if buffer.layout != layout:
+            a.zero_()
+            b.zero_()
+            buffer.layout = layout
+        placements: list[Placement] = []
+        row = rank = 0
+        for projection in self.projections:
+            if projection.a is not None and projection.b is not None:
+                ranks = slice(rank, rank + projection.rank)
+                placements.append(Placement(projection.a.detach(), a[ranks], 1.0))
+                target = b[row : row + projection.features, ranks]
+                placements.append(Placement(projection.b.detach(), target, projection.scale))
+                rank += projection.rank
+            row += projection.features
+        buffer.table.write(placements)
+        # This very tuple, made anew at every call: factors may change in ways that no version counter sees.
+        buffer.factors = self.projections
+
+
+def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left^T right`` in float32; left (T, M), right (T, N), summed over T in float32."""
+    if left.device.type == "cuda" and left.dtype != torch.float32:
+        return torch.mm(left.T, right, out_dtype=torch.float32)
+    return left.T @ right
+
+
+def factors(*projections: Projection) -> list[Tensor | None]:
+    """A and B of each projection, in order: the trainable inputs of the functions that use a stack."""
+    return [factor for projection in projections for factor in (projection.a, projection.b)]
