@@ -52,8 +52,10 @@ def build(family, targets, fused, **lora):
     return model, patches
 
 
-def run(model, mask=None):
-    generator = torch.Generator().manual_seed(1)
+def run(model, mask=None, seed=1):
+    """Logits, and the gradient of everything trained, for one batch."""
+    generator = torch.Generator().manual_seed(seed)
+    model.zero_grad()
     ids = torch.randint(5, 400, (2, 24), generator=generator).to(DEVICE)
     labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
     output = model(input_ids=ids, attention_mask=mask, labels=labels)

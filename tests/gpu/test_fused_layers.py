@@ -5,23 +5,40 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.fused.test_decoder_layer import ALL, FAMILIES, build, run
+from tests.fused.test_decoder_layer import ALL, FAMILIES, build, names_in, run
 
 pytestmark = pytest.mark.gpu
+
+
+SEEDS = range(4)
+
+
+def squared_errors(model, exact):
+    """Per tensor, the sum over batches of its squared error against ``exact``, and of its squared size."""
+    sums = {}
+    for seed in SEEDS:
+        logits, gradients = run(model, seed=seed)
+        for name, value in {"logits": logits, **gradients}.items():
+            truth = exact[seed][name]
+            error, size = sums.get(name, (0.0, 0.0))
+            error += float((value.double() - truth).square().sum())
+            sums[name] = (error, size + float(truth.square().sum()))
+    return sums
 
 
 @pytest.mark.parametrize("targets", [ALL, ["q_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"]])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_errs_at_most_twice_as_much_as_stock(family, targets):
-    exact, _ = build(family, targets, False)
-    logits, gradients = run(exact)
-    ours, stock = (run(build(family, targets, fused)[0].to(torch.bfloat16)) for fused in (True, False))
-    norm = torch.linalg.vector_norm
-
-    def error(value, truth):
-        return float(norm(value.float() - truth) / norm(truth))
-
-    assert error(ours[0], logits) <= 2 * error(stock[0], logits)
-    for name, truth in gradients.items():
-        assert error(ours[1][name], truth) <= 2 * error(stock[1][name], truth), name
-        assert error(ours[1][name], truth) < 0.2, name
+    if not names_in(family, targets):
+        pytest.skip("this family has experts in the place of these linears")
+    model, _ = build(family, targets, False)
+    exact = []
+    for seed in SEEDS:
+        logits, gradients = run(model.double(), seed=seed)
+        exact.append({"logits": logits, **{name: value.clone() for name, value in gradients.items()}})
+    ours, stock = (
+        squared_errors(build(family, targets, fused)[0].to(torch.bfloat16), exact) for fused in (True, False)
+    )
+    for name, (error, size) in ours.items():
+        assert error <= 4 * stock[name][0], name
+        assert error < 0.2**2 * size, name
