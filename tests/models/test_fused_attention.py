@@ -9,8 +9,8 @@ import weakref
 import pytest
 import torch
 
-from pantheraml.kernels import varlen_attention
-from pantheraml.kernels.varlen_attention import read_layout
+from pantheraml.kernels.attention import layout as layout_file
+from pantheraml.kernels.attention import read_layout
 from pantheraml.models.families import find_family
 from pantheraml.models.fused import apply_attention, apply_fused_parts
 from pantheraml.models.patching import PatchSet
@@ -237,7 +237,7 @@ class TestLayout:
         positions, offsets = torch.tensor([[0, 1, 0]]), torch.tensor([0, 2, 3], dtype=torch.int32)
         layouts = [read_layout((1, 3), CPU, positions), read_layout((1, 3), CPU, positions, offsets, 2)]
         gone = [weakref.ref(layout) for layout in layouts]
-        assert len(varlen_attention._layouts) >= 2
+        assert len(layout_file._layouts) >= 2
         del positions, offsets, layouts
         gc.collect()
         assert [ref() for ref in gone] == [None, None]

@@ -1,10 +1,11 @@
-"""The attention implementation "pantheraml": what SDPA computes, and documents kept apart at full speed.
+"""The attention implementation "pantheraml": the fastest backend that works, and documents kept apart.
 
 transformers calls two functions that register here under the name. The mask function answers "no mask"
 whenever nothing but causality, the layer's window and the documents limit who sees whom; the attention
-function then reads the documents from the position ids that every layer is given. So a packed row needs
-no (S, S) mask on a GPU, and packing also holds for models whose code does not pass position ids to the
-mask (gpt_oss). Everything else is handed to transformers' own functions as it came.
+function then reads the documents from the position ids that every layer is given and asks the table of
+``kernels/attention`` for a backend. So a packed row needs no (S, S) mask on a GPU, nor do soft-caps and
+sinks, and packing also holds for models whose code does not pass position ids to the mask (gpt_oss).
+Everything else (masks, dropout, caches, CPU) is handed to transformers' own functions as it came.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from pantheraml.kernels.varlen_attention import Layout, read_layout, varlen_attention, why_no_varlen
-from pantheraml.log import say_once
+from pantheraml.kernels.attention import AttentionCall, attend, choose, read_layout
 from pantheraml.models.families import ModelFamily
 from pantheraml.models.patching import PatchSet
 
@@ -100,10 +100,13 @@ def attention(
             rest.get("cu_seq_lens_q"),
             rest.get("max_length_q"),
         )
-        if layout.cu_seqlens is not None and not needs_eager and not rest.get("dropout"):
-            out = _without_mask(query, key, value, layout, rest.get("scaling"), sliding_window)
-            if out is not None:
-                return out, None
+        if not rest.get("dropout") and value.shape[-1] == query.shape[-1]:
+            q, k, v = _by_token(query, key, value)
+            call = AttentionCall.of(
+                q, k, layout, rest.get("scaling"), sliding_window, softcap, s_aux is not None
+            )
+            if choose(call).name != "plain":  # transformers' own functions do what that one does
+                return attend(q, k, v, call, s_aux), None
         windowed = sliding_window is not None and length >= sliding_window
         if needs_eager or windowed or layout.cu_seqlens is not None:
             attention_mask = layout.mask(sliding_window if windowed else None)
@@ -112,20 +115,12 @@ def attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
 
 
-def _without_mask(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None, window: int | None
-) -> Tensor | None:
-    """Attention per document, or None (said once) where the operator cannot."""
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    reason = why_no_varlen(q, k, v)
-    if reason is None:
-        return varlen_attention(q, k, v, layout, scaling, window)
-    if query.device.type == "cuda":
-        say_once(f"Packed rows use a mask of rows x rows: {reason}.")
-    return None
+def _by_token(*heads: Tensor) -> tuple[Tensor, ...]:
+    """(B, heads, S, D) as (B, S, heads, D), in the dtype of autocast where it is on."""
+    device = heads[0].device.type
+    if torch.is_autocast_enabled(device):
+        heads = tuple(t.to(torch.get_autocast_dtype(device)) for t in heads)
+    return tuple(t.transpose(1, 2) for t in heads)
 
 
 def _eager(

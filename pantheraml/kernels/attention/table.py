@@ -1,0 +1,58 @@
+"""The table: which backend computes attention, by what is fastest for the shape and works on the machine.
+
+Measured on an H200, causal, 32/8 heads of 128, forward+backward TFLOP/s: dense 4 x 2,048 / 1 x 8,192:
+flash-attn-4 412 / 551, cuDNN 397 / 525, torch's FlashAttention 2 218 / 285; packed 22 documents in 16,384
+tokens: flash-attn-4 335, torch 176 (``python -m benchmarks.attention``).
+"""
+
+from __future__ import annotations
+
+from pantheraml.kernels.attention.backend import AttentionBackend, AttentionCall, Features
+from pantheraml.kernels.attention.cudnn import CuDNN
+from pantheraml.kernels.attention.flash_attn_4 import FlashAttn4
+from pantheraml.kernels.attention.layout import eagerly
+from pantheraml.kernels.attention.plain import Plain
+from pantheraml.kernels.attention.torch_flash import TorchFlash
+from pantheraml.log import say_once
+
+# The fastest first. Each takes what it can (``why_not``); the last takes everything.
+_flash_attn_4, _cudnn, _torch_flash, _plain = FlashAttn4(), CuDNN(), TorchFlash(), Plain()
+DENSE: tuple[AttentionBackend, ...] = (_flash_attn_4, _cudnn, _torch_flash, _plain)
+PACKED: tuple[AttentionBackend, ...] = (_flash_attn_4, _torch_flash, _plain)
+
+_told: set[tuple[str, Features]] = set()
+
+
+@eagerly
+def choose(call: AttentionCall) -> AttentionBackend:
+    """The first backend of the table that takes ``call``; on a GPU the log says which, once per kind."""
+    passed: list[tuple[str, str]] = []
+    for backend in PACKED if call.packed else DENSE:
+        reason = backend.why_not(call)
+        if reason is None:
+            _tell(call, backend, passed)
+            return backend
+        passed.append((backend.name, reason))
+    raise AssertionError("the last backend takes everything")
+
+
+def _tell(call: AttentionCall, backend: AttentionBackend, passed: list[tuple[str, str]]) -> None:
+    key = backend.name, call.features
+    if call.device.type != "cpu" and key not in _told:
+        _told.add(key)
+        say_once(explain(call, backend, passed))
+
+
+def explain(call: AttentionCall, backend: AttentionBackend, passed: list[tuple[str, str]]) -> str:
+    """One sentence on what attends, and one on what would be faster and why it does not."""
+    kind = "packed" if call.packed else "dense"
+    features = {"window": call.window, "soft-cap": call.softcap, "sinks": call.sinks or None}
+    extra = "".join(f", {name}" for name, value in features.items() if value is not None)
+    dtype = str(call.dtype).removeprefix("torch.")
+    said = (
+        f"Attention of {kind} rows ({dtype}, {call.heads}/{call.kv_heads} heads of {call.head_dim}{extra}): "
+    )
+    said += f"{backend.name}."
+    if passed:
+        said += " Passed over: " + "; ".join(f"{name}: {reason}" for name, reason in passed) + "."
+    return said
