@@ -82,8 +82,9 @@ class FastLanguageModel:
             rope_scaling: stretch rotary positions, for example ``{"rope_type": "linear", "factor": 2.0}``.
             fix_tokenizer: give the tokenizer a padding token that is not the end-of-text token.
             trust_remote_code: run Python code that comes with the model.
-            use_gradient_checkpointing: recompute activations: True, False, ``"auto"`` (only when the
-                longest batch may not fit into the GPU) or ``"unsloth"`` (a synonym of True).
+            use_gradient_checkpointing: recompute activations: True, False, ``"auto"`` (in as few layers as the
+                GPU's free memory asks for), or ``"offload"`` (True, with what layers keep in host memory;
+                ``"unsloth"`` is a synonym).
             resize_model_vocab: number of embedding rows to grow or shrink to.
             revision: branch, tag or commit on the hub.
             random_state: seed of whatever starts random (new embedding rows, a classification head).
@@ -250,7 +251,7 @@ class FastLanguageModel:
     @staticmethod
     def for_training(model: Any, use_gradient_checkpointing: bool | str | None = None) -> Any:
         """Put the model in training mode, recompute as its policy (or the argument) says; returns the model."""
-        from pantheraml.models.recompute import check_policy, is_recompute_on, set_recompute
+        from pantheraml.models.recompute import check_policy, is_recompute_forced, set_recompute
         from pantheraml.models.state import get_state
 
         state = get_state(model)
@@ -260,7 +261,7 @@ class FastLanguageModel:
             if state is not None:
                 state.recompute = policy
         model.train()
-        set_recompute(model, is_recompute_on(policy, model.device.type))
+        set_recompute(model, is_recompute_forced(policy))
         return model
 
     @staticmethod

@@ -95,17 +95,12 @@ def _lora_arguments(lora: LowRank | None, stand_in: Tensor) -> tuple[tuple, dict
     return (lora.t, lora.t.stride(0), lora.b, rank, lora.scale), {"LORA": True, "RANK": padded_rank(rank)}
 
 
-def add(x: Tensor, y: Tensor, lora: LowRank | None) -> Tensor:
-    """``x + y + lora``; arguments as ``add_norm``.
-
-    Returns:
-        (T, N), contiguous, in the dtype of x.
-    """
+def add(x: Tensor, y: Tensor, lora: LowRank | None, out: Tensor) -> Tensor:
+    """``x + y + lora``, written to ``out`` (T, N) in the dtype of x; arguments as ``add_norm``; returns out."""
     if x.device.type != "cuda":
-        return _eager_add(x, y, lora)
-    s = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(x, y, lora, s, None, s)
-    return s
+        return out.copy_(_eager_add(x, y, lora))
+    _launch(x, y, lora, out, None, out)
+    return out
 
 
 def add_norm(x: Tensor, y: Tensor, lora: LowRank | None, norm: RMSNorm, out: Tensor) -> Tensor:

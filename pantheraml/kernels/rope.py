@@ -125,7 +125,7 @@ def _rotate_kernel(
 
 @jit
 def _rotate_back_kernel(
-    dy_ptr, dy_batch, dy_token, dy_head, dx_ptr, dx_stride, tokens, rows, cos_ptr, sin_ptr,
+    dy_ptr, dy_token, dy_head, dx_ptr, dx_stride, rows, cos_ptr, sin_ptr,
     x_ptr, x_stride, w_ptr, eps, offset,
     TURN: tl.constexpr, NORM: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr, TAIL: tl.constexpr,
     TAIL_LANES: tl.constexpr, COS_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -138,7 +138,7 @@ def _rotate_back_kernel(
     there = (row < rows)[:, None] & (lane < HALF)[None, :]
     tail_there = (row < rows)[:, None] & (rest < TAIL)[None, :]
     line = row.to(tl.int64)[:, None]
-    source = dy_ptr + (line // tokens) * dy_batch + (line % tokens) * dy_token + head.to(tl.int64) * dy_head
+    source = dy_ptr + line * dy_token + head.to(tl.int64) * dy_head
     dy1 = tl.load(source + lane[None, :], mask=there, other=0.0).to(tl.float32)
     dy2 = tl.load(source + HALF + lane[None, :], mask=there, other=0.0).to(tl.float32)
     tail = tl.zeros((BLOCK_M, TAIL_LANES), tl.float32)
@@ -207,6 +207,7 @@ def rotate_(
     bias: Tensor | None = None,
     lora: LowRank | None = None,
     norm: RMSNorm | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Add bias and LoRA to a projection's product, normalise its heads and turn them.
 
@@ -217,14 +218,15 @@ def rotate_(
         bias: (heads * D,) or None.
         lora: the addend, or None.
         norm: the heads' norm, or None.
+        out: (T, heads * D), stride 1 along the last dim, for the result; needed with ``norm``.
 
     Returns:
-        x itself, or with ``norm`` a new (T, heads * D).
+        the result.
     """
     if x.device.type != "cuda":
-        return _eager_forward(x, head_dim, rotary, bias, lora, norm)
+        return _eager_forward(x, head_dim, rotary, bias, lora, norm, out)
     rows, cols = x.shape
-    y = x if norm is None else x.new_empty(x.shape)
+    y = x if out is None else out
     turn = (x, x) if rotary is None else rotary[:2]
     weight, eps, offset, cast_first = (x, 0.0, 0.0, True) if norm is None else norm
     t, b, scale = lora if lora is not None else (x, x, 0.0)
@@ -248,25 +250,25 @@ def rotate_back(
     """The gradient before the turn and the norm.
 
     Args:
-        dy: (B, heads, S, D), any strides with stride 1 along D.
+        dy: (T, heads, D), any strides.
         rotary: as in ``rotate_``.
-        out: (B * S, heads * D), stride 1 along the last dim; written.
+        out: (T, heads * D), stride 1 along the last dim; written.
         norm: as in ``rotate_``.
         x: with ``norm``: what ``rotate_`` left in its x.
 
     Returns:
         out.
     """
-    batch, heads, tokens, head_dim = dy.shape
+    rows, heads, head_dim = dy.shape
     if dy.device.type != "cuda":
         return _eager_backward(dy, rotary, out, norm, x)
-    if dy.stride(3) != 1:
+    if dy.stride(2) != 1:
         dy = dy.contiguous()
     turn = (dy, dy) if rotary is None else rotary[:2]
     weight, eps, offset, _ = (dy, 0.0, 0.0, True) if norm is None else norm
     raw = dy if x is None else x
-    _rotate_back_kernel[(heads, -(-batch * tokens // _BLOCK_M))](
-        dy, dy.stride(0), dy.stride(2), dy.stride(1), out, out.stride(0), tokens, batch * tokens, *turn,
+    _rotate_back_kernel[(heads, -(-rows // _BLOCK_M))](
+        dy, dy.stride(0), dy.stride(1), out, out.stride(0), rows, *turn,
         raw, raw.stride(0), weight, eps, offset,
         TURN=rotary is not None, NORM=norm is not None, **_shape(head_dim, rotary),
     )  # fmt: skip
@@ -296,6 +298,7 @@ def _eager_forward(
     bias: Tensor | None,
     lora: LowRank | None,
     norm: RMSNorm | None,
+    out: Tensor | None,
 ) -> Tensor:
     y = x.float()
     if bias is not None:
@@ -311,14 +314,13 @@ def _eager_forward(
         turned, rest = y[..., : rotary.width], y[..., rotary.width :]
         y1, y2 = turned.chunk(2, dim=-1)
         y = torch.cat((turned * cos + torch.cat((-y2, y1), dim=-1) * sin, rest), dim=-1)
-    y = y.flatten(1)
-    return x.copy_(y) if norm is None else y.to(x.dtype)
+    return (x if out is None else out).copy_(y.flatten(1))
 
 
 def _eager_backward(
     dy: Tensor, rotary: Rotary | None, out: Tensor, norm: RMSNorm | None, x: Tensor | None
 ) -> Tensor:
-    dx = dy.transpose(1, 2).flatten(0, 1).float()  # (T, heads, D)
+    dx = dy.float()
     if rotary is not None:
         cos, sin = _both_halves(rotary)
         turned, rest = dx[..., : rotary.width], dx[..., rotary.width :]

@@ -13,6 +13,7 @@ from pantheraml.models.families import find_family
 from pantheraml.models.patching import PatchSet
 from pantheraml.models.positions import extend_positions
 from pantheraml.models.precision import PrecisionFlags, choose_precision
+from pantheraml.models.recompute import watch
 from pantheraml.models.saved_adapters import saved_vocabulary
 from pantheraml.models.source import resolve_source
 from pantheraml.models.state import ModelState, Recompute, set_state
@@ -101,6 +102,7 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
         patches=PatchSet(),
     )
     set_state(model, state)
+    watch(model.base_model, state)
     if request.kernels == "auto":
         apply_fused_parts(
             model, state.family, state.patches, keep_attention=request.attn_implementation is not None

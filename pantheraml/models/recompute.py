@@ -1,78 +1,58 @@
 """Activation recompute: who decides, and switching it on one model.
 
-The policy written at ``from_pretrained`` or ``get_peft_model`` rules. Under ``"auto"`` the trainer recomputes only when
-the activations of its longest batch may not fit into the GPU's free memory; where no batch is known (``for_training``)
-it means yes on a GPU and no on a CPU. ``"unsloth"`` is accepted as a synonym of ``True``.
+The model's policy rules, whatever trainer it is in: it is applied before every training forward, so that a library's
+default (TRL's SFTConfig turns recompute on) cannot undo it.
+
+    False        nothing is recomputed
+    True         every layer is
+    "auto"       as few layers as the free memory of the GPU asks for, planned anew when a longer batch comes
+    "offload"    every layer is, and what it keeps lies in pinned host memory; "unsloth" is a synonym
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from pantheraml.errors import ConfigError, NotYetError
+import psutil
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-# Of the free memory, what activations may take: the rest is for gradients, the optimizer, the head and gaps.
-FREE_SHARE = 0.75
-_POLICIES = (True, False, "auto", "unsloth")
+from pantheraml.devices.memory import free_gpu_bytes
+from pantheraml.errors import ConfigError
+from pantheraml.log import say, say_once
+from pantheraml.models.recompute_plan import RecomputePlan, offload_plan, plan_recompute
+
+if TYPE_CHECKING:
+    from pantheraml.models.state import ModelState
+
+_checkpoint = partial(checkpoint, use_reentrant=False)
+_POLICIES = (True, False, "auto", "offload", "unsloth")
 
 
 def check_policy(policy: object) -> Any:
-    """Return ``policy`` when it is one of True, False, "auto", "unsloth".
+    """Return ``policy`` when it is one of True, False, "auto", "offload", "unsloth".
 
     Raises:
         ConfigError: any other value.
-        NotYetError: ``"offload"``.
     """
-    if policy == "offload":
-        raise NotYetError(
-            got='use_gradient_checkpointing="offload" was given.',
-            need="Offloading activations to host memory is not in this version.",
-            fix="Use True, which recomputes them.",
-        )
     if not any(policy is known or (isinstance(policy, str) and policy == known) for known in _POLICIES):
         raise ConfigError(
             got=f"use_gradient_checkpointing={policy!r} was given.",
-            need='It is True, False, "auto" or "unsloth" (a synonym of True).',
+            need='It is True, False, "auto", "offload" or "unsloth" (a synonym of "offload").',
             fix='Leave it out for "auto".',
         )
     return policy
 
 
-def is_recompute_on(policy: object, device_type: str) -> bool:
-    """Whether activations are recomputed under ``policy`` on ``device_type`` ("cuda", "cpu", …)."""
-    if policy == "auto":
-        return device_type != "cpu"
-    return bool(policy)
-
-
-def estimate_activations(model: Any, tokens: int) -> int:
-    """Bytes that the layers of ``model`` keep for the backward when nothing is recomputed; an upper estimate.
-
-    A fused layer keeps x, q, k, v, the attention's output, the residual after it, gate and up, per token. Layers as
-    transformers and PEFT compute them keep about 2.7 times as much (measured: 240 against 92 KiB per token and layer
-    for the 8B Llama); 3.2 is assumed.
-
-    Args:
-        model: a causal language model, also inside PEFT.
-        tokens: tokens of the longest batch, padding included.
-    """
-    from pantheraml.models.fused import FusedDecoderLayer
-
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    queries = config.num_attention_heads * head_dim
-    keys = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    experts = getattr(config, "num_experts_per_tok", None)
-    inner *= experts or 1
-    numbers = 2 * config.hidden_size + 2 * queries + 2 * keys + 2 * inner
-    is_fused = not experts and any(isinstance(module, FusedDecoderLayer) for module in model.modules())
-    factor = 1.0 if is_fused else 3.2
-    return int(tokens * config.num_hidden_layers * numbers * max(model.dtype.itemsize, 2) * factor)
+def is_recompute_forced(policy: object) -> bool:
+    """Whether every layer recomputes under ``policy``, however much memory is free."""
+    return policy not in (False, "auto")
 
 
 def set_recompute(model: Any, on: bool) -> None:
-    """Switch activation recompute (non-reentrant) on a transformers or PEFT model."""
+    """Switch activation recompute (non-reentrant) on all layers of a transformers or PEFT model."""
     # transformers renamed "gradient" to "activation" checkpointing after 5.17; the older names warn in newer versions.
     prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if on:
@@ -83,6 +63,85 @@ def set_recompute(model: Any, on: bool) -> None:
 
 
 def is_recomputing(model: Any) -> bool:
-    """Whether a transformers or PEFT model recomputes activations now."""
+    """Whether some layer of a transformers or PEFT model recomputes activations now."""
     name = "is_activation_checkpointing"
     return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing"))
+
+
+def watch(backbone: Any, state: ModelState) -> None:
+    """Apply the policy of ``state`` before every training forward of ``backbone`` (the model without its head)."""
+    backbone.register_forward_pre_hook(partial(_before_forward, state), with_kwargs=True)
+
+
+def plan_ahead(model: Any, state: ModelState, tokens: int) -> None:
+    """Plan now for batches of up to ``tokens``, padding included, where the policy leaves a choice."""
+    if state.recompute == "auto" and model.device.type == "cuda":
+        state.plan = _plan(model, state, tokens)
+
+
+def _before_forward(state: ModelState, backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not (backbone.training and torch.is_grad_enabled()):
+        return
+    plan = state.plan
+    tokens = _num_tokens(args, kwargs)
+    if plan is None or tokens > plan.tokens or state.planned_for != state.recompute:
+        plan = _plan(backbone, state, tokens)
+    state.plan = plan
+    apply_plan(backbone, state, plan)
+
+
+def _num_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if ids is not None:
+        return ids.numel()
+    embeddings = kwargs["inputs_embeds"]
+    return embeddings.shape[0] * embeddings.shape[1]
+
+
+def _plan(model: Any, state: ModelState, tokens: int) -> RecomputePlan:
+    policy, device = state.recompute, model.device
+    total = model.config.get_text_config().num_hidden_layers
+    is_new = state.planned_for != policy or state.plan is None
+    state.planned_for = policy
+    if policy in ("offload", "unsloth"):
+        plan = offload_plan(model, tokens)
+        if device.type == "cpu":
+            plan = RecomputePlan(tokens, total)
+    elif policy != "auto":
+        plan = RecomputePlan(tokens, total if policy else 0)
+    elif device.type != "cuda":
+        plan = RecomputePlan(tokens, 0)
+    else:
+        free = free_gpu_bytes(device) - (_optimizer_bytes(model) if is_new else 0)
+        plan = plan_recompute(model, tokens, free, psutil.virtual_memory().available)
+        if state.plan is None or plan.layers != state.plan.layers or plan.stored != state.plan.stored:
+            say(f"recompute: {plan.describe(total)}.")
+    return plan
+
+
+def _optimizer_bytes(model: nn.Module) -> int:
+    """Gradients and two float32 moments of everything trained, which the first step will allocate."""
+    return sum(p.numel() * (p.element_size() + 8) for p in model.parameters() if p.requires_grad)
+
+
+def apply_plan(model: Any, state: ModelState, plan: RecomputePlan) -> None:
+    """Set every layer's switch, and what it keeps and where."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    from pantheraml.models.fused import FusedDecoderLayer, HostStore
+
+    layers: list[Any] = [
+        module
+        for module in model.modules()
+        if isinstance(module, FusedDecoderLayer | GradientCheckpointingLayer)
+    ]
+    if plan.stored and state.store is None:
+        state.store = HostStore(model.device)
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index < plan.layers
+        layer._gradient_checkpointing_func = _checkpoint
+        if isinstance(layer, FusedDecoderLayer):
+            layer.keep_when_recomputing = plan.keep
+            layer.store = state.store if index < plan.stored else None
+        elif index < plan.stored:
+            say_once("Layers that are not fused recompute, but keep their inputs on the GPU.")

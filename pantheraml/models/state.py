@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pantheraml.models.families import ModelFamily
+    from pantheraml.models.fused import HostStore
+    from pantheraml.models.recompute_plan import RecomputePlan
     from pantheraml.models.source import ModelSource
 
-Recompute = bool | Literal["auto", "unsloth"]
+Recompute = bool | Literal["auto", "offload", "unsloth"]
 
 _ATTRIBUTE = "pantheraml_state"
 
@@ -32,6 +34,9 @@ class ModelState:
         family: its architecture as data, or None for the generic path.
         kernels: ``"auto"`` or ``"off"``.
         patches: the ledger of everything that was changed on it: fused parts, bound methods.
+        plan: what its layers recompute, made for the longest batch so far.
+        planned_for: the policy it was made for.
+        store: host memory for what layers keep, once a plan uses it.
     """
 
     source: ModelSource
@@ -42,6 +47,9 @@ class ModelState:
     family: ModelFamily | None
     kernels: str
     patches: PatchSet
+    plan: RecomputePlan | None = None
+    planned_for: Recompute | None = None
+    store: HostStore | None = None
 
 
 def set_state(model: nn.Module, state: ModelState) -> None:

@@ -17,13 +17,13 @@ from trl import SFTConfig, SFTTrainer
 from pantheraml.checkpoint.partial import removed_on_failure
 from pantheraml.data.masking import check_labels
 from pantheraml.data.preview import describe_sample
-from pantheraml.devices.memory import GIB, format_memory_stats, free_gpu_bytes, get_memory_stats
+from pantheraml.devices.memory import format_memory_stats, get_memory_stats
 from pantheraml.errors import ConfigError, DataError
 from pantheraml.log import say
 from pantheraml.models.adapters import count_parameters
 from pantheraml.models.packed_rows import keep_documents_apart
 from pantheraml.models.patching import PatchSet
-from pantheraml.models.recompute import FREE_SHARE, estimate_activations, is_recompute_on
+from pantheraml.models.recompute import is_recompute_forced, plan_ahead
 from pantheraml.models.state import get_state
 from pantheraml.training.arguments import (
     PantheraMLTrainingArguments,
@@ -108,10 +108,10 @@ class PantheraMLTrainer(SFTTrainer):
                 )
 
         state = get_state(model)
-        written = self._written_recompute = written_recompute(args)
+        written = written_recompute(args)
         if state is not None:
-            policy = state.recompute if written is None else written
-            set_recompute_argument(config, is_recompute_on(policy, model.device.type))
+            state.recompute = state.recompute if written is None else written
+            set_recompute_argument(config, is_recompute_forced(state.recompute))
             if kwargs.get("peft_config") is None and not state.full_finetuning:
                 model = _ensure_adapter(model)
             pin_device(config, model.device)
@@ -140,25 +140,12 @@ class PantheraMLTrainer(SFTTrainer):
         self._check_rows()
 
     def _plan_recompute(self) -> None:
-        """Under the "auto" policy on a GPU: recompute only if the activations of the longest batch may not fit."""
-        state, rows = get_state(cast(torch.nn.Module, self.model)), self.train_dataset
-        if state is None or self._written_recompute is not None or state.recompute != "auto":
+        """Plan recompute for the longest batch, where rows are known and the policy leaves a choice."""
+        model, rows = cast(torch.nn.Module, self.model), self.train_dataset
+        state = get_state(model)
+        if state is None or not isinstance(rows, Dataset) or "input_ids" not in rows.column_names:
             return
-        if (
-            self.args.device.type != "cuda"
-            or not isinstance(rows, Dataset)
-            or "input_ids" not in rows.column_names
-        ):
-            return
-        longest = int(token_counts(rows).max())
-        tokens = longest * self.args.per_device_train_batch_size
-        need, free = estimate_activations(cast(Any, self.model), tokens), free_gpu_bytes(self.args.device)
-        on = need > FREE_SHARE * free
-        set_recompute_argument(cast(SFTConfig, self.args), on)
-        say(
-            f"recompute {'on' if on else 'off'}: {tokens} tokens at a time keep about {need / GIB:.1f} GiB of "
-            f"activations, and {FREE_SHARE:.0%} of {free / GIB:.1f} GiB free memory may be used for them."
-        )
+        plan_ahead(model, state, int(token_counts(rows).max()) * self.args.per_device_train_batch_size)
 
     def _place_head(self, *, fused: bool) -> None:
         """Put our head where TRL's is slower or cannot run."""
@@ -235,8 +222,7 @@ class PantheraMLTrainer(SFTTrainer):
         say(
             f"{trainable:,} of {total:,} parameters are trained on {args.device} in {precision}; {count}; "
             f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size} = {step} "
-            f"rows a step (per device x accumulation x ranks); "
-            f"recompute {'on' if args.gradient_checkpointing else 'off'}."
+            f"rows a step (per device x accumulation x ranks)."
         )
 
     # --- checkpoints ----------------------------------------------------------------------------------------

@@ -315,11 +315,6 @@ def unknown_recompute(shop: Workshop) -> None:
 
 
 @case
-def recompute_by_offloading(shop: Workshop) -> None:
-    shop.load(use_gradient_checkpointing="offload")
-
-
-@case
 def no_length(shop: Workshop) -> None:
     shop.load(max_seq_length=0)
 

@@ -8,7 +8,6 @@ from peft import LoraConfig, get_peft_model
 
 from pantheraml.models.families import find_family
 from pantheraml.models.fused.decoder_layer import FusedDecoderLayer, apply_layers
-from pantheraml.models.fused.functions import AttentionInput
 from pantheraml.models.patching import PatchSet
 from tests import tiny
 
@@ -70,15 +69,6 @@ def assert_equal(ours, theirs, tolerance=1e-5):
     for name, gradient in theirs[1].items():
         assert gradient is not None and gradient.abs().max() > 0, name
         assert (gradients[name] - gradient).abs().max() <= tolerance * gradient.abs().max(), name
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How often the fused path ran."""
-    count = []
-    original = AttentionInput.apply
-    monkeypatch.setattr(AttentionInput, "apply", lambda *a: count.append(1) or original(*a))
-    return count
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,22 @@ import pytest
 import torch
 
 from pantheraml import FastLanguageModel
-from pantheraml.errors import ConfigError, NotYetError
-from pantheraml.models.recompute import check_policy, is_recompute_on, is_recomputing, set_recompute
+from pantheraml.errors import ConfigError
+from pantheraml.models.recompute import (
+    apply_plan,
+    check_policy,
+    is_recompute_forced,
+    is_recomputing,
+    set_recompute,
+)
+from pantheraml.models.recompute_plan import RecomputePlan
+from pantheraml.models.state import get_state
 from tests import tiny
 
 IDS = torch.arange(5, 29)[None]
 
 
-@pytest.mark.parametrize("policy", [True, False, "auto", "unsloth"])
+@pytest.mark.parametrize("policy", [True, False, "auto", "offload", "unsloth"])
 def test_known_policies(policy):
     assert check_policy(policy) is policy
 
@@ -24,17 +32,12 @@ def test_unknown_policies(policy):
         check_policy(policy)
 
 
-def test_offloading_is_for_later():
-    with pytest.raises(NotYetError, match="Use True"):
-        check_policy("offload")
-
-
 @pytest.mark.parametrize(
-    ("policy", "on_gpu", "on_cpu"),
-    [(True, True, True), (False, False, False), ("auto", True, False), ("unsloth", True, True)],
+    ("policy", "forced"),
+    [(True, True), (False, False), ("auto", False), ("offload", True), ("unsloth", True)],
 )
-def test_who_recomputes(policy, on_gpu, on_cpu):
-    assert (is_recompute_on(policy, "cuda"), is_recompute_on(policy, "cpu")) == (on_gpu, on_cpu)
+def test_who_recomputes_whatever_is_free(policy, forced):
+    assert is_recompute_forced(policy) is forced
 
 
 def forwards_of_a_step(model) -> int:
@@ -60,14 +63,19 @@ def test_layers_are_computed_twice(adapted):
     assert not is_recomputing(model) and forwards_of_a_step(model) == 1
 
 
-@pytest.mark.parametrize("policy", [True, False, "auto", "unsloth"])
-def test_the_policy_reaches_training(llama, policy):
+@pytest.fixture
+def load(llama):
     def load(**flags):
         return FastLanguageModel.from_pretrained(
             str(llama), max_seq_length=64, load_in_4bit=False, device_map="cpu", **flags
         )[0]
 
-    on = is_recompute_on(policy, "cpu")
+    return load
+
+
+@pytest.mark.parametrize("policy", [True, False, "auto", "offload", "unsloth"])
+def test_the_policy_reaches_training(load, policy):
+    on = is_recompute_forced(policy)
     model = FastLanguageModel.get_peft_model(load(use_gradient_checkpointing=policy), r=2)
     assert is_recomputing(FastLanguageModel.for_training(model)) is on
     assert is_recomputing(FastLanguageModel.for_inference(model)) is False
@@ -78,3 +86,33 @@ def test_the_policy_reaches_training(llama, policy):
     assert is_recomputing(FastLanguageModel.for_training(model)) is on
     assert is_recomputing(FastLanguageModel.for_training(model, use_gradient_checkpointing=not on)) is not on
     assert is_recomputing(FastLanguageModel.for_training(model)) is not on, "what was said last stays"
+
+
+@pytest.mark.parametrize(("policy", "forwards"), [(True, 2), (False, 1), ("auto", 1), ("offload", 2)])
+def test_another_librarys_switch_does_not_undo_it(load, policy, forwards):
+    model = FastLanguageModel.get_peft_model(load(use_gradient_checkpointing=policy), r=2)
+    set_recompute(model, forwards == 1)  # as TRL's default would, or its opposite
+    assert forwards_of_a_step(model) == forwards
+    set_recompute(model, forwards == 1)
+    assert forwards_of_a_step(model) == forwards
+
+
+def test_a_longer_batch_is_planned_anew(load):
+    model = FastLanguageModel.get_peft_model(load(use_gradient_checkpointing=True), r=2).train()
+    state = get_state(model)
+    seen = []
+    for length in (8, 4, 24, 20):
+        model(IDS[:, :length], labels=IDS[:, :length]).loss.backward()
+        seen.append(state.plan.tokens)
+    with torch.no_grad():
+        model(IDS.repeat(3, 1))
+    assert seen == [8, 8, 24, 24] and state.plan.tokens == 24
+
+
+def test_a_plan_switches_the_first_layers_only(load):
+    model = load()
+    state = get_state(model)
+    apply_plan(model, state, RecomputePlan(8, layers=1))
+    layers = model.model.layers
+    assert [layer.gradient_checkpointing for layer in layers] == [True, False]
+    assert is_recomputing(model)

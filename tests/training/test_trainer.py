@@ -159,7 +159,7 @@ def test_full_finetuning_trains_every_weight(load, arguments):
     [
         (False, SFTConfig, {}, False),  # TRL's default True does not undo the model's policy
         (True, TrainingArguments, {}, True),
-        ("auto", SFTConfig, {}, torch.cuda.is_available()),
+        ("auto", SFTConfig, {}, False),  # a tiny model fits
         ("unsloth", PantheraMLTrainingArguments, {}, True),
         (False, PantheraMLTrainingArguments, {"gradient_checkpointing": True}, True),
         (True, PantheraMLTrainingArguments, {"gradient_checkpointing": False}, False),

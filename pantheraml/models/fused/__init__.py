@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pantheraml.models.families import ModelFamily
 from pantheraml.models.fused.attention import apply_attention
 from pantheraml.models.fused.decoder_layer import FusedDecoderLayer, apply_layers
+from pantheraml.models.fused.host_store import HostStore
 from pantheraml.models.fused.norm import FusedRMSNorm, apply_norms
 from pantheraml.models.patching import PatchSet
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FusedDecoderLayer",
     "FusedRMSNorm",
+    "HostStore",
     "apply_attention",
     "apply_fused_parts",
     "apply_layers",

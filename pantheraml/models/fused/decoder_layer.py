@@ -1,19 +1,26 @@
-"""A decoder layer whose parts around the attention are one differentiable function each."""
+"""A decoder layer computed by fused functions: as a whole where its attention allows, else in parts around it."""
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pantheraml.kernels.attention.backend import AttentionCall
+from pantheraml.kernels.attention.layout import read_layout
+from pantheraml.kernels.attention.table import choose
 from pantheraml.kernels.launch import why_no_triton
 from pantheraml.kernels.rope import Rotary
 from pantheraml.models.families import ModelFamily
+from pantheraml.models.fused.attention import NAME
 from pantheraml.models.fused.functions import AttentionAndMLP, AttentionInput, AttentionOutput
+from pantheraml.models.fused.host_store import HostStore
+from pantheraml.models.fused.layer_function import FusedLayer, Keep, LayerCall
 from pantheraml.models.fused.parts import InputPart
 from pantheraml.models.fused.projection import computes_in
 from pantheraml.models.fused.read_layer import LayerParts, LayerReader
@@ -21,21 +28,30 @@ from pantheraml.models.fused.stack import factors
 from pantheraml.models.patching import PatchSet
 
 
-class FusedDecoderLayer(GradientCheckpointingLayer):
+class FusedDecoderLayer(nn.Module):
     """Stands for a decoder layer of transformers and shares its parts.
 
     What the fused functions do not cover (generation, adapters of other kinds, trained base weights, mixed dtypes) is
     computed by the old layer's own forward, on this object.
+
+    Attributes:
+        gradient_checkpointing: transformers' switch: recompute in training.
+        keep_when_recomputing: what is kept then.
+        store: where that is kept, if not on the GPU.
 
     Args:
         layer: the layer it stands for.
         family: its architecture.
     """
 
+    gradient_checkpointing = False
+
     def __init__(self, layer: nn.Module, family: ModelFamily) -> None:
         super().__init__()
         self.stock_class = type(layer)
         self.reader = LayerReader(family)
+        self.keep_when_recomputing: Keep = "attended"
+        self.store: HostStore | None = None
         for name, value in vars(layer).items():
             if name not in vars(self):
                 setattr(self, name, value)
@@ -51,29 +67,94 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> Tensor:
         """(B, S, H) -> (B, S, H); arguments as transformers passes them."""
+        keep = self._keep()
+        if keep != "all":  # a cache would be filled twice
+            past_key_values = None
         parts = None
         # Generation (a cache and no gradients) stays with the stock layer.
         if position_embeddings is not None and (past_key_values is None or torch.is_grad_enabled()):
             parts = self._parts(hidden_states)
-        if parts is None or position_embeddings is None:
-            return self.stock_class.forward(
+        kwargs |= dict(position_ids=position_ids)
+        if parts is not None and position_embeddings is not None:
+            rotary = _flat_rotary(position_embeddings, hidden_states, parts.input)
+            whole = None
+            if attention_mask is None and past_key_values is None:
+                whole = self._whole(hidden_states, parts, rotary, keep, kwargs)
+            if whole is not None:
+                return whole
+            compute = partial(
+                self._around_attention,
+                parts=parts,
+                rotary=rotary,
+                mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        else:
+            compute = partial(
+                self.stock_class.forward,
                 self,
-                hidden_states,
                 attention_mask=attention_mask,
-                position_ids=position_ids,
                 past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-        device = hidden_states.device.type
-        rotary = _flat_rotary(position_embeddings, hidden_states, parts.input)
+        if keep == "all":
+            return compute(hidden_states)
+        return checkpoint(compute, hidden_states, use_reentrant=False)  # pyright: ignore[reportReturnType]
+
+    def _keep(self) -> Keep:
+        """What stays for the backward of this call."""
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        return self.keep_when_recomputing if recompute else "all"
+
+    def _parts(self, x: Tensor) -> LayerParts | None:
+        parts = self.reader.read(self)
+        if isinstance(parts, str) or not computes_in(x.dtype, x.device) or x.dtype != parts.dtype:
+            return None
+        return parts
+
+    def _whole(
+        self, x: Tensor, parts: LayerParts, rotary: Rotary, keep: Keep, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """The layer as one function, or None where its attention or MLP is not of the kind that it covers."""
+        module: Any = self.self_attn
+        known = module.config._attn_implementation == NAME and getattr(module, "is_causal", True)
+        dropout = self.training and module.attention_dropout
+        if parts.mlp is None or not known or dropout or not kwargs.get("is_causal", True):
+            return None
+        settings = self._attention_settings(module)
+        if settings.get("s_aux") is not None:
+            return None
+        call = _attention_call(x, parts.input, settings, kwargs)
+        layer = LayerCall(
+            *parts[:2], parts.mlp, rotary, choose(call), call, keep, None if keep == "all" else self.store
+        )
+        stacks = (parts.input.qkv, parts.middle.o, parts.mlp.gate_up, parts.mlp.down)
+        found = factors(*(projection for stack in stacks for projection in stack.projections))
+        with torch.autocast(x.device.type, enabled=False):
+            return FusedLayer.apply(x.contiguous(), layer, *found)
+
+    def _around_attention(
+        self,
+        x: Tensor,
+        *,
+        parts: LayerParts,
+        rotary: Rotary,
+        mask: Tensor | None,
+        past_key_values: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The layer in parts, around whatever attention the model uses."""
+        device = x.device.type
+        module: Any = self.self_attn
         with torch.autocast(device, enabled=False):
             q, k, v, residual = AttentionInput.apply(
-                hidden_states.contiguous(), parts.input, rotary, *factors(*parts.input.qkv.projections)
+                x.contiguous(), parts.input, rotary, *factors(*parts.input.qkv.projections)
             )
-        attended = self._attend(
-            q, k, v, attention_mask, past_key_values, position_ids=position_ids, **kwargs
-        ).reshape(*hidden_states.shape[:2], -1)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, module.layer_idx)
+        attended = self._attend(q, k, v, mask, **kwargs).reshape(*x.shape[:2], -1)
         o = factors(*parts.middle.o.projections)
         if parts.mlp is not None:
             found = factors(*parts.mlp.gate_up.projections, *parts.mlp.down.projections)
@@ -85,28 +166,20 @@ class FusedDecoderLayer(GradientCheckpointingLayer):
         out = mlp(h)
         return s + (out[0] if isinstance(out, tuple) else out)
 
-    def _parts(self, x: Tensor) -> LayerParts | None:
-        parts = self.reader.read(self)
-        if isinstance(parts, str) or not computes_in(x.dtype, x.device) or x.dtype != parts.dtype:
-            return None
-        return parts
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past_key_values: Any, **kwargs: Any
-    ) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
         """What the layer's attention does between its projections."""
         module: Any = self.self_attn
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, module.layer_idx)
         eager = import_module(type(module).__module__).eager_attention_forward
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
+        dropout = module.attention_dropout if self.training else 0.0
+        return attend(module, q, k, v, mask, dropout=dropout, **self._attention_settings(module), **kwargs)[0]
+
+    def _attention_settings(self, module: Any) -> dict[str, Any]:
         window = getattr(
             module if hasattr(module, "sliding_window") else module.config, "sliding_window", None
         )
         settings = dict(scaling=module.scaling, sliding_window=window)
-        settings |= self.reader.attention_settings(module)
-        dropout = module.attention_dropout if self.training else 0.0
-        return attend(module, q, k, v, mask, dropout=dropout, **settings, **kwargs)[0]
+        return settings | self.reader.attention_settings(module)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of every module; the weights leave their stacks first: savers want each to have memory of its own."""
@@ -124,6 +197,27 @@ def _flat_rotary(position_embeddings: tuple[Tensor, Tensor], x: Tensor, part: In
     cos, sin = (p.expand(batch, -1, -1).reshape(batch * tokens, -1).contiguous() for p in position_embeddings)
     width = cos.shape[-1]
     return Rotary(cos, sin, width if not part.half_rotary else 2 * width)
+
+
+def _attention_call(
+    x: Tensor, part: InputPart, settings: dict[str, Any], kwargs: dict[str, Any]
+) -> AttentionCall:
+    rows, tokens, _ = x.shape
+    layout = read_layout(
+        (rows, tokens),
+        x.device,
+        kwargs.get("position_ids"),
+        kwargs.get("cu_seq_lens_q"),
+        kwargs.get("max_length_q"),
+    )
+    packed = layout.cu_seqlens is not None
+    window = settings["sliding_window"]
+    if window is not None and window >= (layout.max_seqlen if packed else tokens):
+        window = None
+    return AttentionCall(
+        rows, tokens, part.heads, part.kv_heads, part.head_dim, x.dtype, x.device, layout if packed else None,
+        settings["scaling"], window, settings.get("softcap"),
+    )  # fmt: skip
 
 
 def apply_layers(

@@ -39,7 +39,7 @@ class AttentionInput(torch.autograd.Function):
         ctx.part, ctx.rotary = part, rotary
         ctx.save_for_backward(flat, found.raw, found.t)
         shape = (*x.shape[:2], -1, part.head_dim)
-        q, k, v = (heads.view(shape).transpose(1, 2) for heads in (found.q, found.k, found.v))
+        q, k, v = (heads.view(shape).transpose(1, 2) for heads in found.qkv.split(part.widths, dim=1))
         return q, k, v, x
 
     @staticmethod
@@ -47,6 +47,7 @@ class AttentionInput(torch.autograd.Function):
         """Gradients of x and of the factors."""
         flat, raw, t = ctx.saved_tensors
         residual = _flat(dx) if ctx.needs_input_grad[0] else None
+        dq, dk, dv = (heads.transpose(1, 2).flatten(0, 1) for heads in (dq, dk, dv))
         grad, factors = halves.project_in_backward(
             (dq, dk, dv), residual, flat, ctx.part, ctx.rotary, (raw, t)
         )
@@ -88,7 +89,7 @@ class AttentionAndMLP(torch.autograd.Function):
         """x (B, S, H); attended (B, S, heads * D)."""
         flat, heads = _flat(x), _flat(attended)
         s, h, raw_o, t_o = halves.project_out(flat, heads, middle, part.gate_up.widened(flat, flat.shape[1]))
-        y, *kept = halves.mlp(s, h, part)
+        y, *kept = halves.mlp(s, h, part, torch.empty_like(flat))
         ctx.middle, ctx.part = middle, part
         ctx.save_for_backward(heads, s, raw_o, t_o, *kept)
         return y.view(x.shape)

@@ -26,11 +26,9 @@ Gradients = list[Tensor | None]
 
 
 class Heads(NamedTuple):
-    """q (T, heads * D), k and v (T, kv_heads * D); and what the backward needs: sums before the head norms, and t."""
+    """q, k and v side by side, (T, (heads + 2 kv_heads) * D); for the backward: the sums before head norms, and t."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    qkv: Tensor
     raw: Tensor | None
     t: Tensor | None
 
@@ -40,17 +38,23 @@ def project_in(x: Tensor, part: InputPart, rotary: Rotary) -> Heads:
     h = part.qkv.widened(x, x.shape[1])
     rms_norm_into(h[:, : x.shape[1]], x, part.norm)
     y, t = part.qkv.product(h)
+    width_q, width_k, _ = part.widths
+    bias_q, bias_k, bias_v = part.bias
     q, k, v = y.split(part.widths, dim=1)
-    bias = part.bias
-    if bias == [None] * 3 and part.q_norm is None and part.k_norm is None:
-        turned = y[:, : q.shape[1] + k.shape[1]]
-        rotate_(turned, part.head_dim, rotary)
-        return Heads(q, k, v, None, t)
-    new_q = rotate_(q, part.head_dim, rotary, bias[0], norm=part.q_norm)
-    new_k = rotate_(k, part.head_dim, rotary, bias[1], norm=part.k_norm)
-    if bias[2] is not None:
-        rotate_(v, part.head_dim, None, bias[2])
-    return Heads(new_q, new_k, v, None if part.q_norm is None else y, t)
+    if bias_v is not None:
+        rotate_(v, part.head_dim, None, bias_v)
+    if part.q_norm is not None:  # the sums stay, since the norms' backward reads them
+        out = torch.empty_like(y)
+        rotate_(q, part.head_dim, rotary, bias_q, norm=part.q_norm, out=out[:, :width_q])
+        rotate_(k, part.head_dim, rotary, bias_k, norm=part.k_norm, out=out[:, width_q : width_q + width_k])
+        out[:, width_q + width_k :] = v
+        return Heads(out, y, t)
+    if bias_q is None and bias_k is None:
+        rotate_(y[:, : width_q + width_k], part.head_dim, rotary)
+    else:
+        rotate_(q, part.head_dim, rotary, bias_q)
+        rotate_(k, part.head_dim, rotary, bias_k)
+    return Heads(y, None, t)
 
 
 def project_in_backward(
@@ -63,7 +67,7 @@ def project_in_backward(
 ) -> tuple[Tensor | None, Gradients]:
     """The gradient of x, with ``residual`` (T, H) added; None without a residual, where nothing before x is trained.
 
-    ``grads`` are those of q, k and v, (B, heads, S, D) each; ``kept`` is raw and t of the forward.
+    ``grads`` are those of q, k and v, (T, heads, D) each; ``kept`` is raw and t of the forward.
     """
     raw, t = kept
     dy = part.qkv.widened(x, part.qkv.rows)
@@ -135,8 +139,8 @@ class MLPOutput(NamedTuple):
     t_down: Tensor | None
 
 
-def mlp(s: Tensor, h: Tensor, part: MLPPart) -> MLPOutput:
-    """``s + down(act(gate) * up)`` of h (T, H + E)."""
+def mlp(s: Tensor, h: Tensor, part: MLPPart, out: Tensor) -> MLPOutput:
+    """``s + down(act(gate) * up)`` of h (T, H + E), written to out (T, H)."""
     gate_up, t = part.gate_up.product(h)
     gate, up = gate_up.chunk(2, dim=1)
     value = part.down.widened(s, part.down.cols)
@@ -145,7 +149,7 @@ def mlp(s: Tensor, h: Tensor, part: MLPPart) -> MLPOutput:
     raw = None
     if part.post is not None:
         raw, down = down, rms_norm_into(torch.empty_like(down), down, part.post)
-    return MLPOutput(add(s, down, None), gate_up, raw, t, t_down)
+    return MLPOutput(add(s, down, None, out), gate_up, raw, t, t_down)
 
 
 class MLPGradient(NamedTuple):
@@ -160,7 +164,10 @@ class MLPGradient(NamedTuple):
 def mlp_backward(
     dy: Tensor, gate_up: Tensor, raw: Tensor | None, t_down: Tensor | None, part: MLPPart
 ) -> MLPGradient:
-    """The gradient of h; gate and up's factors follow from ``part.gate_up.factor_gradients`` once h is there again."""
+    """The gradient of h; gate and up's factors follow from ``part.gate_up.factor_gradients`` once h is there again.
+
+    ``t_down`` is computed anew where it is not given.
+    """
     ddown = dy
     if part.post is not None and raw is not None:
         ddown = norm_backward(dy, None, raw, part.post, torch.empty_like(raw))
@@ -170,6 +177,7 @@ def mlp_backward(
     dgate, dup = wide[:, : part.gate_up.rows].chunk(2, dim=1)
     # The value takes the place of its own gradient, which is read only here.
     glu_backward(dvalue, gate, up, part.activation, (dgate, dup, dvalue))
+    t_down = part.down.thin(dvalue) if t_down is None else t_down
     down = part.down.factor_gradients(ddown, inner_down, dvalue, t_down)
     del dvalue
     dh, inner = part.gate_up.input_gradient(wide)

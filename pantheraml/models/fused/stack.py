@@ -166,6 +166,10 @@ class BoundStack:
         inner = dy @ b
         return torch.mm(inner, a).addmm_(dy, weight), inner
 
+    def thin(self, x: Tensor) -> Tensor | None:
+        """``t = x A^T`` (T, E) alone; None without LoRA."""
+        return x[:, : self.cols] @ self._margins(self._matrix())[0].T if self.margin else None
+
     def inner(self, dy: Tensor) -> Tensor | None:
         """``i = s dy B`` alone, where no gradient of x is wanted."""
         return dy[:, : self.rows] @ self._margins(self._matrix())[1] if self.margin else None

@@ -1,0 +1,143 @@
+"""Which layers recompute their activations, so that a batch fits into the memory that is free.
+
+A layer keeps everything, or its input and what the attention gave ("attended"), or its input alone ("input"); what it
+keeps lies on the GPU or in host memory. The plan takes the cheapest mixture that fits: as many layers as possible keep
+everything; then all recompute; then what they keep moves to the host; then attention is computed again too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pantheraml.devices.memory import GIB
+
+if TYPE_CHECKING:
+    from pantheraml.models.fused.layer_function import Keep
+
+# Of the free memory, what a step may take by these estimates; the rest is for the allocator's gaps.
+FREE_SHARE = 0.9
+# Of the free host memory, likewise.
+HOST_SHARE = 0.7
+# What transformers' and PEFT's layers keep, beside what fused ones keep (measured: 240 against 92 KiB per token and
+# layer for the 8B Llama, 3.2 is assumed).
+_STOCK_FACTOR = 3.2
+# The layers that run last go backward first; fetching what they keep would be waited for.
+_ALWAYS_HERE = 2
+
+
+class Kept(NamedTuple):
+    """Bytes that one layer keeps for one token."""
+
+    all: int
+    attended: int
+    input: int
+
+
+@dataclass(frozen=True)
+class RecomputePlan:
+    """What the layers of a model do.
+
+    Attributes:
+        tokens: the largest batch it holds for.
+        layers: how many recompute, the first ones.
+        keep: what those keep.
+        stored: how many of those keep it in host memory, the first ones.
+        need: bytes that all layers keep on the GPU, by the estimate.
+        free: bytes that were free for it.
+        host: bytes kept in host memory.
+    """
+
+    tokens: int
+    layers: int
+    keep: Keep = "attended"
+    stored: int = 0
+    need: int = 0
+    free: int = 0
+    host: int = 0
+
+    def describe(self, total: int) -> str:
+        """One clause for the log; ``total`` is the number of layers."""
+        if not self.layers:
+            what = "no layer recomputes"
+        else:
+            again = "all but attention's output" if self.keep == "attended" else "everything"
+            what = f"{self.layers} of {total} layers recompute {again}"
+        if self.stored:
+            what += f", {self.stored} keep {self.host / GIB:.1f} GiB in host memory"
+        return f"{what} ({self.tokens} tokens at a time: {self.need / GIB:.1f} of {self.free / GIB:.1f} GiB free)"
+
+
+def kept_per_token(model: Any) -> Kept:
+    """Bytes that a layer of ``model`` (or its backbone) keeps for a token, by what it keeps; an upper estimate.
+
+    A fused layer keeps x, q, k, v, the attention's output, the residual after it, gate and up.
+    """
+    from pantheraml.models.fused import FusedDecoderLayer
+
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries = config.num_attention_heads * head_dim
+    keys = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim
+    experts = getattr(config, "num_experts_per_tok", None)
+    inner = (getattr(config, "intermediate_size", None) or 4 * config.hidden_size) * (experts or 1)
+    size, hidden = max(model.dtype.itemsize, 2), config.hidden_size
+    numbers = 2 * hidden + 2 * queries + 2 * keys + 2 * inner
+    is_fused = not experts and any(isinstance(module, FusedDecoderLayer) for module in model.modules())
+    if not is_fused:
+        return Kept(int(numbers * size * _STOCK_FACTOR), hidden * size, hidden * size)
+    attended = (hidden + queries) * size + 4 * config.num_attention_heads
+    return Kept(numbers * size, attended, hidden * size)
+
+
+def passing_bytes(model: Any, tokens: int) -> int:
+    """Bytes that come and go while one layer, and then the head, is computed for ``tokens``; an upper estimate."""
+    from pantheraml.models.fused.layer_function import TILE
+
+    config = model.config.get_text_config()
+    size, hidden = max(model.dtype.itemsize, 2), config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    kept = kept_per_token(model)
+    # In the MLP's backward: gate, up, their gradients, the value; around the attention: q, k, v and their gradients.
+    mlp = min(tokens, TILE) * 6 * inner * size
+    attention = tokens * (2 * kept.attended + 8 * hidden * size)
+    head = 2048 * config.vocab_size * (size + 4) + 2 * tokens * hidden * size
+    return mlp + attention + head
+
+
+def plan_recompute(model: Any, tokens: int, free: int, host_free: int = 0) -> RecomputePlan:
+    """The cheapest plan for ``tokens`` at a time.
+
+    Args:
+        model: a causal language model or its backbone.
+        tokens: tokens of the batch, padding included.
+        free: bytes free on the GPU for activations.
+        host_free: bytes of host memory that may be taken; 0 keeps everything on the GPU.
+    """
+    total = model.config.get_text_config().num_hidden_layers
+    kept = kept_per_token(model)
+    room = int(FREE_SHARE * free) - passing_bytes(model, tokens)
+    whole, attended, alone = (tokens * size for size in kept)
+    if total * whole <= room:
+        return RecomputePlan(tokens, 0, need=total * whole, free=free)
+    saved = whole - attended
+    layers = -(-(total * whole - room) // saved)
+    if layers <= total:
+        return RecomputePlan(tokens, layers, need=layers * attended + (total - layers) * whole, free=free)
+    last_resorts: tuple[tuple[Keep, int], ...] = (("attended", attended), ("input", alone))
+    for keep, size in last_resorts:
+        over = total * size - room
+        stored = max(0, -(-over // size))
+        if (stored <= total - _ALWAYS_HERE and stored * size <= HOST_SHARE * host_free) or stored == 0:
+            need = (total - stored) * size
+            return RecomputePlan(tokens, total, keep, stored, need, free, stored * size)
+    # Nothing fits by the estimate: the least that can be tried.
+    return RecomputePlan(tokens, total, "input", 0, total * alone, free)
+
+
+def offload_plan(model: Any, tokens: int) -> RecomputePlan:
+    """Every layer recomputes and keeps what it keeps in host memory, but for the last two."""
+    total = model.config.get_text_config().num_hidden_layers
+    stored = max(0, total - _ALWAYS_HERE)
+    size = tokens * kept_per_token(model).attended
+    return RecomputePlan(tokens, total, "attended", stored, (total - stored) * size, host=stored * size)

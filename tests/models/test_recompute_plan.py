@@ -1,0 +1,103 @@
+"""How many layers recompute: estimates against measurements, and plans against the memory that is free."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pantheraml.models.families import find_family
+from pantheraml.models.patching import PatchSet
+from pantheraml.models.recompute_plan import (
+    FREE_SHARE,
+    RecomputePlan,
+    kept_per_token,
+    offload_plan,
+    passing_bytes,
+    plan_recompute,
+)
+from pantheraml.training.rows import token_counts
+
+GIB = 2**30
+TOKENS = 8192
+
+
+def build():
+    """The 8B Llama without its weights."""
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def fused():
+    from pantheraml.models.fused.decoder_layer import FusedDecoderLayer
+
+    model = build()
+    for index, layer in enumerate(list(model.model.layers)):
+        new = FusedDecoderLayer(layer, find_family(model.config))
+        PatchSet().replace(model, f"model.layers.{index}", new, "test")
+    return model
+
+
+def test_the_estimate_is_above_what_was_measured(fused):
+    """8,192 tokens: 60 GiB for stock layers, 23 GiB for fused ones (H200, peak less weights)."""
+    assert 60 < kept_per_token(build()).all * 32 * TOKENS / GIB < 80
+    assert 22.5 < kept_per_token(fused).all * 32 * TOKENS / GIB < 25
+    assert kept_per_token(fused)[1:] == (16 * 1024 + 128, 8 * 1024)
+
+
+def test_plenty_of_memory_recomputes_nothing(fused):
+    plan = plan_recompute(fused, TOKENS, 120 * GIB)
+    assert (plan.layers, plan.stored) == (0, 0)
+    assert "no layer recomputes (8192 tokens at a time: 23.0 of 120.0 GiB free)" in plan.describe(32)
+
+
+@pytest.mark.parametrize("free", [27, 22, 18, 15])
+def test_as_few_layers_as_possible_recompute(fused, free):
+    plan = plan_recompute(fused, TOKENS, free * GIB)
+    room = FREE_SHARE * free * GIB - passing_bytes(fused, TOKENS)
+    whole, attended, _ = (TOKENS * size for size in kept_per_token(fused))
+    assert 0 < plan.layers < 32 and plan.keep == "attended" and plan.stored == 0
+    assert plan.layers * attended + (32 - plan.layers) * whole == plan.need <= room
+    fewer = plan.layers - 1
+    assert fewer * attended + (32 - fewer) * whole > room
+
+
+def test_then_the_host_takes_what_does_not_fit(fused):
+    tight = int((passing_bytes(fused, TOKENS) + 2 * GIB) / FREE_SHARE)
+    plan = plan_recompute(fused, TOKENS, tight, 64 * GIB)
+    assert plan.layers == 32 and plan.keep == "attended" and 0 < plan.stored <= 30
+    assert plan.need <= 2 * GIB and plan.host + plan.need == 32 * TOKENS * kept_per_token(fused).attended
+    without_host = plan_recompute(fused, TOKENS, tight)
+    assert (without_host.keep, without_host.stored, without_host.layers) == ("input", 0, 32)
+
+
+def test_when_nothing_fits_the_least_is_tried(fused):
+    assert plan_recompute(fused, TOKENS, GIB) == RecomputePlan(
+        TOKENS, 32, "input", 0, 32 * TOKENS * 8192, GIB
+    )
+
+
+def test_400_thousand_tokens_fit_with_the_host(fused):
+    """NF4 weights leave about 132 GiB on an H200; the machine has 120 GiB of host memory free."""
+    plan = plan_recompute(fused, 400_000, 132 * GIB, 120 * GIB)
+    assert plan.stored > 0 and plan.need + passing_bytes(fused, 400_000) <= 132 * GIB
+    assert plan.host <= 120 * GIB
+
+
+def test_offload_moves_all_but_the_last_layers(fused):
+    plan = offload_plan(fused, TOKENS)
+    assert (plan.layers, plan.stored, plan.keep) == (32, 30, "attended")
+    assert "30 keep 3.8 GiB in host memory" in plan.describe(32)
+
+
+def test_long_rows_do_not_overflow(fused):
+    rows = Dataset.from_dict({"input_ids": [[1] * 70_000, [1, 2]]})
+    longest = int(token_counts(rows).max())
+    assert longest == 70_000
+    assert kept_per_token(fused).all * longest * 64 * 32 > 2**40
