@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pantheraml.models.families import ModelFamily
 from pantheraml.models.fused.attention import apply_attention
 from pantheraml.models.fused.decoder_layer import FusedDecoderLayer, apply_layers
+from pantheraml.models.fused.loss import apply_loss
 from pantheraml.models.fused.norm import FusedRMSNorm, apply_norms
 from pantheraml.models.patching import PatchSet
 
@@ -19,6 +20,7 @@ __all__ = [
     "apply_attention",
     "apply_fused_parts",
     "apply_layers",
+    "apply_loss",
     "apply_norms",
 ]
 
@@ -42,6 +44,7 @@ def apply_fused_parts(
         return patches
     apply_norms(model, family, patches)
     apply_layers(model, family, patches)
+    apply_loss(model, patches)
     if keep_attention:
         patches.skip("attention", "an attn_implementation was given")
         return patches
