@@ -11,7 +11,7 @@ Shapes: h (T, H) hidden states of the labelled positions, W (V, H) the head, lab
 Logits exist for a chunk of rows at a time. Which products with W are made depends on what is trained:
 
 - A frozen head. dh_i is a fixed vector times g_i, so it is made in the forward while the logits are there, and the
-  backward only scales it: two products in all.
+  backward only scales it: two products in all. The vector is kept in float32, so that it is rounded once.
 - A trained head. dW adds up rows whose g_i the forward does not know and may differ (a label may be weighted, a row
   clipped), so no sum made in the forward would be right for every loss. The backward makes the logits of a chunk
   again, turns them into g_i * d_i and multiplies twice: four products, exact whatever comes from above. dW is summed
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from pantheraml.errors import ConfigError
-from pantheraml.kernels.accumulate import add_product
+from pantheraml.kernels.accumulate import add_product, write_product
 from pantheraml.kernels.cross_entropy import gradient_rows, score_rows
 from pantheraml.kernels.launch import launching_on
 
@@ -58,30 +58,32 @@ def _chunks(h: Tensor, weight: Tensor) -> Iterator[slice]:
 def _linear_log_probs(
     h: Tensor, weight: Tensor, labels: Tensor, scale: float, softcap: float | None, with_dh: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """log_probs, entropy, is_top1, logsumexp, and with ``with_dh`` d logp / d h (T, H), else (0,)."""
-    log_probs, lse, entropy, is_top1 = (
-        torch.empty(h.shape[0], dtype=torch.float32, device=h.device) for _ in range(4)
+    """log_probs, entropy, is_top1, (top, log_sum) (2, T), d logp / d h (T, H) float32, (0,) unless ``with_dh``."""
+    log_probs, entropy, is_top1 = (
+        torch.empty(h.shape[0], dtype=torch.float32, device=h.device) for _ in range(3)
     )
-    dh = torch.empty(h.shape if with_dh else (0,), dtype=h.dtype, device=h.device)
+    sums = torch.empty((2, h.shape[0]), dtype=torch.float32, device=h.device)
+    dh = torch.empty(h.shape if with_dh else (0,), dtype=torch.float32, device=h.device)
     with launching_on(h), torch.autocast(h.device.type, enabled=False):
         w = weight.to(h.dtype)
         for part in _chunks(h, w):
             z = h[part] @ w.T
             scores = score_rows(z, labels[part], scale, softcap, gradient=with_dh)
-            for whole, piece in zip((log_probs, lse, entropy, is_top1), scores, strict=True):
+            for whole, piece in zip((log_probs, *sums, entropy, is_top1), scores, strict=True):
                 whole[part] = piece
             if with_dh:
-                torch.mm(z, w, out=dh[part])
-    return log_probs, entropy, is_top1, lse, dh
+                write_product(dh[part], z, w)
+    return log_probs, entropy, is_top1, sums, dh
 
 
 @_linear_log_probs.register_fake
 def _(
     h: Tensor, weight: Tensor, labels: Tensor, scale: float, softcap: float | None, with_dh: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    log_probs, entropy, is_top1, lse = (h.new_empty(h.shape[:1], dtype=torch.float32) for _ in range(4))
-    dh = torch.empty(h.shape if with_dh else (0,), dtype=h.dtype, device=h.device)
-    return log_probs, entropy, is_top1, lse, dh
+    log_probs, entropy, is_top1 = (h.new_empty(h.shape[:1], dtype=torch.float32) for _ in range(3))
+    sums = h.new_empty((2, h.shape[0]), dtype=torch.float32)
+    dh = torch.empty(h.shape if with_dh else (0,), dtype=torch.float32, device=h.device)
+    return log_probs, entropy, is_top1, sums, dh
 
 
 @torch.library.custom_op("pantheraml::linear_log_probs_backward", mutates_args=())
@@ -90,15 +92,15 @@ def _linear_log_probs_backward(
     h: Tensor,
     weight: Tensor,
     labels: Tensor,
-    lse: Tensor,
+    sums: Tensor,
     scale: float,
     softcap: float | None,
     with_dw: bool,
 ) -> tuple[Tensor, Tensor]:
     """dh like h, and dW like weight, (0,) unless ``with_dw``."""
-    dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    dh = torch.empty(h.shape, dtype=torch.float32, device=h.device)
     if h.shape[0] == 0:
-        return dh, torch.zeros(weight.shape if with_dw else (0,), dtype=weight.dtype, device=h.device)
+        return dh.to(h.dtype), torch.zeros(weight.shape if with_dw else (0,), dtype=weight.dtype, device=h.device)
     total = torch.zeros(weight.shape if with_dw else (0,), dtype=torch.float32, device=h.device)
     # g is 1 / labels of a step or less. Divided by its largest value, g * d does not fall below what float16 holds.
     largest = g.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
@@ -107,11 +109,11 @@ def _linear_log_probs_backward(
         w = weight.to(h.dtype)
         for part in _chunks(h, w):
             z = h[part] @ w.T
-            gradient_rows(z, z, labels[part], lse[part], g[part], scale, softcap)
-            torch.mm(z, w, out=dh[part])
+            gradient_rows(z, z, labels[part], (sums[0, part], sums[1, part]), g[part], scale, softcap)
+            write_product(dh[part], z, w)
             if with_dw:
-                add_product(total, z, h[part])
-    return (dh.float() * largest).to(dh.dtype), total.mul_(largest).to(weight.dtype)
+                add_product(total, z.T, h[part])
+    return dh.mul_(largest).to(h.dtype), total.mul_(largest).to(weight.dtype)
 
 
 @_linear_log_probs_backward.register_fake
@@ -120,7 +122,7 @@ def _(
     h: Tensor,
     weight: Tensor,
     labels: Tensor,
-    lse: Tensor,
+    sums: Tensor,
     scale: float,
     softcap: float | None,
     with_dw: bool,
@@ -131,17 +133,18 @@ def _(
 
 def _keep(ctx, inputs, output) -> None:
     h, weight, labels, *ctx.options, with_dh = inputs
-    _, entropy, is_top1, lse, dh = output
-    ctx.mark_non_differentiable(entropy, is_top1, lse, dh)
+    _, entropy, is_top1, sums, dh = output
+    ctx.mark_non_differentiable(entropy, is_top1, sums, dh)
+    ctx.dtype = h.dtype
     ctx.made = with_dh and not ctx.needs_input_grad[1]
-    ctx.save_for_backward(*((dh,) if ctx.made else (h, weight, labels, lse)))
+    ctx.save_for_backward(*((dh,) if ctx.made else (h, weight, labels, sums)))
 
 
 def _differentiate(ctx, g: Tensor, *_: Tensor | None):
     dw = None
     if ctx.made:
         (dh,) = ctx.saved_tensors
-        dh = (dh.float() * g[:, None]).to(dh.dtype)
+        dh = (dh * g[:, None]).to(ctx.dtype)
     else:
         trained = ctx.needs_input_grad[1]
         dh, dw = _linear_log_probs_backward(g, *ctx.saved_tensors, *ctx.options, trained)
