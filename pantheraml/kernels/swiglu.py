@@ -32,12 +32,11 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 def _activate(g, ACTIVATION: tl.constexpr):
     """act(g) and act'(g) in float32; ACTIVATION counts in ACTIVATIONS."""
     if ACTIVATION == 1:
-        inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
-        tanh = 2 * tl.sigmoid(2 * inner) - 1
-        value = 0.5 * g * (1 + tanh)
-        slope = 0.5 * (1 + tanh) + 0.5 * g * (1 - tanh * tanh) * 0.7978845608028654 * (
-            1 + 3 * 0.044715 * g * g
-        )
+        # 0.5 (1 + tanh(x)) is s = sigmoid(2x), and 1 - s is e^(-2x) s: nothing is lost where tanh is close to 1 or -1
+        e = tl.exp(tl.minimum(-1.5957691216057308 * (g + 0.044715 * g * g * g), 80.0))
+        s = 1 / (1 + e)
+        value = g * s
+        slope = s + value * (e * s) * 1.5957691216057308 * (1 + 3 * 0.044715 * g * g)
     elif ACTIVATION == 2:
         normal = 0.5 * (1 + tl.erf(g * 0.7071067811865476))
         value = g * normal
@@ -210,10 +209,9 @@ def _eager_activation(g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     if activation == "gelu":
         normal = 0.5 * (1 + torch.erf(g * math.sqrt(0.5)))
         return g * normal, normal + g * torch.exp(-0.5 * g * g) / math.sqrt(2 * math.pi)
-    outer = math.sqrt(2 / math.pi)
-    tanh = torch.tanh(outer * (g + 0.044715 * g**3))
-    inner = outer * (1 + 3 * 0.044715 * g * g)
-    return 0.5 * g * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * g * (1 - tanh * tanh) * inner
+    outer = 2 * math.sqrt(2 / math.pi)
+    s = torch.sigmoid(outer * (g + 0.044715 * g**3))
+    return g * s, s + g * s * (1 - s) * outer * (1 + 3 * 0.044715 * g * g)
 
 
 def _eager_backward(
