@@ -187,8 +187,9 @@ def gradient_rows(
     rows, cols = z.shape
     if rows:
         _gradient_kernel[(rows, -(-cols // _BLOCKS["BLOCK"]))](
-            z, z.stride(0), out, labels, *sums, g, cols, scale, cap or 1.0, IGNORE, CAP=cap is not None, **_BLOCKS
-        )
+            z, z.stride(0), out, labels, *sums, g, cols, scale, cap or 1.0, IGNORE,
+            CAP=cap is not None, **_BLOCKS,
+        )  # fmt: skip
 
 
 def _eager_bent(z: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor | float]:

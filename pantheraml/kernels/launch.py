@@ -23,7 +23,7 @@ else:
 __all__ = ["jit", "launching_on", "runs_triton", "tl", "triton", "why_no_triton"]
 
 
-def jit(kernel: Callable[..., None]) -> Any:
+def jit(kernel: Callable[..., Any]) -> Any:
     """``triton.jit``; without Triton the kernel stays a function that nobody calls."""
     return kernel if triton is None else triton.jit(kernel)
 

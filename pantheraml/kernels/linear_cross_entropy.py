@@ -99,9 +99,9 @@ def _linear_log_probs_backward(
 ) -> tuple[Tensor, Tensor]:
     """dh like h, and dW like weight, (0,) unless ``with_dw``."""
     dh = torch.empty(h.shape, dtype=torch.float32, device=h.device)
-    if h.shape[0] == 0:
-        return dh.to(h.dtype), torch.zeros(weight.shape if with_dw else (0,), dtype=weight.dtype, device=h.device)
     total = torch.zeros(weight.shape if with_dw else (0,), dtype=torch.float32, device=h.device)
+    if h.shape[0] == 0:
+        return dh.to(h.dtype), total.to(weight.dtype)
     # g is 1 / labels of a step or less. Divided by its largest value, g * d does not fall below what float16 holds.
     largest = g.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     g = g / largest

@@ -334,7 +334,8 @@ def _eager_backward(
 @torch.library.custom_op("pantheraml::rotate", mutates_args=())
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, width: int, head_dim: int, bias: Tensor | None) -> Tensor:
     with launching_on(x):
-        return rotate_(x.clone(memory_format=torch.contiguous_format), head_dim, Rotary(cos, sin, width), bias)
+        y = x.clone(memory_format=torch.contiguous_format)
+        return rotate_(y, head_dim, Rotary(cos, sin, width), bias)
 
 
 @_rotate.register_fake

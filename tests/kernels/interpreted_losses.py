@@ -29,7 +29,10 @@ def test_the_interpreter_runs():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("rows", "vocabulary", "layout"), CASES)
 def test_loss_and_gradient(rows, vocabulary, layout, dtype, scale, cap):
-    cases = [make_logits(rows, vocabulary, dtype, layout=layout, seed=seed) for seed in range(16 if rows == 1 else 4)]
+    cases = [
+        make_logits(rows, vocabulary, dtype, layout=layout, seed=seed)
+        for seed in range(16 if rows == 1 else 4)
+    ]
     check_loss(run, cases, scale, cap)
 
 

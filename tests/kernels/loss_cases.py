@@ -54,7 +54,9 @@ def check_all(names, results):
     """
     for index, name in enumerate(names):
         columns = zip(*results, strict=True)
-        one, other, truth = (torch.cat([tensors[index].flatten() for tensors in column]) for column in columns)
+        one, other, truth = (
+            torch.cat([tensors[index].flatten() for tensors in column]) for column in columns
+        )
         assert_as_good_as(one, other, truth, name)
 
 

@@ -21,7 +21,9 @@ def makers(dtype, strided=False, seeds=6):
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", [None, (0.0, True), (1.0, False)])
-@pytest.mark.parametrize(("tokens", "head_dim", "width", "halves"), [(1, 16, 16, 2), (6, 24, 16, 1), (5, 8, None, 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tokens", "head_dim", "width", "halves"), [(1, 16, 16, 2), (6, 24, 16, 1), (5, 8, None, 2)]
+)
 def test_rotary_positions(tokens, head_dim, width, halves, norm, dtype, strided):
     check_rotate(
         makers(dtype, strided), tokens, 3, head_dim, width, rank=4, bias=True, norm=norm, halves=halves
@@ -129,7 +131,10 @@ def test_rotate_is_an_op(biased):
     torch.library.opcheck(torch.ops.pantheraml.rotate_backward, (dy, *rotary, 16))
     y = rope.rotate(x, 16, rotary, bias)
     y.backward(dy)
-    exact = x.detach().double().requires_grad_(), None if bias is None else bias.detach().double().requires_grad_()
+    exact = (
+        x.detach().double().requires_grad_(),
+        None if bias is None else bias.detach().double().requires_grad_(),
+    )
     truth = cases.rope_reference.rotate(exact[0], *rotary, 16, exact[1])
     truth.backward(dy.double())
     torch.testing.assert_close(y, truth.float())

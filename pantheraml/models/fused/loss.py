@@ -39,9 +39,8 @@ def causal_lm_loss(
         A float32 number.
     """
     if ignore_index != IGNORE:
-        return ForCausalLMLoss(
-            logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
-        )
+        given: Any = (labels, vocab_size, num_items_in_batch, ignore_index, shift_labels)
+        return ForCausalLMLoss(logits, *given, **kwargs)
     if shift_labels is None:
         assert labels is not None
         shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORE)[..., 1:]
