@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.launch import jit, tl
+from pantheraml.kernels.launch import jit, launching_on, runs_triton, tl
 from pantheraml.kernels.low_rank import LowRank, low_rank_tile, padded_rank
 from pantheraml.kernels.rms_norm import RMSNorm
 
@@ -97,7 +97,7 @@ def _lora_arguments(lora: LowRank | None, stand_in: Tensor) -> tuple[tuple, dict
 
 def add(x: Tensor, y: Tensor, lora: LowRank | None, out: Tensor) -> Tensor:
     """``x + y + lora``, written to ``out`` (T, N) in the dtype of x; arguments as ``add_norm``; returns out."""
-    if x.device.type != "cuda":
+    if not runs_triton(x):
         return out.copy_(_eager_add(x, y, lora))
     _launch(x, y, lora, out, None, out)
     return out
@@ -116,7 +116,7 @@ def add_norm(x: Tensor, y: Tensor, lora: LowRank | None, norm: RMSNorm, out: Ten
     Returns:
         s: (T, N), contiguous, in the dtype of x.
     """
-    if x.device.type != "cuda":
+    if not runs_triton(x):
         s = _eager_add(x, y, lora)
         out.copy_(_eager_norm(s, norm)[2])
         return s
@@ -151,7 +151,7 @@ def norm_backward(
     Returns:
         out.
     """
-    if dh.device.type != "cuda":
+    if not runs_triton(dh):
         return _eager_backward(dh, ds, s, norm, out, h)
     rows, cols = s.shape
     weight, eps, offset, cast_first = norm
@@ -192,3 +192,72 @@ def _eager_backward(
     if h is not None:
         h.copy_(output)
     return out.copy_(dx)
+
+
+@torch.library.custom_op("pantheraml::add_norm", mutates_args=())
+def _add_norm(
+    x: Tensor, y: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool
+) -> tuple[Tensor, Tensor]:
+    """s and h."""
+    h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    with launching_on(x):
+        return add_norm(x, y, None, RMSNorm(weight, eps, offset, cast_first), h), h
+
+
+@_add_norm.register_fake
+def _(
+    x: Tensor, y: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool
+) -> tuple[Tensor, Tensor]:
+    s, h = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    return s, h
+
+
+@torch.library.custom_op("pantheraml::add_norm_backward", mutates_args=())
+def _add_norm_backward(
+    dh: Tensor, ds: Tensor, s: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool
+) -> Tensor:
+    out = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    dh, ds = (x if x.stride(1) == 1 else x.contiguous() for x in (dh, ds))
+    with launching_on(s):
+        return norm_backward(dh, ds, s, RMSNorm(weight, eps, offset, cast_first), out)
+
+
+@_add_norm_backward.register_fake
+def _(
+    dh: Tensor, ds: Tensor, s: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool
+) -> Tensor:
+    return torch.empty(s.shape, dtype=s.dtype, device=s.device)
+
+
+def _keep(ctx, inputs, output) -> None:
+    _, _, weight, *ctx.options = inputs
+    ctx.save_for_backward(output[0], weight)
+
+
+def _differentiate(ctx, ds: Tensor, dh: Tensor):
+    s, weight = ctx.saved_tensors
+    dw = None
+    if ctx.needs_input_grad[2]:
+        dw = torch.ops.pantheraml.rms_norm_backward(dh, s, weight, *ctx.options, True)[1]
+    dx = _add_norm_backward(dh, ds, s, weight, *ctx.options)
+    return dx, dx, dw, None, None, None
+
+
+_add_norm.register_autograd(_differentiate, setup_context=_keep)
+
+
+def residual_norm(x: Tensor, y: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    """``s = x + y`` and the norm of s as one differentiable operation.
+
+    Args:
+        x: (..., N): the residual.
+        y: like x: what is added.
+        norm: the norm; its weight may be trained.
+
+    Returns:
+        s and h, like x and contiguous.
+    """
+    rows = (t.reshape(-1, t.shape[-1]) for t in (x, y))
+    left, right = (t if t.stride(1) == 1 else t.contiguous() for t in rows)
+    s, h = _add_norm(left, right, *norm)
+    return s.view(x.shape), h.view(x.shape)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     import triton
@@ -18,10 +20,10 @@ else:
     except ImportError:  # torch for the CPU does not bring Triton
         triton = tl = None
 
-__all__ = ["jit", "tl", "triton", "why_no_triton"]
+__all__ = ["jit", "launching_on", "runs_triton", "tl", "triton", "why_no_triton"]
 
 
-def jit(kernel: Callable[..., None]) -> Any:
+def jit(kernel: Callable[..., Any]) -> Any:
     """``triton.jit``; without Triton the kernel stays a function that nobody calls."""
     return kernel if triton is None else triton.jit(kernel)
 
@@ -29,6 +31,20 @@ def jit(kernel: Callable[..., None]) -> Any:
 @jit
 def _write_one(out_ptr):
     tl.store(out_ptr, 1)
+
+
+# Triton's interpreter, chosen by TRITON_INTERPRET before Triton is imported, runs kernels on tensors of the CPU.
+_INTERPRETED = triton is not None and not isinstance(_write_one, triton.JITFunction)
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether kernels take ``x``: it lies on a GPU, or they are interpreted. Else plain PyTorch computes."""
+    return triton is not None and (_INTERPRETED or x.device.type == "cuda")
+
+
+def launching_on(x: Tensor) -> AbstractContextManager[Any]:
+    """Kernels launched inside run on the device of ``x``, which need not be the current one."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
 @lru_cache(maxsize=16)

@@ -1,28 +1,38 @@
-"""Log-probabilities of the next tokens straight from the hidden states, gradient included, logits never kept.
+"""Log-probabilities of the next tokens straight from the hidden states, gradients included, logits never kept.
 
-Shapes: h (T, H) hidden states of the labelled positions, W (V, H) the frozen head, labels (T,).
+Shapes: h (T, H) hidden states of the labelled positions, W (V, H) the head, labels (T,).
 
-    z_i   = scale * h_i W^T, soft-capped where the model does: cap * tanh(z / cap)
-    logp_i = z_i[label_i] - logsumexp(z_i)
-    entropy_i = logsumexp(z_i) - sum_v p_iv z_iv
-    d logp_i / d h_i = scale * ((onehot(label_i) - p_i) * (1 - (z_i / cap)^2)) W
+    z_i    = h_i W^T
+    logp_i and entropy_i of z_i with scale and soft-cap: see cross_entropy
+    d_i    = d logp_i / d z_i
+    dh_i   = g_i * d_i W               g_i: the gradient of logp_i that comes from above
+    dW     = sum_i g_i * d_i^T h_i
 
-The gradient of one row is a fixed vector times whatever comes from above, so it is made in the forward, while the
-logits of a chunk of rows are there, and the backward only scales it: two products with W instead of three.
+Logits exist for a chunk of rows at a time. Which products with W are made depends on what is trained:
+
+- A frozen head. dh_i is a fixed vector times g_i, so it is made in the forward while the logits are there, and the
+  backward only scales it: two products in all. The vector is kept in float32, so that it is rounded once.
+- A trained head. dW adds up rows whose g_i the forward does not know and may differ (a label may be weighted, a row
+  clipped), so no sum made in the forward would be right for every loss. The backward makes the logits of a chunk
+  again, turns them into g_i * d_i and multiplies twice: four products, exact whatever comes from above. dW is summed
+  over the chunks in float32 and rounded once.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.launch import jit, tl
+from pantheraml.errors import ConfigError
+from pantheraml.kernels.accumulate import add_product, write_product
+from pantheraml.kernels.cross_entropy import gradient_rows, score_rows
+from pantheraml.kernels.launch import launching_on
 
 # Logits that exist at a time, in elements: 2,048 rows of a vocabulary of 128,256.
 _CHUNK_ELEMENTS = 2048 * 128256
-_BLOCK = 8192
 
 
 class TokenScores(NamedTuple):
@@ -39,129 +49,148 @@ class TokenScores(NamedTuple):
     is_top1: Tensor
 
 
-@jit
-def _score_kernel(
-    z_ptr, label_ptr, logp_ptr, entropy_ptr, top1_ptr, cols, scale, cap,
-    CAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    z_ptr += row * cols
-    label = tl.load(label_ptr + row)
-    highest = -float("inf")
-    total = 0.0
-    weighted = 0.0
-    for start in range(0, cols, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        z = tl.load(z_ptr + col, mask=col < cols, other=-float("inf")).to(tl.float32) * scale
-        if CAP:
-            z = tl.where(col < cols, cap * (2 * tl.sigmoid(2 * z / cap) - 1), -float("inf"))
-        top = tl.maximum(highest, tl.max(z, axis=0))
-        shrink = tl.exp(highest - top)
-        e = tl.exp(z - top)
-        total = total * shrink + tl.sum(e, axis=0)
-        weighted = weighted * shrink + tl.sum(tl.where(col < cols, e * z, 0.0), axis=0)
-        highest = top
-    lse = highest + tl.log(total)
-    of_label = tl.load(z_ptr + label).to(tl.float32) * scale
-    if CAP:
-        of_label = cap * (2 * tl.sigmoid(2 * of_label / cap) - 1)
-    tl.store(logp_ptr + row, of_label - lse)
-    tl.store(entropy_ptr + row, lse - weighted / total)
-    tl.store(top1_ptr + row, (of_label >= highest).to(tl.float32))
-    if GRADIENT:
-        tl.debug_barrier()
-        for start in range(0, cols, BLOCK):
-            col = start + tl.arange(0, BLOCK)
-            z = tl.load(z_ptr + col, mask=col < cols, other=-float("inf")).to(tl.float32) * scale
-            slope = scale
-            if CAP:
-                squashed = 2 * tl.sigmoid(2 * z / cap) - 1
-                z = cap * squashed
-                slope = scale * (1 - squashed * squashed)
-            d = (tl.where(col == label, 1.0, 0.0) - tl.exp(z - lse)) * slope
-            tl.store(z_ptr + col, d.to(z_ptr.dtype.element_ty), mask=col < cols)
+def _chunks(h: Tensor, weight: Tensor) -> Iterator[slice]:
+    rows = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+    return (slice(start, start + rows) for start in range(0, h.shape[0], rows))
 
 
-def _score_rows(
-    z: Tensor, labels: Tensor, scale: float, cap: float | None, gradient: bool
-) -> tuple[Tensor, ...]:
-    """log_probs, entropy, is_top1 of logits z (rows, V); z becomes d logp / d z when ``gradient``."""
-    if z.device.type != "cuda":
-        return _eager_score(z, labels, scale, cap, gradient)
-    logp, entropy, top1 = (torch.empty(z.shape[0], dtype=torch.float32, device=z.device) for _ in range(3))
-    _score_kernel[(z.shape[0],)](
-        z, labels, logp, entropy, top1, z.shape[1], scale, cap or 1.0,
-        CAP=cap is not None, GRADIENT=gradient, BLOCK=_BLOCK, num_warps=16,
-    )  # fmt: skip
-    return logp, entropy, top1
+@torch.library.custom_op("pantheraml::linear_log_probs", mutates_args=())
+def _linear_log_probs(
+    h: Tensor, weight: Tensor, labels: Tensor, scale: float, softcap: float | None, with_dh: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """log_probs, entropy, is_top1, (top, log_sum) (2, T), d logp / d h (T, H) float32, (0,) unless ``with_dh``."""
+    log_probs, entropy, is_top1 = (
+        torch.empty(h.shape[0], dtype=torch.float32, device=h.device) for _ in range(3)
+    )
+    sums = torch.empty((2, h.shape[0]), dtype=torch.float32, device=h.device)
+    dh = torch.empty(h.shape if with_dh else (0,), dtype=torch.float32, device=h.device)
+    with launching_on(h), torch.autocast(h.device.type, enabled=False):
+        w = weight.to(h.dtype)
+        for part in _chunks(h, w):
+            z = h[part] @ w.T
+            scores = score_rows(z, labels[part], scale, softcap, gradient=with_dh)
+            for whole, piece in zip((log_probs, *sums, entropy, is_top1), scores, strict=True):
+                whole[part] = piece
+            if with_dh:
+                write_product(dh[part], z, w)
+    return log_probs, entropy, is_top1, sums, dh
 
 
-def _eager_score(
-    z: Tensor, labels: Tensor, scale: float, cap: float | None, gradient: bool
-) -> tuple[Tensor, ...]:
-    raw = z.float() * scale
-    y = raw if cap is None else cap * torch.tanh(raw / cap)
-    log_p = y.log_softmax(-1)
-    p = log_p.exp()
-    logp = log_p.gather(-1, labels[:, None])[:, 0]
-    entropy = -(p * log_p).sum(-1)
-    top1 = (y.gather(-1, labels[:, None])[:, 0] >= y.max(-1).values).float()
-    if gradient:
-        slope = scale if cap is None else scale * (1 - (y / cap) ** 2)
-        d = (torch.zeros_like(p).scatter_(-1, labels[:, None], 1.0) - p) * slope
-        z.copy_(d)
-    return logp, entropy, top1
+@_linear_log_probs.register_fake
+def _(
+    h: Tensor, weight: Tensor, labels: Tensor, scale: float, softcap: float | None, with_dh: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    log_probs, entropy, is_top1 = (h.new_empty(h.shape[:1], dtype=torch.float32) for _ in range(3))
+    sums = h.new_empty((2, h.shape[0]), dtype=torch.float32)
+    dh = torch.empty(h.shape if with_dh else (0,), dtype=torch.float32, device=h.device)
+    return log_probs, entropy, is_top1, sums, dh
 
 
-class _LinearLogProb(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, h: Tensor, weight: Tensor, labels: Tensor, scale: float, cap: float | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        gradient = ctx.needs_input_grad[0]
-        dh = torch.empty_like(h) if gradient else None
-        rows = max(1, _CHUNK_ELEMENTS // weight.shape[0])
-        scores: list[tuple[Tensor, ...]] = []
-        for start in range(0, h.shape[0], rows):
-            part = slice(start, start + rows)
-            z = h[part] @ weight.T
-            scores.append(_score_rows(z, labels[part], scale, cap, gradient))
-            if dh is not None:
-                torch.mm(z, weight, out=dh[part])
-        logp, entropy, top1 = (
-            (torch.cat(parts) for parts in zip(*scores, strict=True))
-            if scores
-            else (torch.zeros(0, dtype=torch.float32, device=h.device) for _ in range(3))
-        )
-        ctx.save_for_backward(dh)
-        ctx.mark_non_differentiable(entropy, top1)
-        return logp, entropy, top1
+@torch.library.custom_op("pantheraml::linear_log_probs_backward", mutates_args=())
+def _linear_log_probs_backward(
+    g: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    sums: Tensor,
+    scale: float,
+    softcap: float | None,
+    with_dw: bool,
+) -> tuple[Tensor, Tensor]:
+    """dh like h, and dW like weight, (0,) unless ``with_dw``."""
+    dh = torch.empty(h.shape, dtype=torch.float32, device=h.device)
+    total = torch.zeros(weight.shape if with_dw else (0,), dtype=torch.float32, device=h.device)
+    if h.shape[0] == 0:
+        return dh.to(h.dtype), total.to(weight.dtype)
+    # g is 1 / labels of a step or less. Divided by its largest value, g * d does not fall below what float16 holds.
+    largest = g.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    g = g / largest
+    with launching_on(h), torch.autocast(h.device.type, enabled=False):
+        w = weight.to(h.dtype)
+        for part in _chunks(h, w):
+            z = h[part] @ w.T
+            gradient_rows(z, z, labels[part], (sums[0, part], sums[1, part]), g[part], scale, softcap)
+            write_product(dh[part], z, w)
+            if with_dw:
+                add_product(total, z.T, h[part])
+    return dh.mul_(largest).to(h.dtype), total.mul_(largest).to(weight.dtype)
 
-    @staticmethod
-    def backward(ctx: Any, dlogp: Tensor, *_: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+
+@_linear_log_probs_backward.register_fake
+def _(
+    g: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    sums: Tensor,
+    scale: float,
+    softcap: float | None,
+    with_dw: bool,
+) -> tuple[Tensor, Tensor]:
+    dw = torch.empty(weight.shape if with_dw else (0,), dtype=weight.dtype, device=h.device)
+    return torch.empty(h.shape, dtype=h.dtype, device=h.device), dw
+
+
+def _keep(ctx, inputs, output) -> None:
+    h, weight, labels, *ctx.options, with_dh = inputs
+    _, entropy, is_top1, sums, dh = output
+    ctx.mark_non_differentiable(entropy, is_top1, sums, dh)
+    ctx.dtype = h.dtype
+    ctx.made = with_dh and not ctx.needs_input_grad[1]
+    ctx.save_for_backward(*((dh,) if ctx.made else (h, weight, labels, sums)))
+
+
+def _differentiate(ctx, g: Tensor, *_: Tensor | None):
+    dw = None
+    if ctx.made:
         (dh,) = ctx.saved_tensors
-        return (dh.float() * dlogp[:, None]).to(dh.dtype), None, None, None, None
+        dh = (dh * g[:, None]).to(ctx.dtype)
+    else:
+        trained = ctx.needs_input_grad[1]
+        dh, dw = _linear_log_probs_backward(g, *ctx.saved_tensors, *ctx.options, trained)
+        dw = dw if trained else None
+    return dh, dw, None, None, None, None
+
+
+_linear_log_probs.register_autograd(_differentiate, setup_context=_keep)
 
 
 def linear_log_probs(
-    h: Tensor, weight: Tensor, labels: Tensor, *, scale: float = 1.0, softcap: float | None = None
+    h: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> TokenScores:
     """Scores of ``labels`` under ``softmax(softcap(scale * h weight^T))``.
 
     Args:
-        h: (T, H), the dtype of ``weight``.
-        weight: (V, H), frozen.
-        labels: (T,) int64, each a token id (no -100).
+        h: (T, H).
+        weight: (V, H), frozen or trained; a head with a bias is not covered.
+        labels: (T,) int64, each a token id: leave unlabelled rows out. On a GPU -100 scores 0 and any other number
+            that is no token NaN.
         scale: of the logits.
-        softcap: Gemma's bound on the logits, or None.
+        softcap: Gemma's bound on the scaled logits, or None.
+        dtype: what the products are computed in; None for that of ``weight``. dW is summed in float32 and has the
+            dtype of ``weight``.
 
     Returns:
         The scores; with no rows they are empty.
 
     Raises:
-        ValueError: ``weight`` requires a gradient, which is not computed here.
+        ConfigError: the shapes do not fit.
     """
-    if weight.requires_grad:
-        raise ValueError("linear_log_probs computes no gradient of the head; freeze it or use another path")
-    with torch.autocast(h.device.type, enabled=False):
-        return TokenScores(*_LinearLogProb.apply(h.to(weight.dtype), weight, labels, scale, softcap))
+    if h.ndim != 2 or weight.shape[1:] != h.shape[1:] or labels.shape != h.shape[:1]:
+        raise ConfigError(
+            got=f"h {tuple(h.shape)}, weight {tuple(weight.shape)} and labels {tuple(labels.shape)}.",
+            need="They are (T, H), (V, H) and (T,).",
+            fix="Flatten the batch: h.view(-1, h.shape[-1]) and labels.view(-1).",
+        )
+    h = h.to(dtype or weight.dtype)
+    with_dh = h.requires_grad and not weight.requires_grad and torch.is_grad_enabled()
+    log_probs, entropy, is_top1, _, _ = _linear_log_probs(
+        h.contiguous(), weight, labels.contiguous(), scale, softcap, with_dh
+    )
+    return TokenScores(log_probs, entropy, is_top1)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.launch import jit, tl
+from pantheraml.kernels.launch import jit, runs_triton, tl
 
 _BLOCK = 2048
 
@@ -70,7 +70,7 @@ class Table:
         if not placements:
             return
         first = placements[0]
-        if first.target.device.type != "cuda" or any(not p.source.is_contiguous() for p in placements):
+        if not runs_triton(first.target) or any(not p.source.is_contiguous() for p in placements):
             for source, target, scale in placements:
                 torch.mul(source, scale, out=target)
             return

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.launch import jit, tl, triton
+from pantheraml.kernels.launch import jit, runs_triton, tl, triton
 
 
 class RMSNorm(NamedTuple):
@@ -292,6 +292,6 @@ def rms_norm(
 
 def rms_norm_into(out: Tensor, x: Tensor, norm: RMSNorm) -> Tensor:
     """``rms_norm`` of x (T, N) without a gradient, written to ``out`` (T, N), stride 1 along a row; returns out."""
-    if x.device.type == "cuda" and _fits_triton(x):
+    if runs_triton(x) and _fits_triton(x):
         return triton_forward(x, *norm, out)
     return out.copy_(_eager_forward(x, *norm))

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.launch import jit, tl
+from pantheraml.kernels.launch import jit, launching_on, runs_triton, tl
 from pantheraml.kernels.low_rank import LowRank, low_rank_tile, padded_rank
 from pantheraml.kernels.rms_norm import RMSNorm
 
@@ -223,7 +223,7 @@ def rotate_(
     Returns:
         the result.
     """
-    if x.device.type != "cuda":
+    if not runs_triton(x):
         return _eager_forward(x, head_dim, rotary, bias, lora, norm, out)
     rows, cols = x.shape
     y = x if out is None else out
@@ -260,7 +260,7 @@ def rotate_back(
         out.
     """
     rows, heads, head_dim = dy.shape
-    if dy.device.type != "cuda":
+    if not runs_triton(dy):
         return _eager_backward(dy, rotary, out, norm, x)
     if dy.stride(2) != 1:
         dy = dy.contiguous()
@@ -331,3 +331,58 @@ def _eager_backward(
         g = dx * (norm.weight.float() + norm.offset)
         dx = rstd * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))
     return out.copy_(dx.flatten(1))
+
+
+@torch.library.custom_op("pantheraml::rotate", mutates_args=())
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, width: int, head_dim: int, bias: Tensor | None) -> Tensor:
+    with launching_on(x):
+        y = x.clone(memory_format=torch.contiguous_format)
+        return rotate_(y, head_dim, Rotary(cos, sin, width), bias)
+
+
+@_rotate.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, width: int, head_dim: int, bias: Tensor | None) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("pantheraml::rotate_backward", mutates_args=())
+def _rotate_backward(dy: Tensor, cos: Tensor, sin: Tensor, width: int, head_dim: int) -> Tensor:
+    out = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+    heads = dy.reshape(dy.shape[0], -1, head_dim)
+    with launching_on(dy):
+        return rotate_back(heads, Rotary(cos, sin, width), out)
+
+
+@_rotate_backward.register_fake
+def _(dy: Tensor, cos: Tensor, sin: Tensor, width: int, head_dim: int) -> Tensor:
+    return torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+
+
+def _keep(ctx, inputs, output) -> None:
+    _, cos, sin, ctx.width, ctx.head_dim, bias = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(cos, sin)
+
+
+def _differentiate(ctx, dy: Tensor):
+    dx = _rotate_backward(dy, *ctx.saved_tensors, ctx.width, ctx.head_dim)
+    db = dx.float().sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[5] else None
+    return dx, None, None, None, None, db
+
+
+_rotate.register_autograd(_differentiate, setup_context=_keep)
+
+
+def rotate(x: Tensor, head_dim: int, rotary: Rotary, bias: Tensor | None = None) -> Tensor:
+    """``rotate_`` into a tensor of its own, as one differentiable operation; a head norm is ``rms_norm`` before it.
+
+    Args:
+        x: (T, heads * D), any floating dtype.
+        head_dim: D.
+        rotary: what turns; it gets no gradient.
+        bias: (heads * D,) or None.
+
+    Returns:
+        Like x, contiguous.
+    """
+    return _rotate(x, rotary.cos, rotary.sin, rotary.width, head_dim, bias)

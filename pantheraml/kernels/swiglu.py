@@ -5,38 +5,42 @@ Shapes: g, u, y (T, N), each with stride 1 along a row and any stride between ro
 
 Forward, in float32 per tile, rounded once:
     g' = g + lora_g,  u' = u + lora_u
-    y  = silu(g') * u'              (gelu_tanh(g') * u' for Gemma)
+    y  = silu(g') * u'              (gelu_tanh(g') * u' for Gemma, gelu(g') * u' by the error function)
 
 Backward, with dy (T, N) and, for the LoRA of the product that follows (down_proj), dy' = dy + lora_dy:
     dg = dy' * u' * act'(g')
     du = dy' * act(g')
     y  is recomputed on the way, because the gradient of down_proj's A needs it
-    silu'(g) = s + g s (1 - s) with s = sigmoid(g)
+    silu'(g) = s + g s (1 - s) with s = sigmoid(g);  gelu'(g) = Phi(g) + g phi(g) of the normal distribution
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from pantheraml.kernels.launch import jit, tl
+from pantheraml.errors import ConfigError
+from pantheraml.kernels.launch import jit, launching_on, runs_triton, tl
 from pantheraml.kernels.low_rank import LowRank, low_rank_tile, padded_rank
 
-ACTIVATIONS = ("silu", "gelu_tanh")
-_SQRT_2_OVER_PI = 0.7978845608028654
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
 @jit
-def _activate(g, GELU: tl.constexpr):
-    """act(g) and act'(g) in float32."""
-    if GELU:
-        inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
-        tanh = 2 * tl.sigmoid(2 * inner) - 1
-        value = 0.5 * g * (1 + tanh)
-        slope = 0.5 * (1 + tanh) + 0.5 * g * (1 - tanh * tanh) * 0.7978845608028654 * (
-            1 + 3 * 0.044715 * g * g
-        )
+def _activate(g, ACTIVATION: tl.constexpr):
+    """act(g) and act'(g) in float32; ACTIVATION counts in ACTIVATIONS."""
+    if ACTIVATION == 1:
+        # 0.5 (1 + tanh(x)) is s = sigmoid(2x), and 1 - s is e^(-2x) s: nothing is lost where tanh is close to 1 or -1
+        e = tl.exp(tl.minimum(-1.5957691216057308 * (g + 0.044715 * g * g * g), 80.0))
+        s = 1 / (1 + e)
+        value = g * s
+        slope = s + value * (e * s) * 1.5957691216057308 * (1 + 3 * 0.044715 * g * g)
+    elif ACTIVATION == 2:
+        normal = 0.5 * (1 + tl.erf(g * 0.7071067811865476))
+        value = g * normal
+        slope = normal + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)
     else:
         s = tl.sigmoid(g)
         value = g * s
@@ -48,7 +52,7 @@ def _activate(g, GELU: tl.constexpr):
 def _glu_forward_kernel(
     g_ptr, u_ptr, y_ptr, g_stride, u_stride, y_stride, rows, cols,
     tg_ptr, tu_ptr, t_stride, bg_ptr, bu_ptr, rank, scale_g, scale_u,
-    GELU: tl.constexpr, LORA: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, LORA: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -59,7 +63,7 @@ def _glu_forward_kernel(
     if LORA:
         g += low_rank_tile(tg_ptr, t_stride, bg_ptr, row, col, rows, cols, rank, scale_g, RANK)
         u += low_rank_tile(tu_ptr, t_stride, bu_ptr, row, col, rows, cols, rank, scale_u, RANK)
-    value, _ = _activate(g, GELU)
+    value, _ = _activate(g, ACTIVATION)
     tl.store(y_ptr + line * y_stride + col[None, :], (value * u).to(y_ptr.dtype.element_ty), mask=there)
 
 
@@ -68,7 +72,7 @@ def _glu_backward_kernel(
     dy_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, y_ptr, dy_stride, g_stride, u_stride, dg_stride, du_stride, y_stride,
     rows, cols, tg_ptr, tu_ptr, t_stride, bg_ptr, bu_ptr, rank,
     scale_g, scale_u, td_ptr, td_stride, bd_ptr, rank_d, scale_d,
-    GELU: tl.constexpr, LORA: tl.constexpr, LORA_D: tl.constexpr, RANK: tl.constexpr, RANK_D: tl.constexpr,
+    ACTIVATION: tl.constexpr, LORA: tl.constexpr, LORA_D: tl.constexpr, RANK: tl.constexpr, RANK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -83,7 +87,7 @@ def _glu_backward_kernel(
         u += low_rank_tile(tu_ptr, t_stride, bu_ptr, row, col, rows, cols, rank, scale_u, RANK)
     if LORA_D:
         dy += low_rank_tile(td_ptr, td_stride, bd_ptr, row, col, rows, cols, rank_d, scale_d, RANK_D)
-    value, slope = _activate(g, GELU)
+    value, slope = _activate(g, ACTIVATION)
     element = dg_ptr.dtype.element_ty
     tl.store(dg_ptr + line * dg_stride + col[None, :], (dy * u * slope).to(element), mask=there)
     tl.store(du_ptr + line * du_stride + col[None, :], (dy * value).to(element), mask=there)
@@ -112,7 +116,7 @@ def glu_forward(
     Args:
         g: (T, N), stride 1 along a row; so are u and out.
         u: (T, N).
-        activation: ``"silu"`` or ``"gelu_tanh"``.
+        activation: ``"silu"``, ``"gelu_tanh"`` or ``"gelu"``.
         out: (T, N) in the dtype of g; written.
         lora_g: the addend of g; given together with ``lora_u`` and of the same rank, or neither.
         lora_u: the addend of u.
@@ -120,9 +124,9 @@ def glu_forward(
     Returns:
         out.
     """
-    if g.device.type != "cuda":
+    if not runs_triton(g):
         left, right = _with_lora(g, u, lora_g, lora_u)
-        return out.copy_(_eager_activation(left, activation) * right)
+        return out.copy_(_eager_activation(left, activation)[0] * right)
     lora, rank = _lora_arguments(g, lora_g, lora_u)
     _glu_forward_kernel[_grid(g, _FORWARD)](
         g,
@@ -133,7 +137,7 @@ def glu_forward(
         out.stride(0),
         *g.shape,
         *lora,
-        GELU=activation == "gelu_tanh",
+        ACTIVATION=ACTIVATIONS.index(activation),
         LORA=lora_g is not None,
         RANK=rank,
         **_FORWARD,
@@ -164,7 +168,7 @@ def glu_backward(
         lora_dy: what is added to dy, or None.
     """
     dg, du, y = out
-    if g.device.type != "cuda":
+    if not runs_triton(g):
         grads = _eager_backward(dy, _with_lora(g, u, lora_g, lora_u), lora_dy, activation)
         for target, value in zip(out, grads, strict=True):
             target.copy_(value)
@@ -176,7 +180,7 @@ def glu_backward(
     tensors = (dy, g, u, dg, du, y)
     _glu_backward_kernel[_grid(g, _BACKWARD)](
         *tensors, *(tensor.stride(0) for tensor in tensors), *g.shape, *lora, *down,
-        GELU=activation == "gelu_tanh", LORA=lora_g is not None, LORA_D=lora_dy is not None, RANK=rank,
+        ACTIVATION=ACTIVATIONS.index(activation), LORA=lora_g is not None, LORA_D=lora_dy is not None, RANK=rank,
         RANK_D=16 if lora_dy is None else padded_rank(lora_dy.b.shape[1]), **_BACKWARD,
     )  # fmt: skip
 
@@ -197,17 +201,85 @@ def _with_lora(g: Tensor, u: Tensor, lora_g: LowRank | None, lora_u: LowRank | N
     return left, right
 
 
-def _eager_activation(g: Tensor, activation: str) -> Tensor:
-    return functional.silu(g) if activation == "silu" else functional.gelu(g, approximate="tanh")
+def _eager_activation(g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """act(g) and act'(g) of g in float32."""
+    if activation == "silu":
+        s = g.sigmoid()
+        return g * s, s + g * s * (1 - s)
+    if activation == "gelu":
+        normal = 0.5 * (1 + torch.erf(g * math.sqrt(0.5)))
+        return g * normal, normal + g * torch.exp(-0.5 * g * g) / math.sqrt(2 * math.pi)
+    outer = 2 * math.sqrt(2 / math.pi)
+    s = torch.sigmoid(outer * (g + 0.044715 * g**3))
+    return g * s, s + g * s * (1 - s) * outer * (1 + 3 * 0.044715 * g * g)
 
 
 def _eager_backward(
     dy: Tensor, inputs: tuple[Tensor, Tensor], lora_dy: LowRank | None, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy = dy.float() if lora_dy is None else dy.float() + lora_dy.dense().float()
-    with torch.enable_grad():
-        g = inputs[0].detach().requires_grad_()
-        value = _eager_activation(g, activation)
-        (slope,) = torch.autograd.grad(value.sum(), g)
-    value = value.detach()
-    return dy * inputs[1] * slope, dy * value, value * inputs[1]
+    g, u = inputs
+    value, slope = _eager_activation(g, activation)
+    return dy * u * slope, dy * value, value * u
+
+
+@torch.library.custom_op("pantheraml::glu", mutates_args=())
+def _glu(g: Tensor, u: Tensor, activation: str) -> Tensor:
+    with launching_on(g):
+        return glu_forward(g, u, activation, torch.empty(g.shape, dtype=g.dtype, device=g.device))
+
+
+@_glu.register_fake
+def _(g: Tensor, u: Tensor, activation: str) -> Tensor:
+    return torch.empty(g.shape, dtype=g.dtype, device=g.device)
+
+
+@torch.library.custom_op("pantheraml::glu_backward", mutates_args=())
+def _glu_backward(dy: Tensor, g: Tensor, u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    dg, du, y = (torch.empty(g.shape, dtype=g.dtype, device=g.device) for _ in range(3))
+    with launching_on(g):
+        glu_backward(dy if dy.stride(1) == 1 else dy.contiguous(), g, u, activation, (dg, du, y))
+    return dg, du
+
+
+@_glu_backward.register_fake
+def _(dy: Tensor, g: Tensor, u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    dg, du = (torch.empty(g.shape, dtype=g.dtype, device=g.device) for _ in range(2))
+    return dg, du
+
+
+def _keep(ctx, inputs, output) -> None:
+    g, u, ctx.activation = inputs
+    ctx.save_for_backward(g, u)
+
+
+def _differentiate(ctx, dy: Tensor):
+    return *_glu_backward(dy, *ctx.saved_tensors, ctx.activation), None
+
+
+_glu.register_autograd(_differentiate, setup_context=_keep)
+
+
+def glu(g: Tensor, u: Tensor, activation: str = "silu") -> Tensor:
+    """``act(g) * u`` as one differentiable operation, for code of your own and for ``torch.compile``.
+
+    Args:
+        g: (..., N), any floating dtype.
+        u: like g.
+        activation: ``"silu"``, ``"gelu_tanh"`` or ``"gelu"``.
+
+    Returns:
+        Like g, contiguous.
+
+    Raises:
+        ConfigError: another activation, or g and u differ in shape or dtype.
+    """
+    if activation not in ACTIVATIONS or g.shape != u.shape or g.dtype != u.dtype:
+        raise ConfigError(
+            got=f"activation={activation!r}, g {tuple(g.shape)} {g.dtype}, u {tuple(u.shape)} {u.dtype}.",
+            need=f"g and u are alike, and the activation is one of {', '.join(ACTIVATIONS)}.",
+            fix="Use the gate's and the up projection's outputs of one MLP.",
+        )
+    rows = (x.reshape(-1, x.shape[-1]) for x in (g, u))
+    left, right = (x if x.stride(1) == 1 else x.contiguous() for x in rows)
+    return _glu(left, right, activation).view(g.shape)

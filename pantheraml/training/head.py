@@ -1,8 +1,9 @@
 """The head of a language model during supervised training: log-probabilities per token, without the logits.
 
 TRL's SFTTrainer gives the model a forward that answers ``fused_lm_head=True`` with a ``FusedCausalLMOutput``. Ours
-takes that place where it is better: on a GPU with a frozen head it makes the gradient in the forward (two products
-with the head instead of TRL's three), and with TRL 1.15 on a CPU it needs no Triton, which TRL's own does.
+takes that place where it is better: on a GPU it makes the gradient of a frozen head in the forward (two products
+with the head instead of TRL's three) and sums that of a trained one in float32, and with TRL 1.15 on a CPU it needs
+no Triton, which TRL's own does.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from typing import Any
 import torch
 import trl
 from packaging.version import Version
-from torch import Tensor
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from pantheraml.kernels.linear_cross_entropy import linear_log_probs
-from pantheraml.models.fused.projection import computes_in
+from pantheraml.kernels.linear_cross_entropy import TokenScores, linear_log_probs
 from pantheraml.models.patching import PatchSet
 
-# What a config may do to its logits besides a soft-cap; such a head is left to TRL.
-_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+# What a config may multiply its logits by, before a soft-cap; Granite divides by its logits_scaling instead.
+_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+_MULTIPLY_BY_LOGITS_SCALING = ("hyperclovax",)
 
 
 def needs_cpu_head(device: torch.device) -> bool:
@@ -33,16 +35,39 @@ def needs_cpu_head(device: torch.device) -> bool:
 def why_not_fused(model: PreTrainedModel) -> str | None:
     """Why the head of ``model`` cannot be fused with its loss, or None when it can."""
     config: Any = model.config.get_text_config()
-    head: Any = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
+    if _read_weight(model) is None:
         return "the head is no plain matrix"
-    if head.weight.requires_grad:
-        return "the head is trained"
     if getattr(config, "output_router_logits", False):
         return "the model adds a loss of its own"
-    if any(getattr(config, name, None) not in (None, 1.0) for name in _SCALES):
-        return "the logits are scaled"
+    if read_scale(config) is None:
+        return "the logits are scaled in a way of their own"
     return None
+
+
+def read_scale(config: Any) -> float | None:
+    """What ``config``, that of the text part, multiplies the logits by; None where that is no plain number."""
+    found = [getattr(config, name, None) for name in _MULTIPLIERS]
+    scale = next((value for value in found if value is not None), None)
+    divisor = getattr(config, "logits_scaling", None)
+    if scale is None and divisor is not None:
+        scale = divisor if config.model_type in _MULTIPLY_BY_LOGITS_SCALING else 1 / divisor
+    if scale is None:
+        return 1.0
+    return float(scale) if isinstance(scale, int | float) else None
+
+
+def _read_weight(model: PreTrainedModel) -> Tensor | None:
+    """The matrix (V, H) of the head, None if there is more to the head: a bias, an adapter, packed numbers."""
+    head: Any = model.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper):  # a head that is trained beside an adapter
+        active = head.active_adapters
+        if head.disable_adapters or len(active) != 1 or active[0] not in head.modules_to_save:
+            head = head.original_module
+        else:
+            head = head.modules_to_save[active[0]]
+    if type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head):
+        return None
+    return head.weight if head.weight.is_floating_point() else None
 
 
 def bind_head(model: PreTrainedModel, patches: PatchSet) -> None:
@@ -58,11 +83,6 @@ def bind_cpu_head(model: PreTrainedModel, patches: PatchSet) -> None:
     patches.bind(model, "forward", _plain_forward, "TRL 1.15 computes its head in Triton only")
 
 
-def _fits(model: PreTrainedModel) -> bool:
-    weight: Any = model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
-    return why_not_fused(model) is None and computes_in(weight.dtype, weight.device)
-
-
 def _forward(
     before: Any,
     model: PreTrainedModel,
@@ -71,7 +91,7 @@ def _forward(
     labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    if not fused_lm_head or labels is None or "shift_labels" in kwargs or not _fits(model):
+    if not fused_lm_head or labels is None or "shift_labels" in kwargs or why_not_fused(model) is not None:
         return before(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
     num_items = kwargs.pop("num_items_in_batch", None)
     target = labels[:, 1:]
@@ -80,11 +100,8 @@ def _forward(
     index = mask.reshape(-1).nonzero()[:, 0]
     backbone: Any = model.base_model
     hidden = backbone(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1]
-    head: Any = model.get_output_embeddings()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    rows = hidden.reshape(-1, hidden.shape[-1])[index]
-    scores = linear_log_probs(rows, head.weight, target.reshape(-1)[index], softcap=cap)
-    zeros = rows.new_zeros(mask.numel(), dtype=torch.float32)
+    scores = _score(model, hidden.reshape(-1, hidden.shape[-1])[index], target.reshape(-1)[index])
+    zeros = hidden.new_zeros(mask.numel(), dtype=torch.float32)
     log_probs, entropy, is_top1 = (zeros.index_put((index,), score).view(mask.shape) for score in scores)
     # A batch without labels still has to reach every parameter.
     if index.numel() == 0:
@@ -93,6 +110,16 @@ def _forward(
     return FusedCausalLMOutput(
         loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask, aux_loss=None
     )
+
+
+def _score(model: PreTrainedModel, rows: Tensor, labels: Tensor) -> TokenScores:
+    """The head of ``model`` on labelled rows (T, H), in the dtype that autocast, if on, computes products in."""
+    weight, config = _read_weight(model), model.config.get_text_config()
+    scale, cap = read_scale(config), getattr(config, "final_logit_softcapping", None)
+    assert weight is not None and scale is not None
+    device = weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return linear_log_probs(rows, weight, labels, scale=scale, softcap=cap, dtype=dtype)
 
 
 def _plain_forward(

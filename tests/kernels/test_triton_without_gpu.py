@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-@pytest.mark.parametrize("file", ["interpreted_rms_norm.py"])
+@pytest.mark.parametrize("file", sorted(path.name for path in HERE.glob("interpreted_*.py")))
 def test_interpreted(file):
     """The interpreter cannot be switched on in a process that has imported Triton."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]

@@ -8,6 +8,7 @@ from pantheraml.models.families import ModelFamily
 from pantheraml.models.fused.attention import apply_attention
 from pantheraml.models.fused.decoder_layer import FusedDecoderLayer, apply_layers
 from pantheraml.models.fused.host_store import HostStore
+from pantheraml.models.fused.loss import apply_loss
 from pantheraml.models.fused.norm import FusedRMSNorm, apply_norms
 from pantheraml.models.patching import PatchSet
 
@@ -21,6 +22,7 @@ __all__ = [
     "apply_attention",
     "apply_fused_parts",
     "apply_layers",
+    "apply_loss",
     "apply_norms",
 ]
 
@@ -44,6 +46,7 @@ def apply_fused_parts(
         return patches
     apply_norms(model, family, patches)
     apply_layers(model, family, patches)
+    apply_loss(model, patches)
     if keep_attention:
         patches.skip("attention", "an attn_implementation was given")
         return patches

@@ -1,0 +1,120 @@
+"""The Triton kernels of a decoder layer under Triton's interpreter; run by ``test_triton_without_gpu.py``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pantheraml.kernels import rope, swiglu
+from pantheraml.kernels.launch import runs_triton
+from pantheraml.kernels.place_factors import Placement, Table
+from tests.kernels import layer_cases as cases
+from tests.kernels.layer_cases import RANKS, Maker, check_add_norm, check_glu, check_rotate
+from tests.kernels.test_layer_kernels import makers
+
+# bfloat16 products are wrong in the interpreter
+DTYPES = [torch.float32, torch.float16]
+
+
+def test_the_interpreter_runs():
+    assert runs_triton(torch.zeros(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [None, (0.0, True), (1.0, False)])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "head_dim", "width", "halves"),
+    [(1, 2, 16, 16, 2), (40, 2, 64, 64, 1), (6, 3, 24, 16, 2), (33, 1, 20, 12, 1), (5, 2, 16, None, 2)],
+)
+def test_rotary_positions(tokens, heads, head_dim, width, halves, norm, dtype):
+    make = makers(dtype, strided=True, seeds=16 if tokens == 1 else 6)
+    check_rotate(make, tokens, heads, head_dim, width, bias=True, norm=norm, halves=halves)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotary_positions_with_lora(dtype, rank):
+    check_rotate(makers(dtype, strided=True), 5, 2, 24, 16, rank=rank)
+    check_rotate(makers(dtype), 5, 2, 16, 16, rank=rank, norm=(0.0, True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", swiglu.ACTIVATIONS)
+@pytest.mark.parametrize(("rows", "cols", "strided"), [(1, 7, False), (37, 130, True)])
+def test_gated_activations(rows, cols, strided, activation, dtype):
+    check_glu(makers(dtype, strided), rows, cols, activation)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_activations_with_lora(dtype, rank):
+    check_glu(makers(dtype, strided=True), 5, 33, "silu", rank=rank, rank_dy=rank)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [(0.0, True), (1.0, False)])
+@pytest.mark.parametrize(("rows", "cols", "strided"), [(1, 100, False), (18, 300, True)])
+def test_residual_and_norm(rows, cols, strided, norm, dtype):
+    check_add_norm(makers(dtype, strided), rows, cols, norm=norm)
+    check_add_norm(makers(dtype, strided, seeds=2), rows, cols, norm=norm, residual=False)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_residual_and_norm_with_lora(dtype, rank):
+    check_add_norm(makers(dtype, strided=True), 5, 33, rank=rank)
+
+
+def far(t):
+    """The rows of ``t`` (3, N) 2^30 elements apart, so the last one starts at 2^31, in memory hardly touched."""
+    spread = torch.empty(2**31 + t.shape[1], dtype=t.dtype).as_strided(t.shape, (2**30, 1))
+    return spread.copy_(t)
+
+
+def test_offsets_past_2_to_the_31():
+    make = Maker(torch.float16)
+    x, y, z = (make(3, 32) for _ in range(3))
+    lora, norm = make.lora(3, 32, 4), make.norm(32, 0.0, True)
+    rotary = rope.Rotary(make(3, 16), make(3, 16), 16)
+
+    def run(x, y, z, lora):
+        dg, du, value = cases.adapt_glu_back(x, y, z, "silu", None, None, lora)
+        return (
+            cases.adapt_add(x, y, lora),
+            *cases.adapt_add_norm(x, y, lora, norm),
+            *cases.adapt_norm_back(x, y, z, norm),
+            swiglu.glu_forward(x, y, "gelu", torch.empty(3, 32, dtype=x.dtype), lora, lora),
+            *(t.clone() for t in (dg, du, value)),
+            rope.rotate_(x.clone() if x.is_contiguous() else far(x), 16, rotary, None, lora),
+        )
+
+    near = run(x, y, z, lora)
+    spread = run(far(x), far(y), far(z), lora._replace(t=far(lora.t)))
+    for got, want in zip(spread, near, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_factors_are_placed(dtype):
+    torch.manual_seed(0)
+    stack = torch.zeros(300, 80, dtype=dtype)
+    a, b = torch.randn(7, 64), torch.randn(200, 16)
+    table = Table()
+    for scale in (0.5, 0.25):
+        table.write([Placement(a, stack[250:257, :64], 1.0), Placement(b, stack[:200, 64:], scale)])
+        expected = torch.zeros_like(stack)
+        expected[250:257, :64], expected[:200, 64:] = a, b * scale
+        assert torch.equal(stack, expected)
+
+
+def test_a_wrong_kernel_is_seen(monkeypatch):
+    right = cases.adapt_glu_back
+
+    def wrong(*arguments):
+        dg, *rest = right(*arguments)
+        return dg * (1 + 1e-5), *rest
+
+    check_glu(makers(torch.float32), 5, 33, "silu")
+    monkeypatch.setattr(cases, "adapt_glu_back", wrong)
+    with pytest.raises(AssertionError, match="dg"):
+        check_glu(makers(torch.float32), 5, 33, "silu")

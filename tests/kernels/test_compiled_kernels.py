@@ -1,0 +1,133 @@
+"""Kernels compile for GPUs that are not there, within the shared memory of the smallest of them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from pantheraml.kernels import add_norm, cross_entropy, layer_norm, place_factors, rope, swiglu
+from tests.kernels.test_triton_without_gpu import compile_for
+
+# What one program may use on each: 48 KiB without asking, less than the most that may be asked for.
+SHARED = 48 * 1024
+BOTH = (True, False)
+HEADS = {"HALF": 64, "LANES": 64, "TAIL": 0, "TAIL_LANES": 16, "COS_WIDTH": 128, "BLOCK_M": rope._BLOCK_M}
+PARTIAL = {"HALF": 12, "LANES": 16, "TAIL": 24, "TAIL_LANES": 32, "COS_WIDTH": 12, "BLOCK_M": rope._BLOCK_M}
+
+
+def split(blocks):
+    """Constants and warps of a tile."""
+    blocks = dict(blocks)
+    return blocks, blocks.pop("num_warps")
+
+
+def losses():
+    blocks, warps = split(cross_entropy._BLOCKS)
+    for cap, figures in itertools.product(BOTH, BOTH):
+        flags = {"CAP": cap, "FIGURES": figures, "GRADIENT": figures}
+        yield cross_entropy._score_kernel, {**flags, **blocks}, warps
+    for cap in BOTH:
+        yield cross_entropy._gradient_kernel, {"CAP": cap, **blocks}, warps
+
+
+def layer_norms():
+    for cols, flag in ((100, False), (4096, True)):
+        blocks, warps = split(layer_norm._blocks(cols))
+        yield layer_norm._layer_norm_kernel, {"BIAS": flag, **blocks}, warps
+        yield layer_norm._layer_norm_backward_kernel, {"WITH_DW": flag, **blocks}, warps
+
+
+def rotary_positions():
+    for shape, norm, lora in ((HEADS, False, False), (PARTIAL, True, True)):
+        flags = {"TURN": True, "BIAS": True, "NORM": norm, "CAST_FIRST": True, "LORA": lora, "RANK": 16}
+        yield rope._rotate_kernel, {**flags, **shape}, rope._WARPS
+        yield rope._rotate_back_kernel, {"TURN": True, "NORM": norm, **shape}, rope._WARPS
+
+
+def gated_activations():
+    for activation, lora in ((0, False), (1, False), (2, False), (0, True)):
+        flags = {"ACTIVATION": activation, "LORA": lora, "RANK": 16}
+        blocks, warps = split(swiglu._FORWARD)
+        yield swiglu._glu_forward_kernel, {**flags, **blocks}, warps
+        blocks, warps = split(swiglu._BACKWARD)
+        yield swiglu._glu_backward_kernel, {**flags, "LORA_D": lora, "RANK_D": 16, **blocks}, warps
+
+
+def residuals():
+    blocks, warps = split(add_norm._BLOCKS)
+    for norm, lora in itertools.product(BOTH, BOTH):
+        flags = {"NORM": norm, "CAST_FIRST": True, "LORA": lora, "RANK": 16}
+        yield add_norm._add_norm_kernel, {**flags, **blocks}, warps
+    for flag in BOTH:
+        flags = {"RESIDUAL": flag, "KEEP_H": flag, "CAST_FIRST": True, "BLOCK": 4096}
+        yield add_norm._norm_backward_kernel, flags, 8
+
+
+# Pointers whose elements are of one dtype whatever that of the weights and activations is.
+KINDS = {
+    **dict.fromkeys(("label_ptr", "table_ptr"), "*i64"),
+    **dict.fromkeys(
+        ("logp_ptr", "top_ptr", "log_sum_ptr", "entropy_ptr", "top1_ptr", "g_ptr", "scale_ptr"), "*fp32"
+    ),
+    **dict.fromkeys(("dw_ptr", "db_ptr"), "*fp32"),
+    **dict.fromkeys(("scale", "scale_g", "scale_u", "scale_d", "cap", "eps", "offset"), "fp32"),
+}
+
+
+def types_of(kernel, constants, dtype):
+    """The type of every argument that is not a constant, told from its name."""
+
+    def kind(name):
+        if name == "g_ptr" and kernel is not cross_entropy._gradient_kernel:
+            return f"*{dtype}"
+        if name in KINDS:
+            return KINDS[name]
+        if name.endswith("_ptr"):
+            return f"*{dtype}"
+        return "i64" if name.endswith(("stride", "dy_batch", "dy_token", "dy_head")) else "i32"
+
+    return {name: kind(name) for name in kernel.arg_names if name not in constants}
+
+
+def compiles(kernel, constants, warps, capability, dtype):
+    compiled = compile_for(kernel, types_of(kernel, constants, dtype), constants, capability, warps)
+    assert f"sm_{capability}" in compiled.asm["ptx"] and compiled.asm["cubin"]
+    assert compiled.metadata.shared <= SHARED, (kernel.__name__, constants, compiled.metadata.shared)
+
+
+# sm_75 has no products of bfloat16
+TARGETS = [(75, "fp16"), (90, "bf16"), (80, "fp32"), (75, "fp32"), (90, "fp16"), (80, "bf16")]
+FAMILIES = [losses, layer_norms, rotary_positions, gated_activations, residuals]
+
+
+@pytest.mark.parametrize("kernels", FAMILIES)
+def test_kernels_compile(kernels):
+    """Each for one GPU and dtype, in turn."""
+    for variant, target in zip(kernels(), itertools.cycle(TARGETS), strict=False):
+        compiles(*variant, *target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", FAMILIES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_for_every_gpu(kernels, target):
+    for variant in kernels():
+        compiles(*variant, *target)
+
+
+def test_wide_adapters_compile(rank=128):
+    for kernels in (rotary_positions, gated_activations):
+        for kernel, constants, warps in kernels():
+            if constants.get("LORA"):
+                constants |= {name: rank for name in ("RANK", "RANK_D") if name in constants}
+                compiled = compile_for(kernel, types_of(kernel, constants, "bf16"), constants, 80, warps)
+                assert compiled.metadata.shared <= 96 * 1024, (kernel.__name__, compiled.metadata.shared)
+
+
+def test_placing_factors_compiles():
+    names = list(place_factors._NAMES.values())
+    for source, target in zip(names, names[1:] + names[:1], strict=True):
+        constants = {"SOURCE": source, "TARGET": target, "BLOCK": place_factors._BLOCK}
+        types = {"table_ptr": "*i64", "scale_ptr": "*fp32"}
+        assert compile_for(place_factors._place_kernel, types, constants, 80, 4).asm["cubin"]

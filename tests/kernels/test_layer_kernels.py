@@ -1,0 +1,167 @@
+"""The kernels of a decoder layer on CPU: their plain paths, their custom ops, and that wrong ones are seen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pantheraml.errors import ConfigError
+from pantheraml.kernels import add_norm, rope, swiglu
+from pantheraml.kernels.rms_norm import RMSNorm
+from tests.kernels import layer_cases as cases
+from tests.kernels.layer_cases import Maker, check_add_norm, check_glu, check_rotate
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def makers(dtype, strided=False, seeds=6):
+    return [Maker(dtype, seed=seed, strided=strided) for seed in range(seeds)]
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [None, (0.0, True), (1.0, False)])
+@pytest.mark.parametrize(
+    ("tokens", "head_dim", "width", "halves"), [(1, 16, 16, 2), (6, 24, 16, 1), (5, 8, None, 2)]
+)
+def test_rotary_positions(tokens, head_dim, width, halves, norm, dtype, strided):
+    check_rotate(
+        makers(dtype, strided), tokens, 3, head_dim, width, rank=4, bias=True, norm=norm, halves=halves
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", swiglu.ACTIVATIONS)
+@pytest.mark.parametrize(("rows", "cols", "rank"), [(1, 7, None), (6, 33, 4)])
+def test_gated_activations(rows, cols, rank, activation, dtype):
+    check_glu(makers(dtype, strided=True), rows, cols, activation, rank=rank, rank_dy=rank)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [(0.0, True), (1.0, False)])
+@pytest.mark.parametrize(("rows", "cols", "rank"), [(1, 100, None), (6, 33, 4)])
+def test_residual_and_norm(rows, cols, rank, norm, dtype):
+    check_add_norm(makers(dtype, strided=True), rows, cols, rank=rank, norm=norm)
+
+
+def test_gradients_may_be_written_over_dy():
+    make = Maker(torch.float32)
+    g, u, dy = (make(5, 12) for _ in range(3))
+    dg, du, y = cases.adapt_glu_back(dy, g, u, "silu", None, None, None)
+    out = (torch.empty_like(g), torch.empty_like(g), dy)
+    swiglu.glu_backward(dy, g, u, "silu", out)
+    assert torch.equal(out[0], dg) and torch.equal(out[1], du) and torch.equal(dy, y)
+
+
+def turned_the_other_way(x, head_dim, rotary, *rest):
+    y = rope.rotate_(x.clone(), head_dim, rotary._replace(sin=-rotary.sin), *rest)
+    return y, y
+
+
+def without_norm_of_gradient(dy, rotary, out, norm, raw):
+    return rope.rotate_back(dy.transpose(1, 2).flatten(0, 1), rotary, out)
+
+
+def other_gelu(g, u, activation, lora_g, lora_u):
+    return swiglu.glu_forward(g, u, "gelu_tanh", torch.empty_like(g), lora_g, lora_u)
+
+
+def without_addend_of_dy(dy, g, u, activation, lora_g, lora_u, lora_dy):
+    out = tuple(torch.empty_like(g) for _ in range(3))
+    swiglu.glu_backward(dy, g, u, activation, out, lora_g, lora_u)
+    return out
+
+
+def norm_before_the_sum(x, y, lora, norm):
+    h = torch.empty_like(x)
+    return add_norm.add_norm(x, torch.zeros_like(y), lora, norm, h) + y, h
+
+
+def without_residual(dh, ds, s, norm):
+    return add_norm.norm_backward(dh, None, s, norm, torch.empty_like(s)), cases.stock_norm(s, norm)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "wrong", "what", "check"),
+    [
+        ("adapt_rotate", turned_the_other_way, "output",
+         lambda make: check_rotate(make, 6, 2, 16, 16)),
+        ("adapt_rotate_back", without_norm_of_gradient, "dx",
+         lambda make: check_rotate(make, 6, 2, 16, 16, norm=(0.0, True))),
+        ("adapt_glu", other_gelu, "output", lambda make: check_glu(make, 6, 33, "gelu")),
+        ("adapt_glu_back", without_addend_of_dy, "dg", lambda make: check_glu(make, 6, 33, "silu", rank_dy=4)),
+        ("adapt_add_norm", norm_before_the_sum, "h", lambda make: check_add_norm(make, 6, 33)),
+        ("adapt_norm_back", without_residual, "dx", lambda make: check_add_norm(make, 6, 33)),
+    ],
+)  # fmt: skip
+def test_the_yardstick_refuses_a_wrong_kernel(adapter, wrong, what, check, monkeypatch):
+    check(makers(torch.float32))
+    monkeypatch.setattr(cases, adapter, wrong)
+    with pytest.raises(AssertionError, match=what):
+        check(makers(torch.float32))
+
+
+@pytest.mark.parametrize("activation", swiglu.ACTIVATIONS)
+def test_glu_is_an_op(activation):
+    make = Maker(torch.float32)
+    g, u, dy = (make(5, 12).requires_grad_() for _ in range(3))
+    torch.library.opcheck(torch.ops.pantheraml.glu, (g, u, activation))
+    arguments = (dy.detach(), g.detach(), u.detach(), activation)
+    torch.library.opcheck(torch.ops.pantheraml.glu_backward, arguments)
+    y = swiglu.glu(g.view(5, 3, 4), u.view(5, 3, 4), activation)
+    dg, du = torch.autograd.grad(y, (g, u), dy.view(5, 3, 4))
+    again = cases.adapt_glu_back(*(t.detach() for t in (dy, g, u)), activation, None, None, None)
+    assert torch.equal(dg, again[0]) and torch.equal(du, again[1])
+
+
+def test_glu_of_other_things():
+    for arguments in ((torch.ones(3), torch.ones(3), "relu"), (torch.ones(3), torch.ones(4))):
+        with pytest.raises(ConfigError, match="g and u are alike"):
+            swiglu.glu(*arguments)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_rotate_is_an_op(biased):
+    make = Maker(torch.float32)
+    x, bias, dy = make(6, 48).requires_grad_(), make(48).requires_grad_(), make(6, 48)
+    angle = torch.cat([make(6, 4)] * 2, dim=-1)
+    rotary = rope.Rotary(angle.cos(), angle.sin(), 8)
+    bias = bias if biased else None
+    torch.library.opcheck(torch.ops.pantheraml.rotate, (x, *rotary, 16, bias))
+    torch.library.opcheck(torch.ops.pantheraml.rotate_backward, (dy, *rotary, 16))
+    y = rope.rotate(x, 16, rotary, bias)
+    y.backward(dy)
+    exact = (
+        x.detach().double().requires_grad_(),
+        None if bias is None else bias.detach().double().requires_grad_(),
+    )
+    truth = cases.rope_reference.rotate(exact[0], *rotary, 16, exact[1])
+    truth.backward(dy.double())
+    torch.testing.assert_close(y, truth.float())
+    torch.testing.assert_close(x.grad, exact[0].grad.float())
+    if biased:
+        torch.testing.assert_close(bias.grad, exact[1].grad.float())
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize(("offset", "cast_first"), [(0.0, True), (1.0, False)])
+def test_residual_norm_is_an_op(offset, cast_first, trained):
+    make = Maker(torch.float32)
+    x, y, ds, dh = (make(5, 12) for _ in range(4))
+    weight = make(12).requires_grad_(trained)
+    x, y = x.requires_grad_(), y.requires_grad_()
+    options = (1e-5, offset, cast_first)
+    torch.library.opcheck(torch.ops.pantheraml.add_norm, (x, y, weight, *options))
+    backward = (dh, ds, x.detach(), weight.detach(), *options)
+    torch.library.opcheck(torch.ops.pantheraml.add_norm_backward, backward)
+    outputs = add_norm.residual_norm(x, y, RMSNorm(weight, *options))
+    leaves = (x, y, weight) if trained else (x, y)
+    ours = torch.autograd.grad(outputs, leaves, (ds, dh))
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    s = doubles[0] + doubles[1]
+    w = doubles[2] if trained else weight
+    truth = torch.autograd.grad(
+        (s, cases.norm_reference.rms_norm(s, w, 1e-5, offset)), doubles, (ds.double(), dh.double())
+    )
+    for one, other in zip(ours, truth, strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=1e-5, atol=1e-6)
