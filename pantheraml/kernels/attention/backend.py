@@ -147,6 +147,17 @@ class AttentionCall:
         return lse.t().unflatten(0, (self.rows, self.tokens))
 
 
+def why_no_flash(call: AttentionCall) -> str | None:
+    """What every FlashAttention asks for: a GPU, half precision, heads of 8, 16, ... 256 numbers."""
+    if call.device.type != "cuda":
+        return "needs a GPU"
+    if call.dtype not in HALF:
+        return f"computes in bfloat16 or float16, not in {call.dtype}"
+    if call.head_dim > 256 or call.head_dim % 8:
+        return f"takes heads of 8, 16, ... 256 numbers, not {call.head_dim}"
+    return None
+
+
 class AttentionBackend(Protocol):
     """One way to compute attention, without autograd and without state of its own."""
 

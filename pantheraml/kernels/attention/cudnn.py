@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.attention.backend import HALF, AttentionCall, Kept
+from pantheraml.kernels.attention.backend import AttentionCall, Kept, why_no_flash
 from pantheraml.kernels.attention.probe import PROBED_TOKENS, failure
 
 MOST_SHAPES = 16
@@ -30,16 +30,17 @@ class CuDNN:
 
     def why_not(self, call: AttentionCall) -> str | None:
         """Needs half precision, dense rows, no window, no soft-cap, and a GPU it is the faster one on."""
-        if call.device.type != "cuda":
-            return "needs a GPU"
-        if call.dtype not in HALF:
-            return f"computes in bfloat16 or float16, not in {call.dtype}"
+        reason = why_no_flash(call)
+        if reason is not None:
+            return reason
         if call.packed:
             return "takes no packed rows"
-        if call.window is not None or call.softcap is not None:
-            return "has no window" if call.softcap is None else "has no soft-cap"
-        if call.head_dim % 8 or call.tokens < 2:
-            return f"takes heads of 8, 16, ... numbers and 2 tokens, not {call.head_dim} and {call.tokens}"
+        if call.softcap is not None:
+            return "has no soft-cap"
+        if call.window is not None:
+            return "has no window"
+        if call.tokens < 2:
+            return "takes no rows of one token"
         if torch.cuda.get_device_capability(call.device) < (9, 0):
             return "is no faster than FlashAttention before Hopper"
         shape = _shape(call)

@@ -6,30 +6,16 @@ of a kind compiles for some seconds; lengths are not compiled in. Tri Dao and ot
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.attention.backend import HALF, AttentionCall, Kept
+from pantheraml.kernels.attention.backend import AttentionCall, Kept, why_no_flash
+from pantheraml.kernels.attention.package import ABSENT, functions, why_absent
 from pantheraml.kernels.attention.probe import failure
 
-
-@lru_cache(maxsize=1)
-def _functions() -> tuple[Callable[..., Any], Callable[..., Any]] | str:
-    """The package's forward and backward without autograd, or why there are none."""
-    try:
-        interface = import_module("flash_attn.cute.interface")
-        return interface._flash_attn_fwd, interface._flash_attn_bwd
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("flash_attn"):
-            return "not installed (pip install 'pantheraml[hopper]')"
-        return f"not usable: {error}"
-    except Exception as error:  # a compiler package that does not fit raises whatever it likes
-        return f"not usable: {type(error).__name__}: {str(error).strip()[:160]}"
+_FUNCTIONS = "flash_attn.cute.interface", "_flash_attn_fwd", "_flash_attn_bwd"
 
 
 class FlashAttn4:
@@ -39,36 +25,31 @@ class FlashAttn4:
 
     def why_not(self, call: AttentionCall) -> str | None:
         """Needs the package, Hopper or newer, half precision and heads of 8, 16, ... 256 numbers."""
-        if call.device.type != "cuda":
-            return "needs a GPU"
-        if call.dtype not in HALF:
-            return f"computes in bfloat16 or float16, not in {call.dtype}"
-        if call.head_dim > 256 or call.head_dim % 8:
-            return f"takes heads of 8, 16, ... 256 numbers, not {call.head_dim}"
-        if torch.cuda.get_device_capability(call.device) < (9, 0):
-            return "has a backward for Hopper and newer only"
-        found = _functions()
-        return found if isinstance(found, str) else failure(self, call.features)
+        reason = why_no_flash(call)
+        if reason is None and torch.cuda.get_device_capability(call.device) < (9, 0):
+            reason = "has a backward for Hopper and newer only"
+        if reason is None:
+            reason = why_absent(*_FUNCTIONS) or failure(self, call.features)
+        return f"{ABSENT} (pip install 'pantheraml[hopper]')" if reason == ABSENT else reason
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Kept]:
         """See ``AttentionBackend``."""
-        found = _functions()
-        assert not isinstance(found, str), found
+        forward, _ = functions(*_FUNCTIONS)
         heads = (t.detach() for t in call.tokens_of(q, k, v))
-        with torch.cuda.device(q.device):
-            out, lse, *_ = found[0](*heads, return_lse=True, **_options(call))
+        with torch.cuda.device_of(q):
+            out, lse, *_ = forward(*heads, return_lse=True, **_options(call))
         return call.rows_of(out)[0], (lse,)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept, call: AttentionCall
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``AttentionBackend``."""
-        found = _functions()
-        assert not isinstance(found, str), found
+        _, backward = functions(*_FUNCTIONS)
         dout, q, k, v, out = (t.detach() for t in call.tokens_of(dout, q, k, v, out))
-        with torch.cuda.device(q.device):
-            dq, dk, dv, *_ = found[1](q, k, v, out, dout, kept[0], **_options(call))
-        return tuple(call.rows_of(dq, dk, dv))  # pyright: ignore[reportReturnType]
+        with torch.cuda.device_of(q):
+            dq, dk, dv, *_ = backward(q, k, v, out, dout, kept[0], **_options(call))
+        dq, dk, dv = call.rows_of(dq, dk, dv)
+        return dq, dk, dv
 
 
 def _options(call: AttentionCall) -> dict[str, Any]:

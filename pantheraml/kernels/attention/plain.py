@@ -1,6 +1,6 @@
 """Attention as its formula: for every device, dtype and feature, with (B, H, S, S) numbers in memory.
 
-The last row of the table, what runs on CPU, and in float32 the reference of the probe.
+The last row of the table, what runs on CPU, and in float64 the reference of the probe.
 """
 
 from __future__ import annotations

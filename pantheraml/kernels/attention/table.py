@@ -9,16 +9,33 @@ from __future__ import annotations
 
 from pantheraml.kernels.attention.backend import AttentionBackend, AttentionCall, Features
 from pantheraml.kernels.attention.cudnn import CuDNN
+from pantheraml.kernels.attention.flash_attn_2 import FlashAttn2
+from pantheraml.kernels.attention.flash_attn_3 import FlashAttn3
 from pantheraml.kernels.attention.flash_attn_4 import FlashAttn4
+from pantheraml.kernels.attention.flex import Flex
 from pantheraml.kernels.attention.layout import eagerly
+from pantheraml.kernels.attention.package import ABSENT
 from pantheraml.kernels.attention.plain import Plain
+from pantheraml.kernels.attention.torch_efficient import TorchEfficient
 from pantheraml.kernels.attention.torch_flash import TorchFlash
 from pantheraml.log import say_once
 
+_flash_attn_4, _flash_attn_3, _flash_attn_2 = FlashAttn4(), FlashAttn3(), FlashAttn2()
+_cudnn, _torch_flash, _torch_efficient = CuDNN(), TorchFlash(), TorchEfficient()
+_flex, _plain = Flex(), Plain()
+
 # The fastest first. Each takes what it can (``why_not``); the last takes everything.
-_flash_attn_4, _cudnn, _torch_flash, _plain = FlashAttn4(), CuDNN(), TorchFlash(), Plain()
-DENSE: tuple[AttentionBackend, ...] = (_flash_attn_4, _cudnn, _torch_flash, _plain)
-PACKED: tuple[AttentionBackend, ...] = (_flash_attn_4, _torch_flash, _plain)
+DENSE: tuple[AttentionBackend, ...] = (
+    _flash_attn_4,
+    _flash_attn_3,
+    _cudnn,
+    _torch_flash,
+    _flash_attn_2,
+    _torch_efficient,
+    _flex,
+    _plain,
+)
+PACKED: tuple[AttentionBackend, ...] = tuple(backend for backend in DENSE if backend is not _cudnn)
 
 _told: set[tuple[str, Features]] = set()
 
@@ -44,7 +61,10 @@ def _tell(call: AttentionCall, backend: AttentionBackend, passed: list[tuple[str
 
 
 def explain(call: AttentionCall, backend: AttentionBackend, passed: list[tuple[str, str]]) -> str:
-    """One sentence on what attends, and one on what would be faster and why it does not."""
+    """One sentence on what attends, and one on what would be faster and why it does not.
+
+    Packages nobody asked for and nobody misses go without mention.
+    """
     kind = "packed" if call.packed else "dense"
     features = {"window": call.window, "soft-cap": call.softcap, "sinks": call.sinks or None}
     extra = "".join(f", {name}" for name, value in features.items() if value is not None)
@@ -53,6 +73,7 @@ def explain(call: AttentionCall, backend: AttentionBackend, passed: list[tuple[s
         f"Attention of {kind} rows ({dtype}, {call.heads}/{call.kv_heads} heads of {call.head_dim}{extra}): "
     )
     said += f"{backend.name}."
+    passed = [(name, reason) for name, reason in passed if reason != ABSENT]
     if passed:
         said += " Passed over: " + "; ".join(f"{name}: {reason}" for name, reason in passed) + "."
     return said

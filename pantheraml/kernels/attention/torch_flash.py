@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.attention.backend import HALF, AttentionCall, Kept
+from pantheraml.kernels.attention.backend import AttentionCall, Kept, why_no_flash
 from pantheraml.kernels.attention.probe import failure
 
 
@@ -21,15 +21,10 @@ class TorchFlash:
 
     def why_not(self, call: AttentionCall) -> str | None:
         """Needs half precision and heads of at most 256 numbers; no soft-cap."""
-        if call.device.type != "cuda":
-            return "needs a GPU"
-        if call.dtype not in HALF:
-            return f"computes in bfloat16 or float16, not in {call.dtype}"
-        if call.softcap is not None:
-            return "has no soft-cap"
-        if call.head_dim > 256 or call.head_dim % 8:
-            return f"takes heads of 8, 16, ... 256 numbers, not {call.head_dim}"
-        return failure(self, call.features)
+        reason = why_no_flash(call)
+        if reason is None and call.softcap is not None:
+            reason = "has no soft-cap"
+        return reason or failure(self, call.features)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Kept]:
         """See ``AttentionBackend``."""
