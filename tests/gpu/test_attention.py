@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from pantheraml.kernels.attention import AttentionCall, attend, choose, read_layout, table
 from pantheraml.kernels.attention.attend import backward, forward
+from pantheraml.kernels.attention.probe import SOFTCAP
 from pantheraml.models.families import find_family
 from pantheraml.models.fused import FusedRMSNorm, apply_fused_parts
 from pantheraml.models.patching import PatchSet
@@ -19,14 +20,15 @@ pytestmark = pytest.mark.gpu
 
 LENGTHS = (700, 1, 96, 333, 128, 17)
 BACKENDS = {backend.name: backend for backend in (*table.DENSE, *table.PACKED)}
+COMPILING = ("flash-attn-4", "flex")
 NAMES = ("output", "dq", "dk", "dv", "dsinks")
-# softcap and sinks as in gemma2 (scaled to bite) and gpt_oss
+# Soft-caps that bite, and the probe's own: kernels that compile themselves compile it in.
 FEATURES = {
     "": {},
     "window 1": {"window": 1},
     "window 100": {"window": 100},
-    "softcap": {"softcap": 3.0},
-    "softcap, window": {"softcap": 3.0, "window": 100},
+    "softcap": {"softcap": SOFTCAP},
+    "softcap, window": {"softcap": SOFTCAP, "window": 100},
     "sinks": {"sinks": True},
     "sinks, window": {"sinks": True, "window": 100},
 }
@@ -69,6 +71,9 @@ def run_backend(backend, call, q, k, v, dout, sinks):
 )
 @pytest.mark.parametrize("name", list(BACKENDS))
 def test_errors_are_at_most_twice_those_of_the_formula(name, dtype, dim, heads, packed, features):
+    few = ("", "window 100", "softcap", "sinks, window") if dim == 128 else ("",)
+    if name in COMPILING and features not in few:
+        pytest.skip("compiles for every kind: a few will do")
     call, *tensors = example(packed, dtype, dim, heads, **FEATURES[features])
     reason = BACKENDS[name].why_not(call)
     if reason:
@@ -157,7 +162,7 @@ def test_a_packed_row_is_its_documents_alone(name, how):
     tolerance = 1e-5 if how == "float32" else 0.03 * alone.abs().max().item()
     assert (packed - alone).abs().max().item() <= tolerance
     if name != "gemma2":  # its soft-cap needs a backend that not every machine has
-        assert masked == (how == "float32")
+        assert not masked
 
 
 def test_a_long_packed_row_needs_no_mask():

@@ -111,8 +111,9 @@ def _block_mask(call: AttentionCall) -> Any:
         offsets = call.offsets[0]
         assert offsets is not None
         token = torch.arange(call.rows * call.tokens, device=call.device, dtype=torch.int32)
-        begin = offsets[torch.bucketize(token, offsets[1:], right=True)]
-        kept[call.window] = build_block_mask(begin, call.window)
+        kept[call.window] = build_block_mask(
+            offsets[torch.bucketize(token, offsets[1:], right=True)], call.window
+        )
     return kept[call.window]
 
 
@@ -121,6 +122,7 @@ def _dense_block_mask(tokens: int, window: int | None, device: torch.device) -> 
     return build_block_mask(torch.zeros(tokens, dtype=torch.int32, device=device), window)
 
 
+@torch.inference_mode(False)  # what is kept from an evaluation must serve a training step
 def build_block_mask(begin: Tensor, window: int | None) -> Any:
     """flex_attention's BlockMask of causal documents, made from offsets: no (S, S) mask on the way.
 
