@@ -25,11 +25,11 @@ NAMES = ("output", "dq", "dk", "dv", "dsinks")
 # Soft-caps that bite, and the probe's own: kernels that compile themselves compile it in.
 FEATURES = {
     "": {},
-    "window 1": {"window": 1},
     "window 100": {"window": 100},
     "softcap": {"softcap": SOFTCAP},
     "softcap, window": {"softcap": SOFTCAP, "window": 100},
     "sinks": {"sinks": True},
+    "sinks, window 1": {"sinks": True, "window": 1},
     "sinks, window": {"sinks": True, "window": 100},
 }
 
