@@ -67,11 +67,13 @@ class NoMeta(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-@both
-@pytest.mark.parametrize("backend", [TorchFlash(), TorchEfficient(), CuDNN()], ids=lambda b: b.name)
+@pytest.mark.parametrize(
+    ("backend", "packed"),
+    [(backend, packed) for backend in (TorchFlash(), TorchEfficient()) for packed in (False, True)]
+    + [(CuDNN(), False)],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_the_calls_fit_the_operators_of_this_torch(backend, packed):
-    if packed and backend.name == "cudnn":
-        pytest.skip("dense rows only")
     for window in (None, 7) if backend.name != "cudnn" else (None,):
         call, q, k, v, dout, _ = example(packed, torch.device("meta"), torch.bfloat16, window=window)
         out, kept = backend.forward(q, k, v, call)
