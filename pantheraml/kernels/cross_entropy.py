@@ -182,7 +182,7 @@ def gradient_rows(
         cap: of the scaled logits, or None.
     """
     if not runs_triton(z):
-        out.copy_(_eager_gradient(z, labels, sums, scale, cap) * g[:, None])
+        out.copy_(_eager_gradient(z, labels, scale, cap) * g[:, None])
         return
     rows, cols = z.shape
     if rows:
@@ -196,30 +196,35 @@ def _eager_bent(z: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Ten
     y = z.float() * scale
     if cap is None:
         return y, scale
-    return cap * torch.tanh(y / cap), scale / torch.cosh(y / cap) ** 2
+    x = y / cap
+    tanh = torch.tanh(x)
+    slope = torch.where(x.abs() < 0.625, 1 - tanh * tanh, torch.cosh(x) ** -2)
+    return cap * tanh, scale * slope
 
 
 def _eager_score(z: Tensor, labels: Tensor, scale: float, cap: float | None, gradient: bool) -> RowScores:
-    y, _ = _eager_bent(z, scale, cap)
+    y, slope = _eager_bent(z, scale, cap)
     counts = labels != IGNORE
-    of_label = y.gather(-1, labels.masked_fill(~counts, 0)[:, None])[:, 0]
+    log_p = y.log_softmax(-1)
+    log_prob = log_p.gather(-1, labels.masked_fill(~counts, 0)[:, None])[:, 0]
     top = y.max(-1).values
-    log_sum = (y - top[:, None]).exp().sum(-1).log()
-    p = (y - top[:, None] - log_sum[:, None]).exp()
-    entropy = log_sum + (top - torch.where(p > 0, p * y, 0.0).sum(-1))
-    is_top1 = (of_label >= top).float()
+    p = log_p.exp()
+    entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
+    is_top1 = (log_prob >= log_p.max(-1).values).float()
     if gradient:
-        z.copy_(_eager_gradient(z, labels, (top, log_sum), scale, cap))
-    figures = (of_label - top - log_sum, top, log_sum, entropy, is_top1)
+        z.copy_(_eager_slope(log_p, labels, slope))
+    figures = (log_prob, top, y.logsumexp(-1) - top, entropy, is_top1)
     return RowScores(*(torch.where(counts, figure, 0.0) for figure in figures))
 
 
-def _eager_gradient(
-    z: Tensor, labels: Tensor, sums: tuple[Tensor, Tensor], scale: float, cap: float | None
-) -> Tensor:
+def _eager_gradient(z: Tensor, labels: Tensor, scale: float, cap: float | None) -> Tensor:
     y, slope = _eager_bent(z, scale, cap)
-    top, log_sum = (figure[:, None] for figure in sums)
-    d = -(y - top - log_sum).exp()
+    return _eager_slope(y.log_softmax(-1), labels, slope)
+
+
+def _eager_slope(log_p: Tensor, labels: Tensor, slope: Tensor | float) -> Tensor:
+    """d logp / d z of logits whose slope by the raw ones is ``slope``."""
+    d = -log_p.exp()
     d.scatter_add_(-1, labels[:, None].clamp(min=0), torch.ones_like(d[:, :1]))
     return torch.where((labels != IGNORE)[:, None], d * slope, 0.0)
 

@@ -54,6 +54,12 @@ def _chunks(h: Tensor, weight: Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, h.shape[0], rows))
 
 
+def _power_of_two(x: Tensor) -> Tensor:
+    """The largest power of two up to x (float32, one number), at least 2^-126: dividing by it rounds nothing."""
+    exponent = x.clamp(min=torch.finfo(torch.float32).tiny).view(torch.int32) & 0x7F800000
+    return exponent.view(torch.float32)
+
+
 @torch.library.custom_op("pantheraml::linear_log_probs", mutates_args=())
 def _linear_log_probs(
     h: Tensor, weight: Tensor, labels: Tensor, scale: float, softcap: float | None, with_dh: bool
@@ -102,9 +108,9 @@ def _linear_log_probs_backward(
     total = torch.zeros(weight.shape if with_dw else (0,), dtype=torch.float32, device=h.device)
     if h.shape[0] == 0:
         return dh.to(h.dtype), total.to(weight.dtype)
-    # g is 1 / labels of a step or less. Divided by its largest value, g * d does not fall below what float16 holds.
-    largest = g.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    g = g / largest
+    # g is 1 / labels of a step or less. Divided by a power of two, g * d does not fall below what float16 holds.
+    size = _power_of_two(g.abs().max())
+    g = g / size
     with launching_on(h), torch.autocast(h.device.type, enabled=False):
         w = weight.to(h.dtype)
         for part in _chunks(h, w):
@@ -113,7 +119,7 @@ def _linear_log_probs_backward(
             write_product(dh[part], z, w)
             if with_dw:
                 add_product(total, z.T, h[part])
-    return dh.mul_(largest).to(h.dtype), total.mul_(largest).to(weight.dtype)
+    return dh.mul_(size).to(h.dtype), total.mul_(size).to(weight.dtype)
 
 
 @_linear_log_probs_backward.register_fake

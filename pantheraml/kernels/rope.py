@@ -336,8 +336,8 @@ def _eager_backward(
 @torch.library.custom_op("pantheraml::rotate", mutates_args=())
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, width: int, head_dim: int, bias: Tensor | None) -> Tensor:
     with launching_on(x):
-        y = x.clone(memory_format=torch.contiguous_format)
-        return rotate_(y, head_dim, Rotary(cos, sin, width), bias)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return rotate_(x, head_dim, Rotary(cos, sin, width), bias, out=out)
 
 
 @_rotate.register_fake
@@ -348,9 +348,8 @@ def _(x: Tensor, cos: Tensor, sin: Tensor, width: int, head_dim: int, bias: Tens
 @torch.library.custom_op("pantheraml::rotate_backward", mutates_args=())
 def _rotate_backward(dy: Tensor, cos: Tensor, sin: Tensor, width: int, head_dim: int) -> Tensor:
     out = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
-    heads = dy.reshape(dy.shape[0], -1, head_dim)
     with launching_on(dy):
-        return rotate_back(heads, Rotary(cos, sin, width), out)
+        return rotate_back(dy.unflatten(1, (-1, head_dim)), Rotary(cos, sin, width), out)
 
 
 @_rotate_backward.register_fake
@@ -385,4 +384,5 @@ def rotate(x: Tensor, head_dim: int, rotary: Rotary, bias: Tensor | None = None)
     Returns:
         Like x, contiguous.
     """
-    return _rotate(x, rotary.cos, rotary.sin, rotary.width, head_dim, bias)
+    rows = x if x.stride(1) == 1 else x.contiguous()
+    return _rotate(rows, rotary.cos.contiguous(), rotary.sin.contiguous(), rotary.width, head_dim, bias)

@@ -210,8 +210,9 @@ def _eager_activation(g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
         normal = 0.5 * (1 + torch.erf(g * math.sqrt(0.5)))
         return g * normal, normal + g * torch.exp(-0.5 * g * g) / math.sqrt(2 * math.pi)
     outer = 2 * math.sqrt(2 / math.pi)
-    s = torch.sigmoid(outer * (g + 0.044715 * g**3))
-    return g * s, s + g * s * (1 - s) * outer * (1 + 3 * 0.044715 * g * g)
+    x = outer * (g + 0.044715 * g**3)
+    s = torch.sigmoid(x)
+    return g * s, s + g * s * torch.sigmoid(-x) * outer * (1 + 3 * 0.044715 * g * g)
 
 
 def _eager_backward(

@@ -27,7 +27,7 @@ def test_the_interpreter_runs():
     [(1, 2, 16, 16, 2), (40, 2, 64, 64, 1), (6, 3, 24, 16, 2), (33, 1, 20, 12, 1), (5, 2, 16, None, 2)],
 )
 def test_rotary_positions(tokens, heads, head_dim, width, halves, norm, dtype):
-    make = makers(dtype, strided=True, seeds=16 if tokens == 1 else 6)
+    make = makers(dtype, strided=True, seeds=40 if tokens == 1 else 4)
     check_rotate(make, tokens, heads, head_dim, width, bias=True, norm=norm, halves=halves)
 
 
@@ -42,7 +42,7 @@ def test_rotary_positions_with_lora(dtype, rank):
 @pytest.mark.parametrize("activation", swiglu.ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "cols", "strided"), [(1, 7, False), (37, 130, True)])
 def test_gated_activations(rows, cols, strided, activation, dtype):
-    check_glu(makers(dtype, strided), rows, cols, activation)
+    check_glu(makers(dtype, strided, seeds=40 if rows == 1 else 4), rows, cols, activation)
 
 
 @pytest.mark.parametrize("rank", RANKS)

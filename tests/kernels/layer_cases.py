@@ -73,12 +73,13 @@ def adapt_rotate(x, head_dim, rotary, bias, lora, norm):
     x = x.clone() if x.is_contiguous() else torch.empty_strided(
         x.shape, x.stride(), dtype=x.dtype, device=x.device
     ).copy_(x)  # fmt: skip
-    out = None if norm is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = None if norm is None else torch.empty_like(x)
     return rope_op.rotate_(x, head_dim, rotary, bias, lora, norm, out), x
 
 
 def adapt_rotate_back(dy, rotary, out, norm, raw):
-    return rope_op.rotate_back(dy.transpose(1, 2).flatten(0, 1), rotary, out, norm, raw)
+    """dx of dy (T, heads, D)."""
+    return rope_op.rotate_back(dy, rotary, out, norm, raw)
 
 
 def check_rotate(make, tokens, heads, head_dim, width=None, *, rank=None, bias=False, norm=None, halves=2):
@@ -89,11 +90,11 @@ def check_rotate(make, tokens, heads, head_dim, width=None, *, rank=None, bias=F
 
 
 def _judge_rotate(make, tokens, heads, head_dim, width, rank, bias, norm, halves):
-    batch, cols = 1 if tokens % 2 else 2, heads * head_dim
+    cols = heads * head_dim
     x, lora = make(tokens, cols), make.lora(tokens, cols, rank)
     bias = make(cols) if bias else None
     norm = make.norm(head_dim, *norm) if norm else None
-    dy = make(batch, tokens // batch, heads, head_dim).transpose(1, 2)
+    dy = make(heads, tokens, head_dim).transpose(0, 1)
     rotary = cos = sin = None
     if width is not None:
         angle = torch.randn(tokens, width // 2, generator=make.generator).to(make.device) * 3
@@ -120,7 +121,7 @@ def _judge_rotate(make, tokens, heads, head_dim, width, rank, bias, norm, halves
         turned = turned * full_cos + torch.cat((-second, first), -1) * full_sin
         return torch.cat((turned, rest), -1).flatten(1)
 
-    above = dy.transpose(1, 2).reshape(tokens, cols)
+    above = dy.reshape(tokens, cols)
     return (y, dx), differentiate(stock, (x,), above), differentiate(exact, (x.double(),), above.double())
 
 
@@ -172,7 +173,7 @@ def _judge_glu(make, rows, cols, activation, rank, rank_dy):
 
 
 def adapt_add(x, y, lora):
-    return add_norm_op.add(x, y, lora, torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    return add_norm_op.add(x, y, lora, torch.empty_like(x))
 
 
 def adapt_add_norm(x, y, lora, norm):

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from tests.kernels import norm_cases
-from tests.kernels.loss_cases import check_all
+from tests.kernels.loss_cases import check_all, num_seeds
 from tests.references import layer_norm as reference
 
 EPS = 1e-5
@@ -21,9 +21,9 @@ def make(shape, dtype, weight_dtype=None, device="cpu", layout="contiguous", see
 
 
 def make_several(shape, dtype, layout="contiguous", biased=True, device="cpu"):
-    """Inputs from several seeds, more of them where one has few rows."""
-    few = norm_cases.t_rows(shape) <= 16
-    cases = [make(shape, dtype, layout=layout, device=device, seed=seed) for seed in range(12 if few else 4)]
+    """Inputs from several seeds."""
+    seeds = range(num_seeds(norm_cases.t_rows(shape)))
+    cases = [make(shape, dtype, layout=layout, device=device, seed=seed) for seed in seeds]
     return cases if biased else [(x, weight, None, dy) for x, weight, _, dy in cases]
 
 

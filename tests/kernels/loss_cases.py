@@ -30,9 +30,14 @@ def make_logits(rows, vocabulary, dtype=torch.float32, device="cpu", layout="con
     return z, labels, torch.randn(rows, generator=generator).to(device)
 
 
+def num_seeds(rows):
+    """How many inputs of ``rows`` rows are judged together, see ``check_all``."""
+    return 40 if rows == 1 else 12 if rows <= 16 else 4
+
+
 def several(make, rows, *arguments, **options):
-    """Inputs of ``make(rows, ...)`` from several seeds, more of them where one has few rows."""
-    return [make(rows, *arguments, seed=seed, **options) for seed in range(4 if rows > 16 else 12)]
+    """Inputs of ``make(rows, ...)`` from several seeds."""
+    return [make(rows, *arguments, seed=seed, **options) for seed in range(num_seeds(rows))]
 
 
 def stock_loss(z, labels, scale, cap):

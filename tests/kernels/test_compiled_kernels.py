@@ -85,7 +85,7 @@ def types_of(kernel, constants, dtype):
             return KINDS[name]
         if name.endswith("_ptr"):
             return f"*{dtype}"
-        return "i64" if name.endswith(("stride", "dy_batch", "dy_token", "dy_head")) else "i32"
+        return "i64" if name.endswith(("stride", "dy_token", "dy_head")) else "i32"
 
     return {name: kind(name) for name in kernel.arg_names if name not in constants}
 

@@ -25,16 +25,16 @@ def makers(dtype, strided=False, seeds=6):
     ("tokens", "head_dim", "width", "halves"), [(1, 16, 16, 2), (6, 24, 16, 1), (5, 8, None, 2)]
 )
 def test_rotary_positions(tokens, head_dim, width, halves, norm, dtype, strided):
-    check_rotate(
-        makers(dtype, strided), tokens, 3, head_dim, width, rank=4, bias=True, norm=norm, halves=halves
-    )
+    make = makers(dtype, strided, seeds=40 if tokens == 1 else 6)
+    check_rotate(make, tokens, 3, head_dim, width, rank=4, bias=True, norm=norm, halves=halves)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", swiglu.ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "cols", "rank"), [(1, 7, None), (6, 33, 4)])
 def test_gated_activations(rows, cols, rank, activation, dtype):
-    check_glu(makers(dtype, strided=True), rows, cols, activation, rank=rank, rank_dy=rank)
+    make = makers(dtype, strided=True, seeds=40 if rows == 1 else 6)
+    check_glu(make, rows, cols, activation, rank=rank, rank_dy=rank)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -54,12 +54,12 @@ def test_gradients_may_be_written_over_dy():
 
 
 def turned_the_other_way(x, head_dim, rotary, *rest):
-    y = rope.rotate_(x.clone(), head_dim, rotary._replace(sin=-rotary.sin), *rest)
+    y = rope.rotate_(x.clone(), head_dim, rotary._replace(sin=-rotary.sin), *rest[:2])
     return y, y
 
 
 def without_norm_of_gradient(dy, rotary, out, norm, raw):
-    return rope.rotate_back(dy.transpose(1, 2).flatten(0, 1), rotary, out)
+    return rope.rotate_back(dy, rotary, out)
 
 
 def other_gelu(g, u, activation, lora_g, lora_u):

@@ -13,7 +13,7 @@ from pantheraml.kernels.accumulate import add_product
 from tests.kernels.loss_cases import BENDS, check_head, make_head, several
 from tests.references import cross_entropy as reference
 
-SHAPES = [(1, 16, 11), (37, 32, 1000), (8, 64, 4097), (64, 16, 512)]
+SHAPES = [(1, 16, 11), (37, 32, 1000), (20, 64, 4097), (64, 16, 512)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -26,7 +26,7 @@ def run(h, weight, labels, g, scale=1.0, cap=None, trained=True, dtype=None):
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
-    monkeypatch.setattr(op, "_CHUNK_ELEMENTS", 16_400)
+    monkeypatch.setattr(op, "_CHUNK_ELEMENTS", 33_000)
 
 
 @pytest.mark.parametrize("trained", [False, True])
