@@ -83,7 +83,7 @@ def _backward_kernel(
 ):  # fmt: skip
     row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     w = tl.load(w_ptr + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
-    dw = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    dw = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     element = dgu_ptr.dtype.element_ty
     for start in range(0, cols, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)
@@ -94,12 +94,12 @@ def _backward_kernel(
         narrow = row[:, None] * cols + col[None, :]
         dv = tl.load(dv_ptr + narrow, mask=there, other=0.0).to(tl.float32)
         value, dg, du = _gate(g, u, alpha, limit, CLAMPED)
-        dw += tl.sum(dv * value, axis=1)
+        dw += dv * value
         tl.store(dgu_ptr + at, (w * dv * dg).to(element), mask=there)
         tl.store(dgu_ptr + at + up, (w * dv * du).to(element), mask=there)
         if WITH_VALUE:
             tl.store(wv_ptr + narrow, (w * value).to(element), mask=there)
-    tl.store(dw_ptr + row, dw, mask=row < rows)
+    tl.store(dw_ptr + row, tl.sum(dw, axis=1), mask=row < rows)
 
 
 def _layout(cols: int, gate: Gate) -> tuple[int, int, float, float]:

@@ -28,7 +28,7 @@ from pantheraml.kernels.low_rank import padded_rank
 # "triton" or "torch", by what is asked for: a plain product, or one with gathered rows, a bias or LoRA.
 BACKENDS = {"plain": "torch", "added": "triton"}
 # (BLOCK_N, BLOCK_K, num_warps, num_stages) of 16-bit products, by rows of a tile.
-TILES = {128: (256, 64, 8, 3), 64: (256, 64, 8, 3), 32: (128, 64, 4, 4), 16: (128, 64, 4, 4)}
+TILES = {128: (256, 64, 8, 4), 64: (256, 64, 8, 4), 32: (128, 64, 4, 4), 16: (128, 64, 4, 4)}
 # For N of at most 128: LoRA's products with A and B.
 THIN_TILES = {128: (64, 4, 3), 64: (64, 4, 3), 32: (64, 4, 3), 16: (64, 4, 3)}  # without BLOCK_N
 # float32 is multiplied exactly, without tensor cores.
@@ -152,7 +152,7 @@ def tile_of(block: int, cols: int, dtype: torch.dtype, device: torch.device) -> 
     else:
         wide, deep, warps, stages = TILES[block]
         if _shared_memory(device) < _WIDE_TILE_MEMORY:
-            wide = min(wide, 128)
+            wide, stages = min(wide, 128), min(stages, 3)
     return {"BLOCK_M": block, "BLOCK_N": wide, "BLOCK_K": deep, "num_warps": warps, "num_stages": stages}
 
 

@@ -18,8 +18,8 @@ from pantheraml.kernels.expert_groups import Groups
 from pantheraml.kernels.launch import jit, tl, triton
 
 # Side of a tile, rows read at a time, warps, stages: where both sides are wide (a weight's gradient) or one is a rank.
-WIDE_TILE = (128, 64, 8, 3)
-THIN_TILE = (128, 64, 4, 3)
+WIDE_TILE = (128, 64, 8, 4)
+THIN_TILE = (128, 64, 4, 4)
 FLOAT32_TILE = (32, 32, 4, 2)
 
 
@@ -62,12 +62,14 @@ def _outer_kernel(
     tl.store(at, acc.to(d_ptr.dtype.element_ty), mask=there)
 
 
-def tile_of(height: int, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile shape, warps and stages for D of ``height`` x ``width``."""
+def tile_of(height: int, width: int, dtype: torch.dtype, gathered: bool) -> dict[str, int]:
+    """Tile shape, warps and stages for D of ``height`` x ``width``; ``gathered`` rows are found through an index."""
     if dtype == torch.float32:
         side, deep, warps, stages = FLOAT32_TILE
     else:
         side, deep, warps, stages = THIN_TILE if min(height, width) <= 64 else WIDE_TILE
+    if gathered:  # each read waits for the one of its index, so that half of the stages hold data
+        stages = 2 * stages - 1
     tall, wide = (min(side, max(16, 1 << (size - 1).bit_length())) for size in (height, width))
     return {"BLOCK_M": tall, "BLOCK_N": wide, "BLOCK_K": deep, "num_warps": warps, "num_stages": stages}
 
@@ -82,7 +84,7 @@ def triton_outer(
 ) -> Tensor:
     """Our kernel; arguments as ``outer_into``, with ``ends`` of its groups."""
     experts, height, width = out.shape
-    tile = tile_of(height, width, left.dtype)
+    tile = tile_of(height, width, left.dtype, left_rows is not None or right_rows is not None)
     grid = (-(-height // tile["BLOCK_M"]) * -(-width // tile["BLOCK_N"]), experts)
     _outer_kernel[grid](
         left, right, left if left_rows is None else left_rows, right if right_rows is None else right_rows, out, ends,
