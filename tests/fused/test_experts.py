@@ -33,9 +33,9 @@ def randomise(model, kinds):
             parameter.data += (scale * torch.randn(parameter.shape, generator=noise)).to(parameter)
 
 
-def build(family, fused, *, parameters=None, modules=None, router=False, **lora):
+def build(family, fused, *, parameters=None, modules=None, router=False, sizes=None, **lora):
     """A tiny model, fused or not, with an adapter unless nothing is named."""
-    model = tiny.build_model(family, **{**SIZES, **MOE.get(family, {})}).to(DEVICE)
+    model = tiny.build_model(family, **{**SIZES, **MOE.get(family, {}), **(sizes or {})}).to(DEVICE)
     randomise(model, ("norm", "bias", "gate.weight", "router.weight", "experts"))
     patches = PatchSet()
     if fused:

@@ -108,7 +108,9 @@ def test_back_to_tokens(weighted):
     routes = expert_routing.sort_by_expert(index, 5)
     y, weights = torch.randn(33, 1030), torch.rand(11, 3) if weighted else None
     ours = expert_routing.triton_sum(y, routes.place, weights)
-    torch.testing.assert_close(ours, expert_routing.sum_choices(y, routes.place, weights), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        ours, expert_routing.sum_choices(y, routes.place, weights), rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("gate", GATES)

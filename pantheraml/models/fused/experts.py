@@ -7,7 +7,9 @@
 Gradients by hand: of x, of the routing weights w, of LoRA's factors, and of weights and biases that are trained. The
 adapter's product B A is never formed. Kept for the backward are x, gu and LoRA's two narrow products.
 
-The router stays as it is and decides who goes where; its own gradient comes in through w.
+The router stays as it is and decides who goes where; its own gradient comes in through w. The block is swapped, and
+not a function registered with transformers' ExpertsInterface, because that one is called below PEFT's wrapper, which
+has formed W + B A by then.
 """
 
 from __future__ import annotations
@@ -155,7 +157,8 @@ class ExpertsFunction(torch.autograd.Function):
         if down.bias is not None:
             dweights += (dout @ down.bias.detach().to(dout.dtype).T).gather(1, index)
             if down.bias.requires_grad:
-                shares = dout.new_zeros(dout.shape[0], part.count).scatter_(1, index, weights.to(dout.dtype))
+                chosen = index[..., None] == torch.arange(part.count, device=index.device)
+                shares = (chosen * weights[..., None]).sum(1).to(dout.dtype)  # (T, E)
                 down_gradients[3] = (shares.T @ dout).to(down.bias.dtype)
 
         dx, inner_up = _project_back(dgu, up, groups, with_dx=ctx.needs_input_grad[0])
