@@ -18,7 +18,7 @@ import itertools
 import torch
 
 from benchmarks.gemm_layouts import randn, timed
-from pantheraml.kernels import expert_activation, expert_routing, grouped_gemm, grouped_outer
+from pantheraml.kernels import expert_activation, expert_groups, expert_routing, grouped_gemm, grouped_outer
 from pantheraml.kernels.expert_groups import Groups
 from pantheraml.models.families import find_family
 from pantheraml.models.fused import apply_experts
@@ -48,6 +48,19 @@ SHAPES = {
         num_hidden_layers=4,
     ),
 }
+# Rows of a tile, BLOCK_N, BLOCK_K, warps, stages, tiles side by side.
+SWEPT = [
+    (128, 256, 64, 8, 3, 8),
+    (128, 256, 64, 8, 4, 8),
+    (128, 256, 64, 8, 4, 4),
+    (128, 256, 64, 8, 4, 16),
+    (128, 128, 64, 8, 4, 8),
+    (128, 128, 64, 4, 4, 8),
+    (128, 128, 128, 8, 3, 8),
+    (64, 256, 64, 4, 4, 8),
+    (64, 256, 64, 8, 4, 8),
+    (64, 128, 64, 4, 5, 8),
+]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
@@ -193,34 +206,27 @@ def products(family: str, tokens: int, rank: int) -> None:
 
 
 def sweep(family: str, tokens: int) -> None:
-    """Tiles of our product on gate_up and its dX: BLOCK_N, BLOCK_K, warps, stages, tiles side by side."""
-    original, side = dict(grouped_gemm.TILES), grouped_gemm._GROUP
-    tiles = [
-        (256, 64, 8, 3),
-        (256, 64, 8, 4),
-        (128, 64, 8, 4),
-        (128, 64, 4, 4),
-        (128, 128, 8, 3),
-        (256, 32, 8, 5),
-    ]
+    """Tiles of our product on gate_up and its dX: rows, BLOCK_N, BLOCK_K, warps, stages, tiles side by side."""
     experts, choices, width, inner = sizes(family)
-    rows = tokens * choices
-    ends = torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * (rows // experts)
-    groups, w = Groups(ends, rows), randn(experts, 2 * inner, width)
-    x, dy = randn(rows, width), randn(rows, 2 * inner)
+    index = torch.rand(tokens, experts, device="cuda").topk(choices).indices
+    ends, rows = expert_routing.sort_by_expert(index, experts).groups.ends, tokens * choices
+    w, x, dy = randn(experts, 2 * inner, width), randn(rows, width), randn(rows, 2 * inner)
     flops = 4e-6 * rows * inner * width
-    for tile, group in [*((tile, 8) for tile in tiles), (original[128], 4), (original[128], 16)]:
-        grouped_gemm.TILES[groups.block], grouped_gemm._GROUP = tile, group
-        label = f"{family:10} {groups.block} x {tile} side by side {group}"
+    before = dict(grouped_gemm.TILES), grouped_gemm._GROUP, expert_groups.LARGEST_BLOCK
+    for block, *tile, group in SWEPT:
+        expert_groups.LARGEST_BLOCK = block
+        grouped_gemm.TILES[block], grouped_gemm._GROUP = tuple(tile), group
+        groups = Groups(ends, rows)
+        label = f"{family:10} {groups.block} x {tile}, side by side {group}"
         try:
-            forward = flops / timed(lambda: grouped_gemm.triton_rows(x, w, groups), 10, 3)
-            back = flops / timed(lambda: grouped_gemm.triton_rows(dy, w.mT, groups), 10, 3)
+            forward = flops / timed(lambda g=groups: grouped_gemm.triton_rows(x, w, g), 10, 3)
+            back = flops / timed(lambda g=groups: grouped_gemm.triton_rows(dy, w.mT, g), 10, 3)
         except Exception as error:  # a tile that does not fit
             print(f"{label}: {type(error).__name__}")
             continue
         print(f"{label}: {forward:.0f}, dX {back:.0f} TFLOP/s", flush=True)
-    grouped_gemm.TILES.update(original)
-    grouped_gemm._GROUP = side
+    tiles, grouped_gemm._GROUP, expert_groups.LARGEST_BLOCK = before
+    grouped_gemm.TILES.update(tiles)
 
 
 def main() -> None:

@@ -13,6 +13,11 @@ from torch import Tensor
 
 from pantheraml.kernels.launch import jit, tl
 
+# The most rows of a tile, and which share of a tile the average expert must fill for it to be taken: the last tile of
+# an expert is half empty on average, a smaller tile reads its weights more often.
+LARGEST_BLOCK = 128
+FILL = 0.75
+# Tiles that one program of the map describes.
 _TILE_IDS = 64
 
 
@@ -50,7 +55,7 @@ class Groups:
     def block(self) -> int:
         """Rows of a tile that fit the average expert."""
         average = self.num_rows / self.ends.numel()
-        return next((block for block in (128, 64, 32) if average >= 0.75 * block), 16)
+        return next((b for b in (128, 64, 32) if b <= LARGEST_BLOCK and average >= FILL * b), 16)
 
     def tiles(self, block: int) -> Tensor:
         """(3, tiles) int32: expert, first row and end of its rows, for each tile of ``block`` rows.

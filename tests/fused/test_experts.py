@@ -8,8 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from pantheraml import FastLanguageModel
 from pantheraml.models.families import find_family
-from pantheraml.models.fused import expert_layers
+from pantheraml.models.fused import apply_fused_parts, expert_layers
 from pantheraml.models.fused.experts import ExpertsFunction, FusedMixture, apply_experts
 from pantheraml.models.patching import PatchSet
 from tests import tiny
@@ -251,8 +252,27 @@ def test_what_is_left_is_said():
     ]
     patches = apply_experts(model, find_family(model.config), PatchSet())
     assert DEVICE == "cuda" or "Triton needs a GPU" in patches.report()[0].why
+    changes = apply_fused_parts(model, find_family(model.config), PatchSet()).report()
+    assert sum("mixtures of experts" in change.path for change in changes) == 1
     dense = tiny.build_model("llama")
     assert not apply_experts(dense, find_family(dense.config), PatchSet(), on_cpu=True).report()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the fused parts are there from the start")
+def test_a_model_loaded_in_4_bit_has_plain_experts(tmp_path, calls):
+    pytest.importorskip("bitsandbytes")
+    tiny.save_checkpoint(tmp_path, "mixtral")
+    model, _ = FastLanguageModel.from_pretrained(str(tmp_path), max_seq_length=64, load_in_4bit=True)
+    layer = model.model.layers[0]
+    assert type(layer.self_attn.q_proj).__name__ == "Linear4bit"
+    assert layer.mlp.experts.down_proj.is_floating_point()
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    randomise(model, ("lora_",))
+    stock = run(model.train())
+    model.zero_grad(set_to_none=True)
+    apply_experts(model, find_family(model.config), PatchSet(), on_cpu=True)
+    assert_equal(run(model), stock)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize(
