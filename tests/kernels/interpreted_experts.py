@@ -1,4 +1,4 @@
-"""The Triton kernels of experts under Triton's interpreter; run by ``test_experts_without_gpu.py``."""
+"""The Triton kernels of experts under Triton's interpreter; run by ``test_experts_interpreted.py``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from pantheraml.kernels import expert_activation, expert_routing, grouped_gemm, grouped_outer
+from pantheraml.models.fused import experts
+from tests.fused.test_experts import CASES, FAMILIES, assert_equal, build, run
 from tests.kernels.expert_cases import (
     COUNTS,
     GATES,
@@ -142,6 +144,34 @@ def test_offsets_past_2_to_the_31():
     ours = grouped_outer.triton_outer(far_x, far_x, ends, far_out)
     near = grouped_outer.triton_outer(arguments["x"], arguments["x"], ends, torch.empty(3, k, k).half())
     assert torch.equal(ours, near)
+
+
+@pytest.mark.parametrize(
+    ("family", "case"), [*((family, "experts") for family in FAMILIES), ("gpt_oss", "full")]
+)
+def test_whole_models_on_the_kernels(family, case, monkeypatch):
+    sizes = dict(
+        num_hidden_layers=1, hidden_size=32, intermediate_size=48, num_experts=4, moe_intermediate_size=24
+    )
+    arguments = dict(CASES[case], sizes=sizes)
+    theirs = run(build(family, False, **arguments)[0])
+    used = []
+
+    def outer_into(left, right, groups, out, left_rows=None, right_rows=None):
+        used.append("outer")
+        return grouped_outer.triton_outer(left, right, groups.ends, out, left_rows, right_rows)
+
+    monkeypatch.setattr(experts, "outer_into", outer_into)
+    monkeypatch.setattr(experts, "grouped_rows", grouped_gemm.triton_rows)
+    monkeypatch.setattr(experts, "sum_choices", expert_routing.triton_sum)
+    monkeypatch.setattr(experts, "activate", expert_activation.triton_activate)
+    monkeypatch.setattr(
+        experts,
+        "activate_back",
+        lambda *a, with_value: expert_activation.triton_activate_back(*a, with_value),
+    )
+    assert_equal(run(build(family, True, **arguments)[0]), theirs)
+    assert len(used) >= 2
 
 
 def test_wrong_kernels_are_seen():

@@ -1,10 +1,6 @@
-"""The Triton kernels of experts without a GPU: interpreted, and compiled for GPUs that are not there."""
+"""The Triton kernels of experts compiled for GPUs that are not there."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,31 +9,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pantheraml.kernels import expert_activation, expert_groups, expert_routing, grouped_gemm, grouped_outer
-from tests.kernels.test_triton_without_gpu import HERE, ROOT
 
 CPU = torch.device("cpu")
 SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Bytes of shared memory that a GPU gives a program.
 MEMORY = {80: 166_912, 89: 101_376, 90: 232_448}
-
-
-def test_interpreted():
-    """The interpreter cannot be switched on in a process that has imported Triton."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        str(HERE / "interpreted_experts.py"),
-    ]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout and "skipped" not in done.stdout
 
 
 def compiled(kernel, pointers, constants, capability):
