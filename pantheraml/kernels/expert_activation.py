@@ -61,50 +61,76 @@ def _gate(g, u, alpha, limit, CLAMPED: tl.constexpr):
 
 
 @jit
+def _load_pair(
+    gu_ptr, row, first, rows, cols, IN_TURN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """g and u of the columns from ``first`` on, (BLOCK_M, BLOCK_N) float32 each."""
+    at = gu_ptr + row[:, None] * (2 * cols)
+    if IN_TURN:  # read as they lie, side by side in memory, and taken apart in registers
+        col = 2 * first + tl.arange(0, 2 * BLOCK_N)
+        both = tl.load(at + col[None, :], mask=(row < rows)[:, None] & (col < 2 * cols)[None, :], other=0.0)
+        g, u = tl.split(tl.reshape(both, (BLOCK_M, BLOCK_N, 2)))
+    else:
+        col = first + tl.arange(0, BLOCK_N)
+        there = (row < rows)[:, None] & (col < cols)[None, :]
+        g = tl.load(at + col[None, :], mask=there, other=0.0)
+        u = tl.load(at + cols + col[None, :], mask=there, other=0.0)
+    return g.to(tl.float32), u.to(tl.float32)
+
+
+@jit
+def _store_pair(
+    gu_ptr, g, u, row, first, rows, cols, IN_TURN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Write g and u where ``_load_pair`` read them."""
+    element = gu_ptr.dtype.element_ty
+    at = gu_ptr + row[:, None] * (2 * cols)
+    if IN_TURN:
+        col = 2 * first + tl.arange(0, 2 * BLOCK_N)
+        both = tl.reshape(tl.join(g.to(element), u.to(element)), (BLOCK_M, 2 * BLOCK_N))
+        tl.store(at + col[None, :], both, mask=(row < rows)[:, None] & (col < 2 * cols)[None, :])
+    else:
+        col = first + tl.arange(0, BLOCK_N)
+        there = (row < rows)[:, None] & (col < cols)[None, :]
+        tl.store(at + col[None, :], g.to(element), mask=there)
+        tl.store(at + cols + col[None, :], u.to(element), mask=there)
+
+
+@jit
 def _forward_kernel(
-    gu_ptr, v_ptr, rows, cols, step, up, alpha, limit,
-    CLAMPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    gu_ptr, v_ptr, rows, cols, alpha, limit,
+    IN_TURN: tl.constexpr, CLAMPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """g of column c is at c * step, u is ``up`` behind it."""
     row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    there = (row < rows)[:, None] & (col < cols)[None, :]
-    at = gu_ptr + row[:, None] * (2 * cols) + (col * step)[None, :]
-    g = tl.load(at, mask=there, other=0.0).to(tl.float32)
-    u = tl.load(at + up, mask=there, other=0.0).to(tl.float32)
+    first = tl.program_id(1) * BLOCK_N
+    g, u = _load_pair(gu_ptr, row, first, rows, cols, IN_TURN, BLOCK_M, BLOCK_N)
     value, _, _ = _gate(g, u, alpha, limit, CLAMPED)
+    col = first + tl.arange(0, BLOCK_N)
+    there = (row < rows)[:, None] & (col < cols)[None, :]
     tl.store(v_ptr + row[:, None] * cols + col[None, :], value.to(v_ptr.dtype.element_ty), mask=there)
 
 
 @jit
 def _backward_kernel(
-    dv_ptr, gu_ptr, w_ptr, dgu_ptr, wv_ptr, dw_ptr, rows, cols, step, up, alpha, limit,
-    CLAMPED: tl.constexpr, WITH_VALUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dv_ptr, gu_ptr, w_ptr, dgu_ptr, wv_ptr, dw_ptr, rows, cols, alpha, limit,
+    IN_TURN: tl.constexpr, CLAMPED: tl.constexpr, WITH_VALUE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     w = tl.load(w_ptr + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
     dw = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    element = dgu_ptr.dtype.element_ty
-    for start in range(0, cols, BLOCK_N):
-        col = start + tl.arange(0, BLOCK_N)
+    for first in range(0, cols, BLOCK_N):
+        g, u = _load_pair(gu_ptr, row, first, rows, cols, IN_TURN, BLOCK_M, BLOCK_N)
+        col = first + tl.arange(0, BLOCK_N)
         there = (row < rows)[:, None] & (col < cols)[None, :]
-        at = row[:, None] * (2 * cols) + (col * step)[None, :]
-        g = tl.load(gu_ptr + at, mask=there, other=0.0).to(tl.float32)
-        u = tl.load(gu_ptr + at + up, mask=there, other=0.0).to(tl.float32)
         narrow = row[:, None] * cols + col[None, :]
         dv = tl.load(dv_ptr + narrow, mask=there, other=0.0).to(tl.float32)
         value, dg, du = _gate(g, u, alpha, limit, CLAMPED)
         dw += dv * value
-        tl.store(dgu_ptr + at, (w * dv * dg).to(element), mask=there)
-        tl.store(dgu_ptr + at + up, (w * dv * du).to(element), mask=there)
+        _store_pair(dgu_ptr, w * dv * dg, w * dv * du, row, first, rows, cols, IN_TURN, BLOCK_M, BLOCK_N)
         if WITH_VALUE:
-            tl.store(wv_ptr + narrow, (w * value).to(element), mask=there)
+            tl.store(wv_ptr + narrow, (w * value).to(dgu_ptr.dtype.element_ty), mask=there)
     tl.store(dw_ptr + row, tl.sum(dw, axis=1), mask=row < rows)
-
-
-def _layout(cols: int, gate: Gate) -> tuple[int, int, float, float]:
-    step, up = (2, 1) if gate.in_turn else (1, cols)
-    return step, up, gate.alpha, gate.limit
 
 
 def triton_activate(gu: Tensor, gate: Gate) -> Tensor:
@@ -112,7 +138,9 @@ def triton_activate(gu: Tensor, gate: Gate) -> Tensor:
     rows, cols = gu.shape[0], gu.shape[1] // 2
     v = torch.empty((rows, cols), dtype=gu.dtype, device=gu.device)
     grid = (-(-rows // FORWARD_TILE["BLOCK_M"]), -(-cols // FORWARD_TILE["BLOCK_N"]))
-    _forward_kernel[grid](gu, v, rows, cols, *_layout(cols, gate), CLAMPED=gate.clamped, **FORWARD_TILE)
+    _forward_kernel[grid](
+        gu, v, rows, cols, gate.alpha, gate.limit, IN_TURN=gate.in_turn, CLAMPED=gate.clamped, **FORWARD_TILE
+    )
     return v
 
 
@@ -125,8 +153,8 @@ def triton_activate_back(
     value = torch.empty_like(dv) if with_value else None
     dw = torch.empty(rows, dtype=torch.float32, device=dv.device)
     _backward_kernel[(-(-rows // BACKWARD_TILE["BLOCK_M"]),)](
-        dv, gu, weights, dgu, dv if value is None else value, dw, rows, cols, *_layout(cols, gate),
-        CLAMPED=gate.clamped, WITH_VALUE=with_value, **BACKWARD_TILE,
+        dv, gu, weights, dgu, dv if value is None else value, dw, rows, cols, gate.alpha, gate.limit,
+        IN_TURN=gate.in_turn, CLAMPED=gate.clamped, WITH_VALUE=with_value, **BACKWARD_TILE,
     )  # fmt: skip
     return dgu, dw, value
 

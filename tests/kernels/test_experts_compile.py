@@ -87,7 +87,7 @@ def test_the_small_kernels_compile(capability):
         compiled(
             expert_activation._forward_kernel,
             pointers,
-            {**expert_activation.FORWARD_TILE, "CLAMPED": clamped, "step": 1},
+            {**expert_activation.FORWARD_TILE, "CLAMPED": clamped, "IN_TURN": clamped},
             capability,
         )
         pointers = {**dict.fromkeys(("dv_ptr", "gu_ptr", "dgu_ptr", "wv_ptr"), "*bf16"), **numbers}
@@ -95,6 +95,6 @@ def test_the_small_kernels_compile(capability):
         compiled(
             expert_activation._backward_kernel,
             pointers,
-            {**expert_activation.BACKWARD_TILE, "CLAMPED": clamped, "WITH_VALUE": True, "step": 1},
+            {**expert_activation.BACKWARD_TILE, "CLAMPED": clamped, "IN_TURN": clamped, "WITH_VALUE": True},
             capability,
         )

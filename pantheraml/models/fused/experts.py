@@ -276,6 +276,8 @@ def _why_not_block(block: nn.Module, family: ModelFamily, on_cpu: bool) -> str |
     assert family.experts is not None
     device = next(block.parameters()).device
     reason = None if on_cpu and device.type == "cpu" else why_no_triton(device)
+    if reason is None and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        reason = "tiles of the grouped products need a GPU of sm_80 or newer"
     if reason is not None:
         return reason
     if "forward" in vars(block):
