@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from pantheraml import FastLanguageModel
 from pantheraml.models.families import find_family
-from pantheraml.models.fused import apply_fused_parts, expert_layers
+from pantheraml.models.fused import apply_fused_parts, apply_layers, expert_layers
 from pantheraml.models.fused.experts import ExpertsFunction, FusedMixture, apply_experts
 from pantheraml.models.patching import PatchSet
 from tests import tiny
@@ -127,6 +127,21 @@ def test_adapter_then_swap_equals_swap_then_adapter(family, calls):
     for ours, theirs in zip(run(first)[:2], run(second)[:2], strict=True):
         assert torch.equal(ours, theirs)
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inside_fused_layers(family, calls):
+    """Attention halves and experts fused together, then all undone."""
+    arguments = dict(parameters=BOTH, modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    ours, theirs = (build(family, False, **arguments)[0] for _ in range(2))
+    before = logits(ours)
+    patches = apply_layers(ours.get_base_model(), find_family(ours.config), PatchSet(), on_cpu=True)
+    apply_experts(ours.get_base_model(), find_family(ours.config), patches, on_cpu=True)
+    assert_equal(run(ours), run(theirs), tolerance=3e-5)  # the rounding of both parts adds up
+    assert len(calls) == 2
+    ours.zero_grad(), theirs.zero_grad()
+    patches.revert()
+    assert torch.equal(logits(ours), before)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
