@@ -239,10 +239,10 @@ def why_no_torch_grouped(device: torch.device) -> str | None:
 
 
 def _fits_torch(x: Tensor, w: Tensor) -> bool:
-    """bfloat16, every row of both on 16 bytes, and a dim of stride 1 in each matrix."""
+    """bfloat16, every row of both and of the result on 16 bytes, and a dim of stride 1 in each matrix."""
     if x.dtype != torch.bfloat16 or why_no_torch_grouped(x.device) is not None:
         return False
-    steps = [x.stride(0), w.stride(0), max(w.stride()[1:])]
+    steps = [x.stride(0), w.stride(0), max(w.stride()[1:]), w.shape[1]]
     return (
         min(w.stride()[1:]) == 1
         and all(step % 8 == 0 for step in steps)

@@ -38,6 +38,8 @@ def build(family, fused, *, parameters=None, modules=None, router=False, sizes=N
     """A tiny model, fused or not, with an adapter unless nothing is named."""
     model = tiny.build_model(family, **{**SIZES, **MOE.get(family, {}), **(sizes or {})}).to(DEVICE)
     randomise(model, ("norm", "bias", "gate.weight", "router.weight", "experts"))
+    if DEVICE == "cuda":  # transformers' faster ways ask for bf16 there
+        model.config._experts_implementation = "eager"
     patches = PatchSet()
     if fused:
         apply_experts(model, find_family(model.config), patches, on_cpu=True)
