@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pantheraml.models.families import ModelFamily
 from pantheraml.models.fused.attention import apply_attention
 from pantheraml.models.fused.decoder_layer import FusedDecoderLayer, apply_layers
+from pantheraml.models.fused.experts import FusedMixture, apply_experts
 from pantheraml.models.fused.host_store import HostStore
 from pantheraml.models.fused.loss import apply_loss
 from pantheraml.models.fused.norm import FusedRMSNorm, apply_norms
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FusedDecoderLayer",
+    "FusedMixture",
     "FusedRMSNorm",
     "HostStore",
     "apply_attention",
+    "apply_experts",
     "apply_fused_parts",
     "apply_layers",
     "apply_loss",
@@ -46,6 +49,7 @@ def apply_fused_parts(
         return patches
     apply_norms(model, family, patches)
     apply_layers(model, family, patches)
+    apply_experts(model, family, patches)
     apply_loss(model, patches)
     if keep_attention:
         patches.skip("attention", "an attn_implementation was given")
