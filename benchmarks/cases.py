@@ -108,6 +108,7 @@ class Case:
         samples: rows of the ragged data.
         new_tokens: tokens that are generated.
         memory_gib: pretend the GPU has no more than this.
+        adapter: generate with a LoRA adapter attached.
         kernels: ours only: ``"auto"`` or ``"off"``.
         profile: add the kernels of one step.
     """
@@ -125,6 +126,7 @@ class Case:
     samples: int = 1000
     new_tokens: int = 128
     memory_gib: float | None = None
+    adapter: bool = False
     kernels: str = "auto"
     profile: bool = False
 
@@ -150,6 +152,7 @@ class Settings:
     batch: int | None = None
     precision: str | None = None
     memory_gib: float | None = None
+    adapter: bool = False
     profile: bool = False
     limit: bool = True
 
@@ -168,6 +171,7 @@ def cases_of(name: str, settings: Settings) -> list[Case]:
         samples=settings.samples,
         new_tokens=settings.new_tokens,
         memory_gib=settings.memory_gib,
+        adapter=settings.adapter,
     )
     if row.kind == "ragged":
         shared["steps"] = settings.samples // (shared["batch"] * shared["accumulation"])

@@ -11,8 +11,17 @@ from typing import Any
 
 GIB = 2**30
 PACKAGES = (
-    "torch triton transformers trl peft accelerate bitsandbytes unsloth unsloth_zoo liger-kernel"
-).split()
+    "torch",
+    "triton",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "unsloth",
+    "unsloth_zoo",
+    "liger-kernel",
+)
 
 
 class BadGradient(RuntimeError):

@@ -5,8 +5,8 @@
 
 Each case runs in a process of its own (peers patch theirs), in the order ours, peer, ours, peer; figures are medians
 over rounds. ``ours`` is a whole run of ``PantheraMLTrainer``; ``ours-loop`` is the plain loop that peers run in:
-forward, backward, AdamW. Tokens per second count tokens that are not padding. A peer that is not installed or fails is a
-line that says so. The exit code is 1 when a gradient is zero or not finite, or when a case of ours fails.
+forward, backward, AdamW. Tokens per second count tokens that are not padding. A peer that is not installed or fails is
+a line that says so. The exit code is 1 when a gradient is zero or not finite, or when a case of ours fails.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--samples", type=int, default=1000, help="rows of the ragged data")
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens generated in the decode rows")
+    parser.add_argument("--adapter", action="store_true", help="generate with a LoRA adapter attached")
     parser.add_argument("--seq", type=int, help="tokens per row, for all rows of work")
     parser.add_argument("--batch", type=int, help="rows per forward, for all rows of work")
     parser.add_argument("--precision", choices=PRECISIONS, help="one precision for all rows of work")

@@ -51,7 +51,7 @@ def test_the_command(model, tmp_path, monkeypatch, capsys):
     for who in ("ours", "ours-loop", "hf"):
         line = lines[who]
         assert line["status"] == "ok" and line["rounds"] == 2 and len(line["each_round"]) == 2
-        assert line["grad_norm"] > 0 and 5 < line["loss"] < 8 and 0 < line["share"]
+        assert line["grad_norm"] > 0 and 5 < line["loss"] < 8 and line["share"] > 0
         assert line["versions"]["torch"] and line["tok_s"] > 0 and line["first_step_s"] > 0
     assert lines["hf"]["ratio"] == pytest.approx(lines["ours"]["tok_s"] / lines["hf"]["tok_s"])
     assert lines["liger"]["status"] == "not installed" and "liger_kernel" in lines["liger"]["reason"]
@@ -77,6 +77,13 @@ def test_longest_and_profile(model):
     assert outcome["status"] == "ok" and outcome["tokens"] == 64 and outcome["is_at_least"]
     outcome = one_case.run(case(model, steps=3, profile=True))
     assert outcome["status"] == "ok" and outcome["kernel_times"]["layers"] == 2
+
+
+@pytest.mark.parametrize("who", ["ours", "hf-static", "hf-dynamic"])
+def test_decoding(model, who):
+    decode = case(model, kind="decode", who=who, seq=5, new_tokens=4, adapter=who == "ours")
+    outcome = one_case.run(decode)
+    assert outcome["status"] == "ok" and outcome["tok_s"] > 0 and outcome["first_token_ms"] > 0
 
 
 def test_a_bad_gradient_fails_the_run(model, monkeypatch):
@@ -122,6 +129,8 @@ def test_every_row_has_cases():
         cases = cases_of(name, Settings(model="m", peers=("unsloth", "hf")))
         assert cases[0].who.startswith("ours") and "unsloth" in [entry.who for entry in cases]
         assert all(Case(**json.loads(json.dumps(entry.to_dict()))) == entry for entry in cases)
+    decode = cases_of("decode-1", Settings(model="m", peers=("unsloth", "hf")))
+    assert [entry.who for entry in decode] == ["ours", "hf-static", "hf-dynamic", "unsloth"]
     fp8 = cases_of("fp8", Settings(model="m", peers=("unsloth",)))
     assert [entry.precision for entry in fp8] == ["fp8", "fp8", "bf16", "fp8"]
     assert cases_of("ragged", Settings(model="m"))[0].steps == 125
