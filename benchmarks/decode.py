@@ -5,8 +5,8 @@
 
 ``ours`` is ``FastLanguageModel.for_inference(model)`` and ``model.generate(...)``. ``hf-static`` is plain transformers
 with ``cache_implementation="static"``, which compiles the step; ``hf-dynamic`` is plain transformers as it comes.
-Everyone generates greedily from random prompts and never stops early. Tokens per second count the new tokens of all rows,
-and the time of the prompt is in them. Other options are those of ``benchmarks.lora_step``.
+Everyone generates greedily from random prompts and never stops early. Tokens per second count the new tokens of all
+rows, and the time of the prompt is in them. Other options are those of ``benchmarks.lora_step``.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -64,6 +64,19 @@ class KeptLayer(StaticLayer):
             with torch.inference_mode(False):  # so that a later call may write to it outside of that mode
                 super().lazy_initialization(key_states, value_states)
         self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write keys and values (B, K, S, D) behind the earlier ones; one token in three kernels."""
+        if not self.is_initialized or key_states.shape[-2] != 1:
+            return super().update(key_states, value_states, *args, **kwargs)
+        keys, values = cast("tuple[Tensor, Tensor]", (self.keys, self.values))
+        position = self.cumulative_length.view(1)
+        keys.index_copy_(2, position, key_states)
+        values.index_copy_(2, position, value_states)
+        self.cumulative_length.add_(1)
+        return keys, values
 
     def empty(self) -> None:
         """As new, without giving the memory back."""

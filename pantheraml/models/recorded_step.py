@@ -8,6 +8,7 @@ compared at the start of every ``generate``.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,14 +28,38 @@ Step = Callable[[], Any]
 def record_cuda_graph(step: Step) -> Step:
     """Record what ``step`` launches; the result replays it and returns what ``step`` returned, refilled."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = step()
+    stream = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            output = step()
+    except RuntimeError:
+        torch.cuda.set_stream(stream)  # a recording that fails leaves its own stream in place
+        raise
 
     def replay() -> Any:
         graph.replay()
         return output
 
     return replay
+
+
+def watch(step: Step, device: torch.device) -> tuple[Any, str | None]:
+    """Run ``step``; what it returned, and why it cannot be recorded: a graph cannot wait for the device.
+
+    Found out beforehand, because a recording that fails on the way leaves torch's random state unusable.
+    """
+    if device.type != "cuda":
+        return step(), None
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            output = step()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    waits = [str(entry.message) for entry in caught if "synchronizing CUDA operation" in str(entry.message)]
+    return output, waits[0].splitlines()[0] if waits else None
 
 
 class Inputs(NamedTuple):
@@ -116,6 +141,7 @@ class RecordedStep:
     def __init__(self, record: Callable[[Step], Step] = record_cuda_graph) -> None:
         self._record = record
         self._state: tuple[object, ...] | None = None
+        self._gave_up = False
         self.forget()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -132,7 +158,7 @@ class RecordedStep:
 
     def begin(self, model: PreTrainedModel) -> None:
         """Start a ``generate``: a recording that no longer tells the model's state is dropped."""
-        state = fingerprint(model)
+        state = None if self._gave_up else fingerprint(model)
         if state != self._state or state is None:
             self.forget()
         self._state = state
@@ -153,9 +179,14 @@ class RecordedStep:
             self.forget()
             self._key = inputs.key
         if self._replay is None:
+            self._eager += 1
             if self._eager < EAGER_STEPS:
-                self._eager += 1
                 return model(**arguments)
+            if self._eager == EAGER_STEPS:
+                output, reason = watch(lambda: model(**arguments), model.device)
+                if reason is not None:
+                    self._give_up(reason)
+                return output
             self._start(model, arguments, inputs)
         if self._replay is None:
             return model(**arguments)
@@ -165,7 +196,7 @@ class RecordedStep:
         return self._replay()
 
     def _start(self, model: PreTrainedModel, arguments: dict[str, Any], inputs: Inputs) -> None:
-        """Record the step; where that fails, this ``generate`` and the next ones run as they are."""
+        """Record the step; where that fails, steps run as they are."""
         began = time.perf_counter()
         with torch.inference_mode(False):  # a later call may write to them outside of that mode
             self._inputs = {name: tensor.clone() for name, tensor in inputs.tensors.items()}
@@ -173,13 +204,11 @@ class RecordedStep:
         try:
             self._replay = self._record(lambda: model(**step))
         except RuntimeError as error:
-            self._state = None
-            say_once(
-                f"Generation launches its kernels one by one: a step could not be recorded ({_first(error)})."
-            )
+            self._give_up(str(error).splitlines()[0] if str(error) else type(error).__name__)
             return
         say(f"a decoding step was recorded as a CUDA graph in {time.perf_counter() - began:.2f} s.")
 
-
-def _first(error: Exception) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    def _give_up(self, reason: str) -> None:
+        """Run steps as they are from here on, also in later calls."""
+        self._gave_up, self._state = True, None
+        say_once(f"Generation launches its kernels one by one: a step cannot be recorded ({reason[:200]}).")

@@ -138,11 +138,28 @@ def test_a_step_that_waits_for_the_device_is_not_recorded(llama, caplog):
     decoding = apply_decoding(model, PatchSet())
     for _ in range(2):
         assert torch.equal(generate(model), expected)
-    assert decoding.step.replays == 0 and "could not be recorded" in caplog.text
-    model.model.forward = forward
-    decoding.forget()
-    decoding.step._state = None
-    assert torch.equal(generate(model), expected) and decoding.step.replays > 0
+    assert decoding.step.replays == 0 and "synchronizing CUDA operation" in caplog.text
+    assert torch.cuda.get_sync_debug_mode() == 0
+
+
+def test_a_recording_that_fails_leaves_generation_working(llama, caplog):
+    def fail(step):
+        def partly():
+            step()
+            raise RuntimeError("half way")
+
+        return record_cuda_graph(partly)
+
+    caplog.set_level("INFO", logger="pantheraml")
+    model = load(llama, adapter=False, kernels="off")
+    expected = generate(model)
+    decoding = apply_decoding(model, PatchSet(), record=fail)
+    stream = torch.cuda.current_stream()
+    for _ in range(2):
+        assert torch.equal(generate(model), expected)
+    assert decoding.step.replays == 0 and "half way" in caplog.text
+    assert torch.cuda.current_stream() == stream
+    generate(model, do_sample=True)
 
 
 def test_memory_is_given_back(llama):
