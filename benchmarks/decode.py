@@ -56,7 +56,7 @@ def measure(case: Case) -> dict[str, Any]:
     memory = peaks()
     call(1)
     one = median(call(1) for _ in range(CALLS))
-    return {
+    result: dict[str, Any] = {
         "tok_s": case.batch * case.new_tokens / seconds,
         "ms": 1e3 * (seconds - one) / max(1, case.new_tokens - 1),
         "first_token_ms": 1e3 * one,
@@ -66,6 +66,15 @@ def measure(case: Case) -> dict[str, Any]:
         "import_s": built.import_s,
         "recompute": "-",
     }
+    if case.profile:  # of one whole call; "per layer" is per layer and new token
+        from benchmarks.kernel_times import start, summary
+
+        profiler = start()
+        call(case.new_tokens)
+        profiler.stop()
+        layers = model.config.get_text_config().num_hidden_layers
+        result["kernel_times"] = summary(profiler, layers * case.new_tokens)
+    return result
 
 
 def _ready(case: Case, model: Any) -> Any:

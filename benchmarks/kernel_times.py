@@ -111,7 +111,10 @@ def summary(profiler: Any, layers: int) -> dict[str, Any]:
 def table(kernels: dict[str, Any]) -> str:
     """The groups per step and per layer, as lines of a Markdown table."""
     layers, span = kernels["layers"], kernels["span_ms"] or 1.0
-    lines = ["| kernels of one step | ms | share | us per layer | launches |", "|---|---|---|---|---|"]
+    lines = [
+        "| kernels of one step or call | ms | share | us per layer | launches |",
+        "|---|---|---|---|---|",
+    ]
     rows = [(name, ms, count) for name, (ms, count) in kernels["groups"].items()]
     rows.append(("gaps, nothing runs", kernels["gaps_ms"], 0))
     rows.append(("span", kernels["span_ms"], kernels["launches"]))

@@ -35,7 +35,7 @@ def generate(model, **settings):
 def step_of(model) -> RecordedStep:
     """The recorded step that ``for_inference`` put behind the model's generate."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return vars(base)["generate"].func.args[0].step
+    return vars(base)["generate"].args[0].step
 
 
 def load(folder, adapter=True, **flags):
