@@ -24,8 +24,8 @@ class Mode(NamedTuple):
 
     Attributes:
         precision: a key of ``PRECISIONS``.
-        recompute: ``"auto"`` (ours decides; a peer's default), True, False, or ``"smallest"``: what needs the least
-            memory.
+        recompute: ``"auto"`` (ours decides; a peer's default), True, False, or ours only ``"offload"``. Unsloth's way
+            to recompute is its own, which offloads.
     """
 
     precision: str
@@ -63,7 +63,7 @@ ROWS = {
     "full-recompute": Row("2048 x 4, bf16, everyone recomputes", Mode("bf16", True), Mode("bf16", True)),
     "fp8": Row("2048 x 4, ours with an FP8 base, peers bf16 at default", Mode("fp8", "auto"), _DEFAULT),
     "nf4": Row("2048 x 4, NF4, everyone at default", Mode("nf4", "auto"), Mode("nf4", "auto")),
-    "nf4-small": Row("2048 x 4, NF4, least memory", Mode("nf4", "smallest"), Mode("nf4", "smallest")),
+    "nf4-small": Row("2048 x 4, NF4, least memory", Mode("nf4", "offload"), Mode("nf4", True)),
     "long": Row("8192 x 2, bf16, everyone at default", _DEFAULT, _DEFAULT, seq=8192, batch=2),
     "ragged": Row(
         "samples of Alpaca's lengths, NF4, 2 x 4 a step, through a trainer",
@@ -75,8 +75,8 @@ ROWS = {
     ),
     "longest": Row(
         "longest sequence, NF4, least memory",
-        Mode("nf4", "smallest"),
-        Mode("nf4", "smallest"),
+        Mode("nf4", "offload"),
+        Mode("nf4", True),
         kind="longest",
         seq=131072,
         batch=1,

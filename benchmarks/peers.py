@@ -61,20 +61,22 @@ def _ours(case: Case, adapter: bool) -> tuple[Any, Any]:
         case.model, max_seq_length=case.seq, kernels=case.kernels, **PRECISIONS[case.precision]
     )
     if adapter:
-        policy = smallest_recompute() if case.recompute == "smallest" else case.recompute
-        model = FastLanguageModel.get_peft_model(model, **LORA, use_gradient_checkpointing=policy)
+        model = FastLanguageModel.get_peft_model(model, **LORA, use_gradient_checkpointing=case.recompute)
     return model, tokenizer
 
 
-def smallest_recompute() -> Any:
-    """Our policy that needs the least memory: offloading where this version has it."""
-    from pantheraml.errors import NotYetError
-    from pantheraml.models.recompute import check_policy
+def recompute_of(model: Any, case: Case) -> str:
+    """What was recomputed: of ours as it was planned, of a peer as it was asked for."""
+    if not case.who.startswith("ours"):
+        return str(case.recompute)
+    from pantheraml.models.state import get_state
 
-    try:
-        return check_policy("offload")
-    except NotYetError:
-        return True
+    state = get_state(model)
+    if state is None or state.plan is None:
+        return str(case.recompute)
+    total = model.config.get_text_config().num_hidden_layers
+    kept = f", {state.plan.stored} to the host" if state.plan.stored else ""
+    return f"{state.plan.layers} of {total} layers{kept}"
 
 
 def _unsloth(case: Case, adapter: bool) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.cases import Case
 from benchmarks.device import checked_norm, peaks, reset_peaks, synchronize
-from benchmarks.peers import build
+from benchmarks.peers import build, recompute_of
 
 
 class Loop:
@@ -22,10 +22,9 @@ class Loop:
         built = build(case)
         self.model, self.import_s, self.load_s = built.model, built.import_s, built.load_s
         self.device = next(self.model.parameters()).device
-        self.recompute: Any = case.recompute
         self.extra: dict[str, Any] = {}
         if case.who == "ours-loop":
-            self.recompute = _settle(self.model, case)
+            self.model.train()
             self.extra = _bind_head(self.model)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
@@ -79,7 +78,7 @@ def measure(case: Case) -> dict[str, Any]:
         "first_step_s": times[0],
         "load_s": loop.load_s,
         "import_s": loop.import_s,
-        "recompute": loop.recompute,
+        "recompute": recompute_of(loop.model, case),
         "loss": losses[-1],
         "loss_first": losses[0],
         "grad_norm": norm,
@@ -122,7 +121,7 @@ def longest(case: Case) -> dict[str, Any]:
         **peaks(),
         "load_s": loop.load_s,
         "import_s": loop.import_s,
-        "recompute": loop.recompute,
+        "recompute": recompute_of(loop.model, case),
         "grad_norm": norm,
     }
 
@@ -157,21 +156,6 @@ def _predict(loop: Loop, fits: Callable[[int], bool]) -> int:
     total = torch.cuda.get_device_properties(0).total_memory
     total = min(total, (loop.case.memory_gib or 1e9) * 2**30)
     return int(8192 + (0.97 * total - points[1]) / slope)
-
-
-def _settle(model: Any, case: Case) -> bool:
-    """Decide about recompute as our trainer does, which a plain loop has to say by itself."""
-    from benchmarks.peers import smallest_recompute
-    from pantheraml import FastLanguageModel
-    from pantheraml.devices.memory import free_gpu_bytes
-    from pantheraml.models.recompute import FREE_SHARE, estimate_activations
-
-    policy: Any = smallest_recompute() if case.recompute == "smallest" else case.recompute
-    if policy == "auto":
-        need = estimate_activations(model, case.batch * case.seq)
-        policy = model.device.type == "cuda" and need > FREE_SHARE * free_gpu_bytes(model.device)
-    FastLanguageModel.for_training(model, use_gradient_checkpointing=policy)
-    return policy
 
 
 def _bind_head(model: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.cases import PRECISIONS, Case
 from benchmarks.device import check_norm, checked_norm, peaks, reset_peaks, synchronize, versions
-from benchmarks.peers import build
+from benchmarks.peers import build, recompute_of
 
 
 def alpaca_lengths(samples: int) -> list[int]:
@@ -169,7 +169,7 @@ def measure(case: Case) -> dict[str, Any]:
         "first_step_s": clock.first,
         "load_s": built.load_s,
         "import_s": built.import_s,
-        "recompute": bool(trainer.args.gradient_checkpointing),
+        "recompute": recompute_of(built.model, case),
         "loss": losses[-1],
         "loss_first": losses[0],
         "grad_norm": check_norm(clock.norms[-1] if clock.norms else 0.0),

@@ -270,9 +270,9 @@ class FastLanguageModel:
     def for_inference(model: Any) -> Any:
         """Put the model in evaluation mode with its cache on and recompute off; returns the model.
 
-        On a GPU, ``generate`` then replays one CUDA graph a token. The graph is recorded at the third new token of a
-        first call (about as long as one plain step), and again when the number of rows or the weights change, or a
-        call needs a longer cache. ``for_training`` undoes it and frees the cache.
+        On a GPU, ``generate`` then replays one CUDA graph a token. The graph is recorded at the fourth new token of a
+        first call, which takes about as long as one plain step, and again when the adapter or the number of rows
+        changes, or a call needs a longer cache. ``for_training`` undoes it and frees the cache.
         """
         from pantheraml.models.decoding import set_decoding
         from pantheraml.models.recompute import set_recompute

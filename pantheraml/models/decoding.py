@@ -58,6 +58,8 @@ _METHODS = ("generate", "_valid_auto_compile_criteria", "get_compiled_call")
 class KeptLayer(StaticLayer):
     """A static layer that can be emptied and filled again at the same addresses."""
 
+    is_kept = True
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate, the first time; (B, K, T, D) each."""
         if self.keys is None or self.keys.dtype != key_states.dtype:
@@ -261,5 +263,5 @@ def _step_of(
     """The recorded step, or the compiled one where a user asks for that."""
     if compile_config is not None or decoding.cache is None:
         return before(compile_config)
-    decoding.step.begin(model)
+    decoding.step.begin()
     return partial(decoding.step, model)

@@ -116,18 +116,25 @@ def _with_tensors(arguments: dict[str, Any], tensors: dict[str, Tensor]) -> dict
     return replaced
 
 
+def _acts(hook: Any) -> bool:
+    """Whether a hook may do something in generation; our own ones act in training only."""
+    return not str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("pantheraml.")
+
+
 def fingerprint(model: PreTrainedModel) -> tuple[object, ...] | None:
-    """What a recording depends on besides its inputs; None when Python has to run in every step."""
+    """What a recording depends on besides its inputs; None when Python has to run in every step.
+
+    The numbers in the weights are not part of it: they are read anew by every replay.
+    """
     found: list[object] = [model.training, getattr(model.config, "_attn_implementation", None)]
     for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks:
+        if any(map(_acts, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
             return None
         if isinstance(module, BaseTunerLayer):
             layer: Any = module
             scales = tuple(getattr(layer, "scaling", {}).items())
             found.append((layer.disable_adapters, *layer.active_adapters, *layer.merged_adapters, scales))
-    found += [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
-    found += [b.data_ptr() for b in model.buffers()]
+    found += [t.data_ptr() for tensors in (model.parameters(), model.buffers()) for t in tensors]
     return tuple(found)
 
 
@@ -141,7 +148,7 @@ class RecordedStep:
     def __init__(self, record: Callable[[Step], Step] = record_cuda_graph) -> None:
         self._record = record
         self._state: tuple[object, ...] | None = None
-        self._gave_up = False
+        self._gave_up = self._is_checked = False
         self.forget()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -156,15 +163,14 @@ class RecordedStep:
         self._eager = 0
         self.replays = 0
 
-    def begin(self, model: PreTrainedModel) -> None:
-        """Start a ``generate``: a recording that no longer tells the model's state is dropped."""
-        state = None if self._gave_up else fingerprint(model)
-        if state != self._state or state is None:
-            self.forget()
-        self._state = state
+    def begin(self) -> None:
+        """Start a ``generate``: at its first step, a recording that no longer tells the model's state is dropped."""
+        self._is_checked = False
 
     def __call__(self, model: PreTrainedModel, **arguments: Any) -> Any:
         """``model(**arguments)``."""
+        if not self._is_checked:  # the prompt has been read: it may move weights
+            self._check(model)
         inputs = sort_inputs(arguments)
         if (
             inputs is None
@@ -194,6 +200,12 @@ class RecordedStep:
             self._inputs[name].copy_(tensor)
         self.replays += 1
         return self._replay()
+
+    def _check(self, model: PreTrainedModel) -> None:
+        state = None if self._gave_up else fingerprint(model)
+        if state != self._state or state is None:
+            self.forget()
+        self._state, self._is_checked = state, True
 
     def _start(self, model: PreTrainedModel, arguments: dict[str, Any], inputs: Inputs) -> None:
         """Record the step; where that fails, steps run as they are."""

@@ -1,7 +1,7 @@
-"""A decoder layer during generation: the fused functions without gradients, and attention for one token.
+"""A decoder layer during generation: the fused halves without gradients, and attention for one token.
 
-One step is 17 kernels a layer here and 7 more with an adapter, where transformers' own layer has about 35 and PEFT's
-adapter adds 40. Factors are cast once and not at every token; keys are not repeated for the heads that share them.
+One token is 13 kernels a layer here and 8 more with an adapter, where transformers' own layer has about 35 and PEFT's
+adapter adds 40. LoRA's factors are put beside the weights when a prompt is read, and stay there for its answer.
 """
 
 from __future__ import annotations
@@ -12,60 +12,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pantheraml.kernels.low_rank import LowRank
-from pantheraml.kernels.rms_norm import rms_norm
-from pantheraml.kernels.rope import rotate_
+from pantheraml.kernels.rms_norm import rms_norm_into
+from pantheraml.kernels.rope import Rotary
 from pantheraml.kernels.swiglu import glu_forward
-from pantheraml.models.fused.decoder_layer import FusedDecoderLayer
-from pantheraml.models.fused.functions import AttentionInput, AttentionOutput, InputPart, OutputPart
-from pantheraml.models.fused.projection import Projection
+from pantheraml.models.fused.decoder_layer import FusedDecoderLayer, _flat_rotary
+from pantheraml.models.fused.halves import project_in
+from pantheraml.models.fused.parts import MiddlePart, MLPPart
+from pantheraml.models.fused.read_layer import LayerParts
 from pantheraml.models.patching import PatchSet
 
-# Up to so many rows, kernels that hold whole rows and products that add the residual beat those made for training.
+# Up to so many rows, a norm of whole rows after a plain sum beats the kernel made for training.
 FEW_ROWS = 64
 
 
 class Prepared:
-    """What stays the same from token to token, made once: LoRA factors in the dtype of the computation, and the mask.
-
-    A factor is cast again when it has changed.
-    """
+    """What stays the same from token to token, made once: the parts of each layer, and the mask."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[object, ...], tuple[tuple[Tensor, ...], tuple[int, ...], Tensor]] = {}
+        self.parts: dict[int, tuple[FusedDecoderLayer, LayerParts | None]] = {}
+        self._mask: tuple[Tensor, int, torch.dtype, Tensor] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
-
-    def factors(self, factors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        """``factors`` below one another in ``dtype``."""
-        key = (dtype, *(id(factor) for factor in factors))
-        versions = tuple(factor._version for factor in factors)
-        known = self._made.get(key)
-        if (
-            known is None
-            or known[1] != versions
-            or any(a is not b for a, b in zip(known[0], factors, strict=True))
-        ):
-            cast = [factor.detach().to(dtype) for factor in factors]
-            known = factors, versions, cast[0].contiguous() if len(cast) == 1 else torch.cat(cast)
-            self._made[key] = known
-        return known[2]
 
     def mask(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
         """A bool mask as what is added to the logits; every layer of a step asks with the same one."""
         if mask.dtype != torch.bool:
             return mask
         version = 0 if mask.is_inference() else mask._version
-        known = self._made.get(("mask", dtype))
-        if known is None or known[0][0] is not mask or known[1] != (version,):
+        known = self._mask
+        if known is None or known[0] is not mask or known[1:3] != (version, dtype):
             lowest = torch.full((), float("-inf"), dtype=dtype, device=mask.device)
             added = torch.zeros((), dtype=dtype, device=mask.device).where(mask, lowest)
-            known = (mask,), (version,), added
-            self._made["mask", dtype] = known
-        return known[2]
+            known = self._mask = mask, version, dtype, added
+        return known[3]
 
 
 def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
@@ -93,91 +74,86 @@ def _attend(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    prepared: Prepared,
     **rest: Any,
 ) -> Tensor:
     """Attention of ``layer``, (B, S, H, D)."""
     module: Any = layer.self_attn
-    name = layer.config._attn_implementation
-    is_plain = name in ("pantheraml", "sdpa") and (mask is None or mask.shape[1] == 1)
-    if query.shape[2] == 1 and is_plain:
-        return attend_one(query, key, value, mask, module.scaling)
-    window = getattr(module, "sliding_window", None) or getattr(layer.config, "sliding_window", None)
-    attended, _ = ALL_ATTENTION_FUNCTIONS[name](
-        module, query, key, value, mask, dropout=0.0, scaling=module.scaling, sliding_window=window, **rest
-    )
-    return attended
+    settings = layer._attention_settings(module)
+    known = module.config._attn_implementation in ("pantheraml", "sdpa")
+    special = settings.get("softcap") is not None or settings.get("s_aux") is not None
+    if query.shape[2] > 1 or not known or special or mask is None or mask.shape[1] > 1:
+        return layer._attend(query, key, value, mask, **rest)
+    return attend_one(query, key, value, prepared.mask(mask, query.dtype), settings["scaling"])
 
 
-def _parts(layer: FusedDecoderLayer, x: Tensor) -> tuple[InputPart, OutputPart] | None:
-    """What the layer computes with; None where transformers' own layer has to compute."""
-    found = layer._read_parts(x)
-    if found is None:
-        return None
-    before, after = found
-    projections = (*before.projections, after.o, after.gate, after.up, after.down)
-    # Packed weights are multiplied faster packed than after unpacking, one token at a time.
-    if any(getattr(p.linear.weight, "quant_state", None) is not None for p in projections):
-        return None
+def _read(layer: FusedDecoderLayer, x: Tensor) -> LayerParts | None:
+    """What the layer computes with, LoRA's factors put in place; None where transformers' own layer computes."""
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
     modules: list[nn.Module] = [attention, mlp, *attention.children(), *mlp.children()]
     if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
         return None  # PEFT chooses adapters per row by hooks
-    return found
+    # Packed weights are multiplied faster packed than after unpacking, one token at a time.
+    if any(getattr(weight, "quant_state", None) is not None for weight in layer.parameters()):
+        return None
+    # Weights may be moved now, and must not become tensors that training cannot use.
+    with torch.inference_mode(False), torch.no_grad():
+        return layer._parts(x)
 
 
-def _low_ranks(x: Tensor, projections: tuple[Projection, ...], prepared: Prepared) -> list[LowRank | None]:
-    """LoRA's addend of each projection of x (T, K): one product with all their A together."""
-    factors = tuple(p.a for p in projections if p.a is not None)
-    if not factors:
-        return [None] * len(projections)
-    t = x @ prepared.factors(factors, x.dtype).T
-    found: list[LowRank | None] = []
-    start = 0
-    for p in projections:
-        if p.a is None or p.b is None:
-            found.append(None)
-            continue
-        rank = p.a.shape[0]
-        found.append(LowRank(t[:, start : start + rank], prepared.factors((p.b,), x.dtype), p.scale))
-        start += rank
-    return found
+def _parts(
+    layer: FusedDecoderLayer, x: Tensor, past_key_values: Any, prepared: Prepared
+) -> LayerParts | None:
+    """The parts as they were read with the prompt, for the tokens after it; read anew for everything else."""
+    module: Any = layer.self_attn
+    cached = past_key_values.layers[module.layer_idx]
+    known = prepared.parts.get(id(layer))
+    if getattr(cached, "is_kept", False) and cached.is_initialized and x.shape[1] == 1:
+        if known is not None and known[0] is layer:
+            return known[1]
+        return _read(layer, x)
+    parts = _read(layer, x)
+    prepared.parts[id(layer)] = layer, parts
+    return parts
 
 
-def _add_product(out: Tensor, x: Tensor, projection: Projection, prepared: Prepared) -> Tensor:
-    """``out + projection(x)``, in place."""
-    out.addmm_(x, projection.weight().T)
-    (lora,) = _low_ranks(x, (projection,), prepared)
-    return out if lora is None else out.addmm_(lora.t, lora.b.T, alpha=lora.scale)
+def _leave(x: Tensor, attended: Tensor, middle: MiddlePart, part: MLPPart) -> Tensor:
+    """The layer after its attention, for few rows: x (T, H), attended (T, heads * D) -> (T, H)."""
+    o = middle.o.product(attended, middle.o.projections[0].linear.bias).y
+    if middle.post is not None:
+        o = rms_norm_into(torch.empty_like(o), o, middle.post)
+    s = x + o
+    h = part.gate_up.widened(s, s.shape[1])
+    rms_norm_into(h[:, : s.shape[1]], s, middle.norm)
+    gate, up = part.gate_up.product(h).y.chunk(2, dim=1)
+    value = part.down.widened(s, part.down.cols)
+    glu_forward(gate, up, part.activation, value[:, : part.down.cols])
+    down = part.down.product(value).y
+    if part.post is not None:
+        down = rms_norm_into(torch.empty_like(down), down, part.post)
+    return s.add_(down)
 
 
-def _enter(
-    x: Tensor, part: InputPart, rotary: tuple[Tensor, Tensor], prepared: Prepared
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``AttentionInput`` for few rows: x (B, S, H) -> q, k, v (B, heads, S, D)."""
-    batch, tokens, width = x.shape
-    h = rms_norm(x.reshape(-1, width), part.norm.weight, *part.norm.settings)
-    found = []
-    addends = _low_ranks(h, part.projections, prepared)
-    for index, (projection, lora) in enumerate(zip(part.projections, addends, strict=True)):
-        out = h @ projection.weight().T
-        bias, turn = projection.linear.bias, rotary if index < 2 else None
-        if turn is not None or bias is not None or lora is not None:
-            rotate_(out, part.head_dim, turn, bias, lora)
-        found.append(out.view(batch, tokens, -1, part.head_dim).transpose(1, 2))
-    q, k, v = found
-    return q, k, v
-
-
-def _leave(x: Tensor, attended: Tensor, part: OutputPart, prepared: Prepared) -> Tensor:
-    """``AttentionOutput`` for few rows: residuals are added inside the products that follow them."""
-    shape = x.shape
-    middle = _add_product(x.reshape(-1, shape[-1]).clone(), attended.flatten(0, 1), part.o, prepared)
-    h = rms_norm(middle, part.norm.weight, *part.norm.settings)
-    lora_gate, lora_up = _low_ranks(h, (part.gate, part.up), prepared)
-    gate, up = h @ part.gate.weight().T, h @ part.up.weight().T
-    value = glu_forward(gate, up, lora_gate, lora_up, part.activation)
-    return _add_product(middle, value, part.down, prepared).view(shape)
+def _few_rows(
+    layer: FusedDecoderLayer,
+    x: Tensor,
+    parts: LayerParts,
+    rotary: Rotary,
+    mask: Tensor | None,
+    past_key_values: Any,
+    prepared: Prepared,
+    **kwargs: Any,
+) -> Tensor:
+    module: Any = layer.self_attn
+    flat = x.reshape(-1, x.shape[-1])
+    heads = project_in(flat, parts.input, rotary).qkv.split(parts.input.widths, dim=1)
+    shape = (*x.shape[:2], -1, parts.input.head_dim)
+    q, k, v = (part.view(shape).transpose(1, 2) for part in heads)
+    k, v = past_key_values.update(k, v, module.layer_idx)
+    attended = _attend(layer, q, k, v, mask, prepared, **kwargs).reshape(flat.shape[0], -1)
+    assert parts.mlp is not None
+    return _leave(flat, attended, parts.middle, parts.mlp).view(x.shape)
 
 
 def decode(
@@ -192,8 +168,8 @@ def decode(
     """The layer's forward in generation, (B, S, H) -> (B, S, H); everything else as before."""
     parts = None
     if past_key_values is not None and position_embeddings is not None and not torch.is_grad_enabled():
-        parts = _parts(layer, hidden_states)
-    if parts is None or position_embeddings is None or past_key_values is None:
+        parts = _parts(layer, hidden_states, past_key_values, prepared)
+    if parts is None or position_embeddings is None:
         return type(layer).forward(
             layer,
             hidden_states,
@@ -202,23 +178,21 @@ def decode(
             position_embeddings=position_embeddings,
             **kwargs,
         )
-    before, after = parts
-    batch, tokens, _ = hidden_states.shape
-    cos, sin = (part.expand(batch, -1, -1).reshape(batch * tokens, -1) for part in position_embeddings)
-    module: Any = layer.self_attn
-    kwargs.pop("use_cache", None)
+    rotary = _flat_rotary(position_embeddings, hidden_states, parts.input)
+    few = parts.mlp is not None and hidden_states.shape[:2].numel() <= FEW_ROWS
+    if not few:
+        return layer._around_attention(
+            hidden_states,
+            parts=parts,
+            rotary=rotary,
+            mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
     with torch.autocast(hidden_states.device.type, enabled=False):
-        x = hidden_states.contiguous()
-        few = batch * tokens <= FEW_ROWS
-        if few:
-            q, k, v = _enter(x, before, (cos, sin), prepared)
-        else:
-            q, k, v, x = AttentionInput.apply(x, before, cos, sin)
-        k, v = past_key_values.update(k, v, module.layer_idx)
-        if tokens == 1 and attention_mask is not None:
-            attention_mask = prepared.mask(attention_mask, q.dtype)
-        attended = _attend(layer, q, k, v, attention_mask, **kwargs).reshape(batch, tokens, -1)
-        return _leave(x, attended, after, prepared) if few else AttentionOutput.apply(x, attended, after)
+        return _few_rows(
+            layer, hidden_states, parts, rotary, attention_mask, past_key_values, prepared, **kwargs
+        )
 
 
 def apply_decoding_layers(model: nn.Module, patches: PatchSet) -> PatchSet:
