@@ -140,7 +140,10 @@ def main(words: list[str] | None = None) -> int:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             written = {"command": command, "date": time.strftime("%Y-%m-%d"), "lines": lines}
             options.json.write_text(json.dumps(written, indent=1) + "\n")
-    print(markdown(lines, {name: row.title for name, row in ROWS.items()}))
+    changed = [f"--{name} {getattr(options, name)}" for name in ("seq", "batch", "precision", "layers")]
+    changed = [word for word in changed if not word.endswith("None")]
+    note = f" (changed: {', '.join(changed)})" if changed else ""
+    print(markdown(lines, {name: row.title + note for name, row in ROWS.items()}))
     for line in lines:
         if line.get("kernel_times"):
             from benchmarks.kernel_times import table
