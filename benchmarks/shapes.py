@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
+from typing import Any
 
 LLAMA_8B = dict(
     vocab_size=128256,
@@ -20,19 +22,44 @@ LLAMA_8B = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
+# For trying the commands themselves, on a CPU too.
+TINY = LLAMA_8B | dict(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=2048,
+)
+SHAPES: dict[str, dict[str, Any]] = {"llama8b": LLAMA_8B, "tiny": TINY}
 
 
-def make_llama(folder: Path, *, layers: int = 32, device: str = "cuda") -> None:
-    """Write a Llama-3.1-8B-shaped bfloat16 checkpoint (``layers`` of its 32) and a small byte-level tokenizer."""
+def checkpoint(shape: str, layers: int | None = None) -> Path:
+    """The folder of a random checkpoint of ``shape``, made in the temporary folder if it is not there yet."""
+    count = layers or SHAPES[shape]["num_hidden_layers"]
+    folder = Path(tempfile.gettempdir()) / f"pantheraml-{shape}-{count}"
+    if not (folder / "tokenizer.json").exists():  # written last
+        make_llama(folder, shape=shape, layers=count)
+    return folder
+
+
+def make_llama(
+    folder: Path, *, shape: str = "llama8b", layers: int | None = None, device: str | None = None
+) -> None:
+    """Write a bfloat16 checkpoint of ``shape`` (``layers`` of its layers) and a small byte-level tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    config = LlamaConfig(**{**LLAMA_8B, "num_hidden_layers": layers})
+    sizes = SHAPES[shape]
+    config = LlamaConfig(**{**sizes, "num_hidden_layers": layers or sizes["num_hidden_layers"]})
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device(device):
+        torch.manual_seed(0)
+        with torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")):
             model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
@@ -42,12 +69,19 @@ def make_llama(folder: Path, *, layers: int = 32, device: str = "cuda") -> None:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
+        vocab_size=500,
         special_tokens=["<pad>", "<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator([Path(__file__).read_text()], trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="right",
+        model_max_length=sizes["max_position_embeddings"],
     )
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
     tokenizer.save_pretrained(folder)

@@ -1,148 +1,186 @@
-"""A whole training run through ``FastLanguageModel`` and ``PantheraMLTrainer``: tokens per second and memory.
+"""One case through a whole trainer: ours through ``PantheraMLTrainer``, a peer through TRL's ``SFTTrainer``.
 
     python -m benchmarks.train_run --make /tmp/llama8b
     python -m benchmarks.train_run --model /tmp/llama8b --precision bf16 --steps 30
-    python -m benchmarks.train_run --model /tmp/llama8b --precision nf4 --steps 30
+    python -m benchmarks.train_run --model /tmp/llama8b --precision nf4 --steps 30 --profile
 
-Rows are random token ids of equal length, so every token counts. The first third of the steps is warm-up; the rest is
-timed as a whole. A
-gradient norm that is zero or not finite fails the run.
+Rows are random token ids: of equal length, or of Alpaca's lengths. The first third of the steps is warm-up; the rest is
+timed as a whole, and only tokens that are not padding count. A gradient that is zero or not finite fails the run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import platform
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-PRECISIONS = {
-    "bf16": dict(load_in_16bit=True),
-    "nf4": dict(load_in_4bit=True),
-    "int8": dict(load_in_8bit=True),
-    "float32": dict(load_in_4bit=False, dtype="float32"),
-}
+from benchmarks.cases import PRECISIONS, Case
+from benchmarks.device import check_norm, checked_norm, peaks, reset_peaks, synchronize, versions
+from benchmarks.peers import build, recompute_of
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def alpaca_lengths(samples: int) -> list[int]:
+    """Token counts with a fixed seed, shaped like Alpaca's: median about 90, a long tail to about 1,000."""
+    import torch
+
+    noise = torch.randn(samples, generator=torch.Generator().manual_seed(3407))
+    return (90 * (0.7 * noise).exp()).clamp(20, 1024).long().tolist()
+
+
+def rows_of(case: Case, vocab: int) -> Any:
+    """Random rows as a dataset of ``input_ids``: enough for all steps."""
     import torch
     from datasets import Dataset
+
+    count = case.steps * case.batch * case.accumulation
+    lengths = alpaca_lengths(case.samples) if case.kind == "ragged" else [case.seq] * count
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, min(vocab, 128000), (n,), generator=generator).tolist() for n in lengths]
+    return Dataset.from_dict({"input_ids": ids})
+
+
+class CountingCollator:
+    """Counts the tokens of each batch before it is padded, in the order in which batches are trained on."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+        self.tokens: list[int] = []
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        self.tokens.append(sum(len(row["input_ids"]) for row in rows))
+        return self.collator(rows)
+
+    def between(self, first: int, last: int, steps: int) -> int:
+        """Tokens of the steps ``first`` to ``last - 1`` of a run of ``steps``."""
+        calls = len(self.tokens) // steps
+        if calls * steps != len(self.tokens):
+            raise RuntimeError(f"{len(self.tokens)} batches were made for {steps} steps")
+        return sum(self.tokens[first * calls : last * calls])
+
+
+def clock_of(case: Case) -> Any:
+    """A callback that times the steps after warm-up as a whole and checks gradients."""
     from transformers import TrainerCallback
 
-    from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments
-
-    warm = options.steps // 3
-    last = options.steps - 1 if options.profile else options.steps
+    last = case.steps - 1 if case.profile else case.steps
 
     class StepClock(TrainerCallback):
-        """Wall time of the first step and of the steps after warm-up, the device idle at both ends only."""
+        """Waits for the device at both ends of what is timed only."""
 
         def __init__(self) -> None:
             self.norms: list[float] = []
             self.first = self.rest = 0.0
+            self.last, self.profiler, self.memory = last, None, {}
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step in (0, warm):
-                _synchronize()
+            if state.global_step in (0, case.warm):
+                synchronize()
+                if state.global_step:
+                    reset_peaks()
                 self.began = time.perf_counter()
-            if options.profile and state.global_step == last:
-                self.profiler = torch.profiler.profile()
-                self.profiler.start()
+            if case.profile and state.global_step == last:
+                from benchmarks.kernel_times import start
+
+                self.profiler = start()
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            # From the second step on LoRA's B is not zero, and so no gradient is.
+            if state.global_step == 1 and case.warm > 1:
+                checked_norm(kwargs["model"].parameters())
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step in (1, last):
-                _synchronize()
+                synchronize()
                 elapsed = time.perf_counter() - self.began
-                self.first, self.rest = (elapsed, 0.0) if state.global_step == 1 else (self.first, elapsed)
-            if options.profile and state.global_step == options.steps:
-                _synchronize()
+                if state.global_step == 1:
+                    self.first = elapsed
+                if state.global_step == last:
+                    self.rest, self.memory = elapsed, peaks()
+            if self.profiler is not None and state.global_step == case.steps:
+                synchronize()
                 self.profiler.stop()
-                print(self.profiler.key_averages().table(sort_by="self_device_time_total", row_limit=40))
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "grad_norm" in logs:
                 self.norms.append(float(logs["grad_norm"]))
 
-    def _synchronize() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    return StepClock()
 
-    began = time.perf_counter()
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        options.model, max_seq_length=options.seq, kernels=options.kernels, **PRECISIONS[options.precision]
+
+def trainer_of(case: Case, built: Any, clock: Any, folder: str) -> Any:
+    """The trainer of ``case`` over its rows."""
+    rows = rows_of(case, built.model.config.vocab_size)
+    settings: dict[str, Any] = dict(
+        output_dir=folder,
+        per_device_train_batch_size=case.batch,
+        gradient_accumulation_steps=case.accumulation,
+        max_steps=case.steps,
+        learning_rate=1e-4,
+        logging_steps=min(5, case.steps),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
     )
-    _synchronize()
-    load_s = time.perf_counter() - began
-    model = FastLanguageModel.get_peft_model(model, r=16, use_gradient_checkpointing=options.recompute)
-    generator = torch.Generator().manual_seed(0)
-    vocab = min(model.config.vocab_size, 128000)
-    ids = torch.randint(3, vocab, (options.steps * options.batch, options.seq), generator=generator)
-    clock = StepClock()
-    trainer = PantheraMLTrainer(
-        model,
-        PantheraMLTrainingArguments(
-            output_dir=options.output,
-            per_device_train_batch_size=options.batch,
-            max_steps=options.steps,
-            learning_rate=1e-4,
-            logging_steps=options.log_every,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
-        tokenizer=tokenizer,
+    if case.who.startswith("ours"):
+        from pantheraml import PantheraMLTrainer, PantheraMLTrainingArguments
+
+        return PantheraMLTrainer(
+            built.model,
+            PantheraMLTrainingArguments(**settings),
+            train_dataset=rows,
+            tokenizer=built.tokenizer,
+            callbacks=[clock],
+        )
+    import torch
+    from trl import SFTConfig, SFTTrainer
+
+    on_gpu = torch.cuda.is_available()
+    return SFTTrainer(
+        model=built.model,
+        args=SFTConfig(**settings, bf16=on_gpu, use_cpu=not on_gpu, max_length=case.seq),
+        train_dataset=rows,
+        processing_class=built.tokenizer,
         callbacks=[clock],
     )
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    trainer.train()
-    seconds = clock.rest / (last - warm)
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """The figures of ``case``: loading, first step, and the mean of the steps after warm-up."""
+    built = build(case)
+    clock = clock_of(case)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(case, built, clock, folder)
+        counter = trainer.data_collator = CountingCollator(trainer.data_collator)
+        began = time.perf_counter()
+        trainer.train()
+        whole = time.perf_counter() - began
+    for norm in clock.norms:
+        check_norm(norm)
+    tokens = counter.between(case.warm, clock.last, case.steps)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result = {
-        "model": options.model,
-        "precision": options.precision,
-        "recompute": options.recompute,
-        "kernels": options.kernels,
-        "rows x tokens": f"{options.batch} x {options.seq}",
-        "steps": options.steps,
-        "tok_per_s": round(options.batch * options.seq / seconds),
-        "ms_per_step": round(seconds * 1e3, 1),
-        "first_step_s": round(clock.first, 2),
-        "load_s": round(load_s, 2),
-        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        if torch.cuda.is_available()
-        else None,
-        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2)
-        if torch.cuda.is_available()
-        else None,
-        "loss_first_last": [losses[0], losses[-1]],
-        "grad_norm_first_last": [clock.norms[0], clock.norms[-1]],
-        "versions": _versions(),
-        "command": " ".join(["python -m benchmarks.train_run", *sys.argv[1:]]),
+        "tok_s": tokens / clock.rest,
+        "ms": 1e3 * clock.rest / (clock.last - case.warm),
+        **clock.memory,
+        "first_step_s": clock.first,
+        "load_s": built.load_s,
+        "import_s": built.import_s,
+        "recompute": recompute_of(built.model, case),
+        "loss": losses[-1],
+        "loss_first": losses[0],
+        "grad_norm": check_norm(clock.norms[-1] if clock.norms else 0.0),
+        "run_s": whole,
     }
-    if not all(math.isfinite(norm) and norm > 0 for norm in clock.norms):
-        raise SystemExit(f"a gradient norm is zero or not finite, so the speed means nothing: {clock.norms}")
+    if clock.profiler is not None:
+        from benchmarks.kernel_times import summary
+
+        layers = built.model.config.get_text_config().num_hidden_layers
+        result["kernel_times"] = summary(clock.profiler, layers)
     return result
-
-
-def _versions() -> dict[str, str]:
-    import peft
-    import torch
-    import transformers
-    import trl
-
-    import pantheraml
-
-    modules = (pantheraml, torch, transformers, trl, peft)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-    return {"device": device, "python": platform.python_version()} | {
-        m.__name__: m.__version__ for m in modules
-    }
 
 
 def main() -> None:
@@ -161,19 +199,24 @@ def main() -> None:
     parser.add_argument("--kernels", choices=("auto", "off"), default="auto")
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument(
-        "--log-every", type=int, default=5, help="steps per log line; each one waits for the device"
-    )
     parser.add_argument("--profile", action="store_true", help="print the kernels of the last step")
-    parser.add_argument("--output", default="outputs/benchmark")
     options = parser.parse_args()
     if options.make:
         from benchmarks.shapes import make_llama
 
         make_llama(options.make, layers=options.layers)
     elif options.model:
-        print("RESULT " + json.dumps(run(options)))
+        given = {key: value for key, value in vars(options).items() if key not in ("make", "layers")}
+        case = Case(row="one run", kind="step", who="ours", **given)
+        result = measure(case)
+        if "kernel_times" in result:
+            from benchmarks.kernel_times import table
+
+            print(table(result["kernel_times"]))
+        command = " ".join(["python -m benchmarks.train_run", *sys.argv[1:]])
+        print("RESULT " + json.dumps({**given, **result, "versions": versions(), "command": command}))
     else:
         parser.error("give --make FOLDER or --model FOLDER")
 

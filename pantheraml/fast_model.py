@@ -251,6 +251,7 @@ class FastLanguageModel:
     @staticmethod
     def for_training(model: Any, use_gradient_checkpointing: bool | str | None = None) -> Any:
         """Put the model in training mode, recompute as its policy (or the argument) says; returns the model."""
+        from pantheraml.models.decoding import set_decoding
         from pantheraml.models.recompute import check_policy, is_recompute_forced, set_recompute
         from pantheraml.models.state import get_state
 
@@ -260,18 +261,26 @@ class FastLanguageModel:
             policy = check_policy(use_gradient_checkpointing)
             if state is not None:
                 state.recompute = policy
+        set_decoding(model, False)
         model.train()
         set_recompute(model, is_recompute_forced(policy))
         return model
 
     @staticmethod
     def for_inference(model: Any) -> Any:
-        """Put the model in evaluation mode with its cache on and recompute off; returns the model."""
+        """Put the model in evaluation mode with its cache on and recompute off; returns the model.
+
+        On a GPU, ``generate`` then replays one CUDA graph a token. The graph is recorded at the fourth new token of a
+        first call, which takes about as long as one plain step, and again when the adapter or the number of rows
+        changes, or a call needs a longer cache. ``for_training`` undoes it and frees the cache.
+        """
+        from pantheraml.models.decoding import set_decoding
         from pantheraml.models.recompute import set_recompute
 
         set_recompute(model, False)
         model.eval()
         model.config.use_cache = True
+        set_decoding(model, True)
         return model
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from pantheraml.models.patching import PatchSet
@@ -37,6 +37,7 @@ class ModelState:
         plan: what its layers recompute, made for the longest batch so far.
         planned_for: the policy it was made for.
         store: host memory for what layers keep, once a plan uses it.
+        decoding: the ledger of what ``for_inference`` changed, which ``for_training`` undoes.
     """
 
     source: ModelSource
@@ -50,6 +51,7 @@ class ModelState:
     plan: RecomputePlan | None = None
     planned_for: Recompute | None = None
     store: HostStore | None = None
+    decoding: PatchSet = field(default_factory=PatchSet)
 
 
 def set_state(model: nn.Module, state: ModelState) -> None:
