@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.fused.test_decoder_layer import ALL, FAMILIES, build, names_in, run
+from tests.fused.test_decoder_layer import ALL, FAMILIES, MIXTURES, build, names_in, run
 
 pytestmark = pytest.mark.gpu
 
@@ -33,8 +33,10 @@ def test_bf16_errs_at_most_twice_as_much_as_stock(family, targets):
         pytest.skip("this family has experts in the place of these linears")
     model, _ = build(family, targets, False)
     exact = []
+    # torch's grouped products take no float64.
+    model = model if family in MIXTURES else model.double()
     for seed in SEEDS:
-        logits, gradients = run(model.double(), seed=seed)
+        logits, gradients = run(model, seed=seed)
         exact.append({"logits": logits, **{name: value.clone() for name, value in gradients.items()}})
     ours, stock = (
         squared_errors(build(family, targets, fused)[0].to(torch.bfloat16), exact) for fused in (True, False)
