@@ -137,7 +137,7 @@ def backends(family: str, tokens: int, rank: int, runs: int) -> None:
     model = build(family, rank)
     apply_experts(model, find_family(model.config), PatchSet())
     for plain, added in itertools.product(("triton", "torch"), repeat=2):
-        grouped_gemm.BACKENDS.update(plain=plain, added=added)
+        grouped_gemm.BACKENDS.update({"plain": plain, "added": added, "added to many": added})
         ms, _ = measure_step(model, tokens, runs)
         print(f"{family:10} plain={plain:6} added={added:6} {ms:8.2f} ms", flush=True)
     grouped_gemm.BACKENDS.update(before)

@@ -56,7 +56,10 @@ def _outer_kernel(
             mask=there[:, None],
             other=0.0,
         )
-        acc = tl.dot(left, right, acc, input_precision="ieee")
+        if left_ptr.dtype.element_ty == tl.float32:  # summed in blocks, which rounds less
+            acc += tl.dot(left, right, input_precision="ieee")
+        else:
+            acc = tl.dot(left, right, acc)
     at = d_ptr + expert.to(tl.int64) * d_se + m.to(tl.int64)[:, None] * d_sm + n.to(tl.int64)[None, :] * d_sn
     there = (m < height)[:, None] & (n < width)[None, :]
     tl.store(at, acc.to(d_ptr.dtype.element_ty), mask=there)

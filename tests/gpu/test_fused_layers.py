@@ -43,4 +43,5 @@ def test_bf16_errs_at_most_twice_as_much_as_stock(family, targets):
     )
     for name, (error, size) in ours.items():
         assert error <= 4 * stock[name][0], name
-        assert error < 0.2**2 * size, name
+        # A token that goes to another expert in bf16 moves the gradients of mixtures by more.
+        assert error < (0.5 if family in MIXTURES else 0.2) ** 2 * size, name
