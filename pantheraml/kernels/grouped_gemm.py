@@ -25,10 +25,10 @@ from pantheraml.kernels.grouped_outer import grouped_outer
 from pantheraml.kernels.launch import jit, tl, triton
 from pantheraml.kernels.low_rank import padded_rank
 
-# "triton" or "torch", by what is asked for: a plain product, or one with gathered rows, a bias or LoRA; the latter where
-# experts have many rows each, so that a pass of its own costs less than a slower product. Milliseconds of a fused step
-# (H200, r=16, 8,192 tokens), torch's and ours: mixtral, 2,048 rows an expert, 42.6 and 49.8; qwen3_moe, 512 rows, 17.8
-# and 16.6.
+# "triton" or "torch", by what is asked for: a plain product, or one with gathered rows, a bias or LoRA; the latter in
+# experts that have many rows each, so that a pass of its own costs less than a slower product. Milliseconds of a fused
+# step (H200, r=16, 8,192 tokens), torch's and ours: mixtral, 2,048 rows an expert, 42.6 and 49.8; qwen3_moe, 512 rows,
+# 17.8 and 16.6.
 BACKENDS = {"plain": "triton", "added": "triton", "added to many": "torch"}
 MANY_ROWS = 1024
 # (BLOCK_N, BLOCK_K, num_warps, num_stages) of 16-bit products, by rows of a tile.

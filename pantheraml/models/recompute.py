@@ -104,9 +104,11 @@ def _plan(model: Any, state: ModelState, tokens: int) -> RecomputePlan:
     is_new = state.planned_for != policy or state.plan is None
     state.planned_for = policy
     if policy in ("offload", "unsloth"):
-        plan = offload_plan(model, tokens)
+        plan = offload_plan(model, tokens, psutil.virtual_memory().available)
         if device.type == "cpu":
             plan = RecomputePlan(tokens, total)
+        elif is_new:
+            say(f"recompute: {plan.describe(total)}.")
     elif policy != "auto":
         plan = RecomputePlan(tokens, total if policy else 0)
     elif device.type != "cuda":

@@ -25,11 +25,18 @@ _STOCK_FACTOR = 3.2
 # The layers that run last go backward first; fetching what they keep would be waited for.
 _ALWAYS_HERE = 2
 
+_KEPT_WORDS = {
+    "projected": "q, k, v and attention's output",
+    "attended": "attention's output",
+    "input": "their inputs",
+}
+
 
 class Kept(NamedTuple):
     """Bytes that one layer keeps for one token."""
 
     all: int
+    projected: int
     attended: int
     input: int
 
@@ -61,8 +68,7 @@ class RecomputePlan:
         if not self.layers:
             what = "no layer recomputes"
         else:
-            again = "all but attention's output" if self.keep == "attended" else "everything"
-            what = f"{self.layers} of {total} layers recompute {again}"
+            what = f"{self.layers} of {total} layers recompute all but {_KEPT_WORDS[self.keep]}"
         if self.stored:
             what += f", {self.stored} keep {self.host / GIB:.1f} GiB in host memory"
         return f"{what} ({self.tokens} tokens at a time: {self.need / GIB:.1f} of {self.free / GIB:.1f} GiB free)"
@@ -85,9 +91,15 @@ def kept_per_token(model: Any) -> Kept:
     numbers = 2 * hidden + 2 * queries + 2 * keys + 2 * inner
     is_fused = not experts and any(isinstance(module, FusedDecoderLayer) for module in model.modules())
     if not is_fused:
-        return Kept(int(numbers * size * _STOCK_FACTOR), hidden * size, hidden * size)
+        return Kept(int(numbers * size * _STOCK_FACTOR), hidden * size, hidden * size, hidden * size)
     attended = (hidden + queries) * size + 4 * config.num_attention_heads
-    return Kept(numbers * size, attended, hidden * size)
+    # Norms of q and k need what went into them too; LoRA's t is 64 numbers.
+    projected = attended + ((queries + 2 * keys) * (2 if _has_head_norms(model) else 1) + 64) * size
+    return Kept(numbers * size, projected, attended, hidden * size)
+
+
+def _has_head_norms(model: Any) -> bool:
+    return any(name.endswith("self_attn.q_norm") for name, _ in model.named_modules())
 
 
 def passing_bytes(model: Any, tokens: int) -> int:
@@ -117,7 +129,7 @@ def plan_recompute(model: Any, tokens: int, free: int, host_free: int = 0) -> Re
     total = model.config.get_text_config().num_hidden_layers
     kept = kept_per_token(model)
     room = int(FREE_SHARE * free) - passing_bytes(model, tokens)
-    whole, attended, alone = (tokens * size for size in kept)
+    whole, attended, alone = tokens * kept.all, tokens * kept.attended, tokens * kept.input
     if total * whole <= room:
         return RecomputePlan(tokens, 0, need=total * whole, free=free)
     saved = whole - attended
@@ -135,9 +147,28 @@ def plan_recompute(model: Any, tokens: int, free: int, host_free: int = 0) -> Re
     return RecomputePlan(tokens, total, "input", 0, total * alone, free)
 
 
-def offload_plan(model: Any, tokens: int) -> RecomputePlan:
-    """Every layer recomputes and keeps what it keeps in host memory, but for the last two."""
+def most_tokens(model: Any, free: int) -> int:
+    """The largest batch, in tokens, that needs no recompute in ``free`` bytes; 0 when not even one token fits."""
+    low, high = 0, 2**24
+    while low < high:
+        middle = (low + high + 1) // 2
+        if plan_recompute(model, middle, free).layers == 0:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def offload_plan(model: Any, tokens: int, host_free: int) -> RecomputePlan:
+    """Every layer recomputes and keeps what it keeps in host memory, but for the last two: as much as goes there."""
     total = model.config.get_text_config().num_hidden_layers
     stored = max(0, total - _ALWAYS_HERE)
-    size = tokens * kept_per_token(model).attended
-    return RecomputePlan(tokens, total, "attended", stored, (total - stored) * size, host=stored * size)
+    kept = kept_per_token(model)
+    keep: Keep = "input"
+    size = kept.input
+    choices: tuple[tuple[Keep, int], ...] = (("projected", kept.projected), ("attended", kept.attended))
+    for much, bytes_of_it in reversed(choices):
+        if stored * bytes_of_it * tokens <= HOST_SHARE * host_free:
+            keep, size = much, bytes_of_it
+    need = (total - stored) * size * tokens
+    return RecomputePlan(tokens, total, keep, stored, need, host=stored * size * tokens)

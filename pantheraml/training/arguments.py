@@ -23,6 +23,9 @@ class PantheraMLTrainingArguments(SFTConfig):
         max_length: longest row in tokens; None means the model's ``max_seq_length`` (SFTConfig: 1024).
         gradient_checkpointing: None means that the model's ``use_gradient_checkpointing`` decides (SFTConfig: True);
             True or False written here wins over it.
+        merge_micro_batches: put the micro-batches of a step through the model together, as documents of one row without
+            padding; the loss is the same. None does so on a GPU where memory allows and attention keeps documents
+            apart, and not where recompute is asked for.
         logging_nan_inf_filter: off: a loss that is not finite is logged as such, and no step waits for the device to
             find out (transformers: replaced by the mean of the others).
         use_cpu: on where there is no CUDA GPU.
@@ -41,6 +44,9 @@ class PantheraMLTrainingArguments(SFTConfig):
         default=None, metadata={"help": "Recompute activations; None leaves it to the model."}
     )
 
+    merge_micro_batches: bool | None = field(
+        default=None, metadata={"help": "Micro-batches of a step in one pass; None decides by memory."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Log losses that are not finite as what they are."}
     )

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from pantheraml.checkpoint.partial import removed_on_failure
 from pantheraml.data.masking import check_labels
@@ -35,18 +35,20 @@ from pantheraml.training.arguments import (
 )
 from pantheraml.training.evaluation import TokenSums
 from pantheraml.training.head import bind_cpu_head, bind_head, needs_cpu_head, why_not_fused
+from pantheraml.training.merging import MergedSteps
 from pantheraml.training.optimizer import embedding_parameters, split_embedding_group
 from pantheraml.training.rows import Rows, format_rows, given_rows, report_cut_rows, token_counts
 from pantheraml.training.step_figures import StepFigures
 
 
-class PantheraMLTrainer(SFTTrainer):
+class PantheraMLTrainer(MergedSteps):
     """SFTTrainer for models of ``FastLanguageModel`` (and any other causal language model).
 
     What it adds to TRL's trainer:
 
     - rows in any known format are recognised, and one is shown with what is trained on marked;
     - a model without an adapter gets a LoRA adapter, unless it was loaded for full fine-tuning;
+    - the micro-batches of a step go through the model in one pass where memory allows, without padding;
     - recompute follows the model's policy, row length the model's ``max_seq_length``;
     - adapters are trained in float32, also on quantised models;
     - evaluation loss, perplexity and accuracy are means over all label tokens;
@@ -161,6 +163,7 @@ class PantheraMLTrainer(SFTTrainer):
         """Train as SFTTrainer does, after one line about the run and one row with what is trained on marked."""
         self._check_rows()  # rows may have been masked since
         self._plan_recompute()
+        self.plan_merging()
         self._say_plan()
         return super().train(*args, **kwargs)
 

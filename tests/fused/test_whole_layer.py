@@ -55,7 +55,7 @@ def stock():
 
 
 @pytest.mark.parametrize("stored", [False, True])
-@pytest.mark.parametrize("keep", ["all", "attended", "input"])
+@pytest.mark.parametrize("keep", ["all", "projected", "attended", "input"])
 @pytest.mark.parametrize("family", DENSE)
 def test_it_equals_stock_whatever_it_keeps(family, keep, stored, whole_calls, stock, monkeypatch):
     monkeypatch.setattr(layer_function, "TILE", 20)  # 48 tokens: two whole tiles and a short one
@@ -71,7 +71,7 @@ def test_it_equals_stock_whatever_it_keeps(family, keep, stored, whole_calls, st
     assert_equal(ours, stock(family))
 
 
-@pytest.mark.parametrize("keep", ["all", "attended", "input"])
+@pytest.mark.parametrize("keep", ["all", "projected", "attended", "input"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_documents_of_packed_rows_stay_apart(family, keep, whole_calls):
     model, _ = build_whole(family, keep)

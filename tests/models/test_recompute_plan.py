@@ -48,7 +48,7 @@ def test_the_estimate_is_above_what_was_measured(fused):
     """8,192 tokens: 60 GiB for stock layers, 23 GiB for fused ones (H200, peak less weights)."""
     assert 60 < kept_per_token(build()).all * 32 * TOKENS / GIB < 80
     assert 22.5 < kept_per_token(fused).all * 32 * TOKENS / GIB < 25
-    assert kept_per_token(fused)[1:] == (16 * 1024 + 128, 8 * 1024)
+    assert kept_per_token(fused)[1:] == (28 * 1024 + 128 + 128, 16 * 1024 + 128, 8 * 1024)
 
 
 def test_plenty_of_memory_recomputes_nothing(fused):
@@ -61,7 +61,7 @@ def test_plenty_of_memory_recomputes_nothing(fused):
 def test_as_few_layers_as_possible_recompute(fused, free):
     plan = plan_recompute(fused, TOKENS, free * GIB)
     room = FREE_SHARE * free * GIB - passing_bytes(fused, TOKENS)
-    whole, attended, _ = (TOKENS * size for size in kept_per_token(fused))
+    whole, _, attended, _ = (TOKENS * size for size in kept_per_token(fused))
     assert 0 < plan.layers < 32 and plan.keep == "attended" and plan.stored == 0
     assert plan.layers * attended + (32 - plan.layers) * whole == plan.need <= room
     fewer = plan.layers - 1
@@ -90,10 +90,13 @@ def test_400_thousand_tokens_fit_with_the_host(fused):
     assert plan.host <= 120 * GIB
 
 
-def test_offload_moves_all_but_the_last_layers(fused):
-    plan = offload_plan(fused, TOKENS)
-    assert (plan.layers, plan.stored, plan.keep) == (32, 30, "attended")
-    assert "30 keep 3.8 GiB in host memory" in plan.describe(32)
+@pytest.mark.parametrize(
+    ("host", "keep", "stored"), [(64, "projected", 6.6), (8, "attended", 3.8), (4, "input", 1.9)]
+)
+def test_offload_moves_all_but_the_last_layers(fused, host, keep, stored):
+    plan = offload_plan(fused, TOKENS, host * GIB)
+    assert (plan.layers, plan.stored, plan.keep) == (32, 30, keep)
+    assert f"30 keep {stored} GiB in host memory" in plan.describe(32)
 
 
 def test_long_rows_do_not_overflow(fused):

@@ -1,0 +1,174 @@
+"""The micro-batches of a step in one pass, without padding, where that is the same and memory allows.
+
+A step of 4 x 2 short rows launches every kernel four times for a few hundred tokens each; a GPU then waits for its host
+most of the time. The loss of a step is a sum over label tokens divided by their number in the whole step, so its
+micro-batches may as well be documents of one row: attention keeps them apart, and no padding is computed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_utils import RemoveColumnsCollator
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from pantheraml.devices.memory import free_gpu_bytes
+from pantheraml.errors import ConfigError
+from pantheraml.log import say_once
+from pantheraml.models.fused.attention import NAME
+from pantheraml.models.packed_rows import documents_mix
+from pantheraml.models.recompute_plan import most_tokens
+from pantheraml.models.state import get_state
+
+# Tokens beyond which a pass is no faster per token (H200, 8B: 8,192 tokens keep the GPU busy; twice that, to be sure).
+MOST_TOKENS = 16384
+Batch = dict[str, Any]
+
+
+class FlatCollator:
+    """TRL's collator with the rows of a batch behind one another: (1, tokens), and where each begins.
+
+    Args:
+        collator: the one of the trainer; not changed.
+    """
+
+    def __init__(self, collator: DataCollatorForLanguageModeling) -> None:
+        self._collator = copy.copy(collator)
+        self._collator.padding_free = True
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Batch:
+        """The batch on the CPU, with the offsets of its documents."""
+        found = self._collator(examples)
+        positions = found["position_ids"][0]
+        starts = (positions == 0).nonzero().flatten()
+        offsets = torch.cat([starts, torch.tensor([positions.numel()])]).to(torch.int32)
+        batch = {name: found[name] for name in ("input_ids", "labels", "position_ids")}
+        return batch | {"cu_seq_lens_q": offsets, "max_length_q": int(offsets.diff().max())}
+
+
+def merge_batches(batches: list[Batch], most: int) -> list[Batch]:
+    """As many batches as were given: neighbours joined up to ``most`` tokens, the joined one in the last place.
+
+    The others are empty, so that whoever counts micro-batches counts as before.
+
+    Args:
+        batches: of ``FlatCollator``.
+        most: tokens of one pass.
+    """
+    groups: list[list[Batch]] = []
+    size = most
+    for batch in batches:
+        tokens = batch["input_ids"].numel()
+        if size + tokens > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(batch)
+        size += tokens
+    return [one for group in groups for one in [*(_empty(batch) for batch in group[:-1]), _joined(group)]]
+
+
+def _empty(batch: Batch) -> Batch:
+    return {name: batch[name][:, :0] for name in ("input_ids", "labels", "position_ids")}
+
+
+def _joined(group: list[Batch]) -> Batch:
+    if len(group) == 1:
+        return group[0]
+    joined: Batch = {
+        name: torch.cat([batch[name] for batch in group], dim=1)
+        for name in ("input_ids", "labels", "position_ids")
+    }
+    offsets: list[Tensor] = [group[0]["cu_seq_lens_q"][:1]]
+    before = 0
+    for batch in group:
+        offsets.append(batch["cu_seq_lens_q"][1:] + before)
+        before += batch["input_ids"].numel()
+    joined["cu_seq_lens_q"] = torch.cat(offsets)
+    joined["max_length_q"] = max(batch["max_length_q"] for batch in group)
+    return joined
+
+
+class MergedSteps(SFTTrainer):
+    """The part of the trainer that merges micro-batches; ``merge_micro_batches`` of the arguments says whether."""
+
+    _most_tokens = 0
+
+    def plan_merging(self) -> None:
+        """Decide, before a run, up to how many tokens go through the model in one pass; 0 merges nothing.
+
+        Raises:
+            ConfigError: ``merge_micro_batches=True`` was written where it cannot be done.
+        """
+        wanted = getattr(self.args, "merge_micro_batches", None)
+        self._most_tokens = 0
+        if wanted is False:
+            return
+        reason = self._why_not_merged(forced=bool(wanted))
+        if reason is None:
+            self._most_tokens = self._room()
+        elif wanted:
+            raise ConfigError(
+                got="merge_micro_batches=True was given.",
+                need=f"Micro-batches cannot be merged: {reason}.",
+                fix="Leave it out.",
+            )
+
+    def _why_not_merged(self, *, forced: bool) -> str | None:
+        model = cast(Any, self.model)
+        state = get_state(model)
+        if state is None:
+            return "the model was not loaded by FastLanguageModel"
+        if not isinstance(self._collator(), DataCollatorForLanguageModeling):
+            return "a data_collator was given"
+        if model.config._attn_implementation != NAME:
+            return "attention is not PantheraML's"
+        if self.args.device.type != "cuda" and not forced:
+            return "there is no GPU that would wait"
+        if state.recompute not in (False, "auto") and not forced:
+            return "recompute was asked for, to save memory"
+        return "documents of one row see one another in this model" if documents_mix(model) else None
+
+    def _room(self) -> int:
+        model = cast(Any, self.model)
+        if self.args.device.type != "cuda":
+            return MOST_TOKENS
+        trained = sum(p.numel() * (p.element_size() + 8) for p in model.parameters() if p.requires_grad)
+        room = min(MOST_TOKENS, most_tokens(model, free_gpu_bytes(self.args.device) - trained))
+        say_once(f"micro-batches of a step are merged up to {room} tokens, without padding.")
+        return room
+
+    def _collator(self) -> Any:
+        found = self.data_collator
+        return found.data_collator if isinstance(found, RemoveColumnsCollator) else found
+
+    def get_train_dataloader(self) -> Any:
+        """TRL's, with rows behind one another where micro-batches are merged."""
+        if not self._most_tokens:
+            return super().get_train_dataloader()
+        padded = self.data_collator
+        self.data_collator = FlatCollator(self._collator())
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = padded
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of a step, merged, and the number of label tokens in all of them."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # Without the number of label tokens, TRL averages over micro-batches, which then must stay what they are.
+        if self._most_tokens and num_items is not None:
+            batches = merge_batches(batches, self._most_tokens)
+        return batches, num_items
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        """TRL's; nothing for a micro-batch that went into another one."""
+        if self._most_tokens and inputs["input_ids"].numel() == 0:
+            return torch.zeros((), device=self.args.device)
+        return super().training_step(model, inputs, num_items_in_batch)

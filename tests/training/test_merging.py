@@ -1,0 +1,100 @@
+"""Micro-batches of a step in one pass: the same numbers, fewer forwards, no padding."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments
+from pantheraml.errors import ConfigError
+from pantheraml.training.merging import FlatCollator, merge_batches
+
+WORDS = ["The", "quick", "brown", "fox", "and", "the", "lazy", "dog", "in", "the", "capital", "of", "France"]
+ROWS = Dataset.from_list(
+    [
+        {"prompt": " ".join(WORDS[: 1 + i % 3]), "completion": " " + " ".join(WORDS[: 2 + 5 * i % 13])}
+        for i in range(11)
+    ]
+)
+
+
+@pytest.fixture
+def train(checkpoints, tmp_path):
+    def train(family="llama", *, recompute="auto", load=None, **settings):
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            str(checkpoints(family)), max_seq_length=64, load_in_4bit=False, dtype="float32",
+            use_gradient_checkpointing=recompute, **(load or {}),
+        )  # fmt: skip
+        model = FastLanguageModel.get_peft_model(model, r=4, init_lora_weights=True)
+        args = PantheraMLTrainingArguments(
+            output_dir=str(tmp_path / "out"), per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=4,
+            learning_rate=5e-3, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, bf16=False,
+            fp16=False, **settings,
+        )  # fmt: skip
+        trainer = PantheraMLTrainer(
+            model, args, train_dataset=ROWS, eval_dataset=ROWS.select(range(3)), tokenizer=tokenizer
+        )
+        seen = []
+        model.base_model.model.base_model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape) if module.training else None,
+            with_kwargs=True,
+        )
+        trainer.train()
+        figures = [
+            (entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry
+        ]
+        return trainer, seen, figures
+
+    return train
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_same_losses_and_gradient_norms_in_fewer_passes(train, family):
+    merged, passes, ours = train(family, merge_micro_batches=True)
+    _, padded, theirs = train(family, merge_micro_batches=False)
+    # 11 rows: an epoch has six micro-batches of two rows, the last of one row; a step takes three.
+    assert len(passes) == 4 and len(padded) == 12
+    assert all(rows == 1 for rows, _ in passes)
+    assert sum(tokens for _, tokens in passes) < sum(rows * tokens for rows, tokens in padded)
+    for (loss, norm), (their_loss, their_norm) in zip(ours, theirs, strict=True):
+        assert math.isclose(loss, their_loss, rel_tol=1e-5) and math.isclose(norm, their_norm, rel_tol=1e-4)
+    before = [entry["num_tokens"] for entry in merged.state.log_history if "num_tokens" in entry]
+    assert before[-1] == sum(tokens for _, tokens in passes)
+    assert math.isfinite(merged.evaluate()["eval_loss"])
+
+
+def test_a_pass_takes_at_most_so_many_tokens(train, monkeypatch):
+    monkeypatch.setattr("pantheraml.training.merging.MOST_TOKENS", 60)
+    _, passes, ours = train(merge_micro_batches=True)
+    _, _, theirs = train(merge_micro_batches=False)
+    assert 4 < len(passes) < 12 and all(tokens <= 60 for _, tokens in passes)
+    assert all(math.isclose(a[0], b[0], rel_tol=1e-5) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_what_merging_needs(train):
+    with pytest.raises(ConfigError, match="attention is not PantheraML's"):
+        train(merge_micro_batches=True, load=dict(attn_implementation="sdpa"))
+    _, passes, _ = train(merge_micro_batches=None)
+    assert len(passes) == (12 if not torch.cuda.is_available() else 4)
+
+
+def test_merged_batches():
+    collate = FlatCollator(collator())
+    batches = [collate([{"input_ids": [7] * n} for n in sizes]) for sizes in ((2, 3), (4,), (1, 1), (9,))]
+    assert batches[0]["cu_seq_lens_q"].tolist() == [0, 2, 5] and batches[0]["max_length_q"] == 3
+    merged = merge_batches(batches, 11)
+    assert [batch["input_ids"].numel() for batch in merged] == [0, 0, 11, 9]
+    assert merged[2]["cu_seq_lens_q"].tolist() == [0, 2, 5, 9, 10, 11] and merged[2]["max_length_q"] == 4
+    assert merged[2]["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1, 2, 3, 0, 0]]
+    assert merged[2]["labels"][0, [0, 2, 5, 9, 10]].tolist() == [-100] * 5
+    assert merge_batches(batches, 1)[1]["input_ids"].numel() == 4, "one that is too large goes alone"
+    assert merge_batches([], 8) == []
+
+
+def collator():
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    return DataCollatorForLanguageModeling(pad_token_id=0)
