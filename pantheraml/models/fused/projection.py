@@ -12,6 +12,8 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from pantheraml.kernels.nf4 import unpack_4bit
+
 
 class Projection(NamedTuple):
     """``y = x W^T + bias + scale * (x A^T) B^T``.
@@ -56,9 +58,7 @@ class Projection(NamedTuple):
         if state is None:
             out.copy_(packed.detach())
             return
-        from bitsandbytes.functional import dequantize_4bit
-
-        out.copy_(dequantize_4bit(packed.data, state))
+        unpack_4bit(packed.data, state, out)
 
 
 def read_projection(layer: nn.Module) -> Projection | str:
@@ -75,6 +75,8 @@ def read_projection(layer: nn.Module) -> Projection | str:
     kind = type(base).__name__
     if kind not in ("Linear", "Linear4bit") or "forward" in vars(base):
         return f"{kind} computes in a way of its own"
+    if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+        return "4-bit weights are packed for inference"
     if not isinstance(layer, LoraLayer) or module.disable_adapters:
         return Projection(base, None, None, 0.0)
     if module.merged:
