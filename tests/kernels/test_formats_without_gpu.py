@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from pantheraml.kernels import nf4
+from pantheraml.kernels import fp8, fp8_norm, fp8_product, nf4
 from tests.kernels.test_triton_without_gpu import compile_for
 from tests.kernels.test_triton_without_gpu import test_interpreted as run_interpreted
 
 
-@pytest.mark.parametrize("file", ["interpreted_nf4.py"])
+@pytest.mark.parametrize("file", ["interpreted_nf4.py", "interpreted_fp8.py"])
 def test_interpreted_formats(file):
     run_interpreted(file)
 
@@ -30,3 +30,49 @@ def test_unpacking_compiles(capability, dtype, rows, nested, per):
     compiled = compile_for(nf4._unpack_kernel, pointers | numbers, constants, capability, 4)
     assert f"sm_{capability}" in compiled.asm["ptx"] and compiled.asm["cubin"]
     assert compiled.metadata.shared <= 16 * 1024
+
+
+BLOCKS = {"BLOCK0": 4096, "BLOCK1": 1024, "BLOCK2": 1024}
+
+
+def check_compiled(kernel, types, constants, capability, warps):
+    compiled = compile_for(kernel, types, constants, capability, warps)
+    assert f"sm_{capability}" in compiled.asm["ptx"] and compiled.asm["cubin"]
+    assert compiled.metadata.shared <= 100 * 1024
+    return compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", [89, 90, 100])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_quantising_compiles(capability, dtype, parts, scaled):
+    types = {f"x{i}_ptr": f"*{dtype}" for i in range(3)} | {f"by{i}_ptr": "*fp32" for i in range(3)}
+    types |= {f"stride{i}": "i64" for i in range(3)} | {f"cols{i}": "i32" for i in range(3)}
+    types |= {"out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
+    constants = {"PARTS": parts, "SCALED": scaled, **BLOCKS}
+    ptx = check_compiled(fp8._quantise_kernel, types, constants, capability, 8)
+    assert "e4m3x2" in ptx  # the hardware's own rounding
+
+
+@pytest.mark.parametrize("capability", [89, 90])
+@pytest.mark.parametrize("cast_first", [True, False])
+@pytest.mark.parametrize("keep_h", [True, False])
+def test_the_quantised_norm_compiles(capability, cast_first, keep_h):
+    types = {
+        "x_ptr": "*bf16",
+        "w_ptr": "*bf16",
+        "h_ptr": "*bf16",
+        "out_ptr": "*fp8e4nv",
+        "scale_ptr": "*fp32",
+    }
+    types |= {"x_stride": "i64", "cols": "i32", "eps": "fp32", "offset": "fp32"}
+    constants = {"CAST_FIRST": cast_first, "KEEP_H": keep_h, "BLOCK": 4096}
+    check_compiled(fp8_norm._norm_rows_kernel, types, constants, capability, 8)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_turning_compiles(capability):
+    types = {"w_ptr": "*u8", "out_ptr": "*u8", "rows": "i32", "cols": "i32", "out_stride": "i64"}
+    tile = {name: size for name, size in fp8_product._TURN.items() if name != "num_warps"}
+    check_compiled(fp8_product._turn_kernel, types, tile, capability, fp8_product._TURN["num_warps"])
