@@ -11,7 +11,6 @@ A row of zeros gives zeros. A row that holds NaN or infinity gives NaN all along
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,9 +22,14 @@ DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
 # Rows of a smaller magnitude are quantised as if it were this one: its inverse times 448 stays within float32.
 SMALLEST = 2.0**-100
-# The widest row of parts that one program holds, after padding each part to a power of two.
+# The widest row that one program holds.
 MAX_COLUMNS = 65536
-MAX_PARTS = 3
+# What the second part of a split factor is multiplied by: e4m3 rounds to 1/16, so the rest comes back to full range.
+STEP = 16.0
+# The largest number of a split factor; half of what fits, so that no rounding reaches past it.
+REACH = 224.0
+# Columns that a warp holds in registers.
+_PER_WARP = 1024
 
 
 class Fp8Rows(NamedTuple):
@@ -52,16 +56,6 @@ def magnitude(x):
 
 
 @jit
-def _load_part(x_ptr, by_ptr, cols, SCALED: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns of one row in float32, zero past the end."""
-    col = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
-    if SCALED:
-        x = x * tl.load(by_ptr + col, mask=col < cols, other=0.0)
-    return x
-
-
-@jit
 def store_part(x, amax, out_ptr, cols, BLOCK: tl.constexpr):
     """Columns of one row, scaled to their format; those of a row that is not finite as zeros."""
     col = tl.arange(0, BLOCK)
@@ -79,95 +73,110 @@ def store_scale(amax, scale_ptr):
 
 @jit
 def _quantise_kernel(
-    x0_ptr, x1_ptr, x2_ptr, stride0, stride1, stride2, by0_ptr, by1_ptr, by2_ptr, out_ptr, scale_ptr, cols0, cols1,
-    cols2, PARTS: tl.constexpr, SCALED: tl.constexpr, BLOCK0: tl.constexpr, BLOCK1: tl.constexpr,
-    BLOCK2: tl.constexpr,
+    x_ptr, x_stride, by_ptr, m_ptr, m_stride, largest_ptr, out_ptr, scale_ptr, cols, m_cols, least,
+    SCALED: tl.constexpr, MARGIN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One row a program: up to three parts that come to lie beside each other under one scale."""
+    """One row a program."""
     row = tl.program_id(0).to(tl.int64)
-    out_ptr += row * (cols0 + cols1 + cols2)
-    x0 = _load_part(x0_ptr + row * stride0, by0_ptr, cols0, SCALED, BLOCK0)
-    amax = magnitude(x0)
-    if PARTS > 1:
-        x1 = _load_part(x1_ptr + row * stride1, by1_ptr, cols1, SCALED, BLOCK1)
-        amax = tl.maximum(amax, magnitude(x1))
-    if PARTS > 2:
-        x2 = _load_part(x2_ptr + row * stride2, by2_ptr, cols2, SCALED, BLOCK2)
-        amax = tl.maximum(amax, magnitude(x2))
+    col = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * x_stride + col, mask=col < cols, other=0.0).to(tl.float32)
+    if SCALED:
+        x = x * tl.load(by_ptr + col, mask=col < cols, other=0.0)
+    amax = magnitude(x)
+    out_ptr += row * (cols + 2 * m_cols)
+    if MARGIN:
+        at = tl.arange(0, BLOCK_M)
+        m = tl.load(m_ptr + row * m_stride + at, mask=at < m_cols, other=0.0).to(tl.float32)
+        m = m * (tl.maximum(tl.load(largest_ptr), least) / 224.0)
+        amax = tl.maximum(amax, magnitude(m))
+        store_part(m, amax, out_ptr + cols, m_cols, BLOCK_M)
+        store_part(m * 0.0625, amax, out_ptr + cols + m_cols, m_cols, BLOCK_M)
     store_scale(amax, scale_ptr + row)
-    store_part(x0, amax, out_ptr, cols0, BLOCK0)
-    if PARTS > 1:
-        store_part(x1, amax, out_ptr + cols0, cols1, BLOCK1)
-    if PARTS > 2:
-        store_part(x2, amax, out_ptr + cols0 + cols1, cols2, BLOCK2)
+    store_part(x, amax, out_ptr, cols, BLOCK)
+
+
+class Margin(NamedTuple):
+    """Columns that follow those of x twice, the second time divided by ``STEP``: what ``split_factor`` multiplies.
+
+    Attributes:
+        values: (T, E).
+        largest: (1,) float32 on the device, and
+        least: the values are multiplied by ``max(largest, least) / 224``.
+    """
+
+    values: Tensor
+    largest: Tensor
+    least: float
 
 
 def _padded(cols: int) -> int:
     return max(16, 1 << (cols - 1).bit_length())
 
 
-def triton_quantise(parts: Sequence[Tensor], by: Sequence[Tensor], out: Tensor, scales: Tensor) -> None:
+def triton_quantise(x: Tensor, by: Tensor | None, margin: Margin | None, out: Tensor, scales: Tensor) -> None:
     """Fill ``out`` and ``scales`` by Triton; arguments as ``quantise_rows``."""
-    rows = parts[0].shape[0]
-    count = len(parts)
-    parts = [part if part.stride(-1) == 1 else part.contiguous() for part in parts]
-    stand_ins = [parts[0]] * (MAX_PARTS - count)
-    cols = [part.shape[1] for part in parts] + [0] * len(stand_ins)
-    blocks = [_padded(part.shape[1]) for part in parts] + [16] * len(stand_ins)
-    factors = [*by, *([scales] * (MAX_PARTS - len(by)))]
-    _quantise_kernel[(rows,)](
-        *parts, *stand_ins, *[part.stride(0) for part in (*parts, *stand_ins)], *factors, out, scales, *cols,
-        PARTS=count, SCALED=len(by) > 0, BLOCK0=blocks[0], BLOCK1=blocks[1], BLOCK2=blocks[2],
-        num_warps=min(32, max(1, sum(blocks[:count]) // 1024)),
+    x = x if x.stride(1) == 1 else x.contiguous()
+    extra = x if margin is None else margin.values
+    extra = extra if extra.stride(1) == 1 else extra.contiguous()
+    block = _padded(x.shape[1])
+    _quantise_kernel[(x.shape[0],)](
+        x, x.stride(0), scales if by is None else by, extra, extra.stride(0),
+        scales if margin is None else margin.largest, out, scales, x.shape[1],
+        0 if margin is None else extra.shape[1], 1.0 if margin is None else margin.least,
+        SCALED=by is not None, MARGIN=margin is not None, BLOCK=block,
+        BLOCK_M=16 if margin is None else _padded(extra.shape[1]), num_warps=min(32, max(1, block // _PER_WARP)),
     )  # fmt: skip
 
 
-def _eager_quantise(parts: Sequence[Tensor], by: Sequence[Tensor], out: Tensor, scales: Tensor) -> None:
+def _eager_quantise(x: Tensor, by: Tensor | None, margin: Margin | None, out: Tensor, scales: Tensor) -> None:
     """The same in plain PyTorch."""
-    scaled = [part.float() for part in parts]
-    if len(by):
-        scaled = [part * factor for part, factor in zip(scaled, by, strict=True)]
-    x = torch.cat(scaled, dim=1)
+    x = x.float() if by is None else x.float() * by
+    if margin is not None:
+        m = margin.values.float() * (margin.largest.clamp(min=margin.least) / REACH)
+        x = torch.cat([x, m, m / STEP], dim=1)
     amax = x.abs().nan_to_num(nan=torch.inf, posinf=torch.inf).amax(1, keepdim=True)
     finite = amax < torch.inf
     bounded = amax.clamp(min=SMALLEST)
-    q = (x * (LARGEST / bounded)).clamp(-LARGEST, LARGEST)
-    out.copy_(torch.where(finite, q, 0.0).to(out.dtype))
+    q = (torch.where(finite, x, 0.0) * (LARGEST / bounded)).clamp(-LARGEST, LARGEST)
+    out.copy_(q.to(out.dtype))
     scales.copy_(torch.where(finite, bounded / LARGEST, torch.nan))
 
 
-def quantise_rows(parts: Tensor | Sequence[Tensor], by: Sequence[Tensor] = ()) -> Fp8Rows:
+def quantise_rows(x: Tensor, by: Tensor | None = None, margin: Margin | None = None) -> Fp8Rows:
     """Rows in e4m3, each with the scale of its largest magnitude; one pass.
 
     Args:
-        parts: (T, K), or up to three of different widths that come to lie beside each other in this order.
-        by: what the columns of each part are multiplied by first, (K,) float32 each; none means as they are.
+        x: (T, K), any floating dtype; rows may lie apart.
+        by: (K,) float32 that the columns are multiplied by first, or None.
+        margin: further columns under the same scale, or None.
 
     Returns:
-        (T, sum of the widths).
+        (T, K), or (T, K + 2 E) with a margin.
     """
-    parts = [parts] if isinstance(parts, Tensor) else list(parts)
-    rows, device = parts[0].shape[0], parts[0].device
-    width = sum(part.shape[1] for part in parts)
-    out = torch.empty(rows, width, dtype=DTYPE, device=device)
-    scales = torch.empty(rows, 1, dtype=torch.float32, device=device)
+    width = x.shape[1] + (0 if margin is None else 2 * margin.values.shape[1])
+    out = torch.empty(x.shape[0], width, dtype=DTYPE, device=x.device)
+    scales = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
     if out.numel() == 0:
         return Fp8Rows(out, scales.fill_(SMALLEST / LARGEST))
-    fits = sum(_padded(part.shape[1]) for part in parts) <= MAX_COLUMNS and len(parts) <= MAX_PARTS
-    launch = triton_quantise if device.type == "cuda" and triton is not None and fits else _eager_quantise
+    fits = x.is_cuda and triton is not None and x.shape[1] <= MAX_COLUMNS
     with torch.no_grad():
-        launch(parts, by, out, scales)
+        (triton_quantise if fits else _eager_quantise)(x, by, margin, out, scales)
     return Fp8Rows(out, scales)
 
 
 @torch.library.custom_op("pantheraml::fp8_quantise_rows", mutates_args=())
-def _quantise_rows(parts: list[Tensor], by: list[Tensor]) -> tuple[Tensor, Tensor]:
-    rows = quantise_rows(parts, by)
+def _quantise_rows(
+    x: Tensor, by: Tensor | None, margin: Tensor | None, largest: Tensor | None, least: float
+) -> tuple[Tensor, Tensor]:
+    extra = None if margin is None or largest is None else Margin(margin, largest, least)
+    rows = quantise_rows(x, by, extra)
     return rows.values, rows.scales
 
 
 @_quantise_rows.register_fake
-def _(parts: list[Tensor], by: list[Tensor]) -> tuple[Tensor, Tensor]:
-    rows, width = parts[0].shape[0], sum(part.shape[1] for part in parts)
-    values = torch.empty(rows, width, dtype=DTYPE, device=parts[0].device)
-    return values, torch.empty(rows, 1, dtype=torch.float32, device=parts[0].device)
+def _(
+    x: Tensor, by: Tensor | None, margin: Tensor | None, largest: Tensor | None, least: float
+) -> tuple[Tensor, Tensor]:
+    width = x.shape[1] + (0 if margin is None else 2 * margin.shape[1])
+    values = torch.empty(x.shape[0], width, dtype=DTYPE, device=x.device)
+    return values, torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)

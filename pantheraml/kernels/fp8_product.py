@@ -14,9 +14,7 @@ reads Wq turned (K, N): the same bytes, turned when needed (2 bytes of traffic e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,11 +28,13 @@ _TURN = {"BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8}
 
 
 @jit
-def _turn_kernel(w_ptr, out_ptr, rows, cols, out_stride, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _turn_kernel(
+    w_ptr, out_ptr, rows, cols, stride, out_stride, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     tile = tl.load(
-        w_ptr + n.to(tl.int64)[:, None] * cols + k[None, :],
+        w_ptr + n.to(tl.int64)[:, None] * stride + k[None, :],
         mask=(n < rows)[:, None] & (k < cols)[None, :],
         other=0,
     )
@@ -46,20 +46,19 @@ def _turn_kernel(w_ptr, out_ptr, rows, cols, out_stride, BLOCK_N: tl.constexpr, 
 
 
 def triton_turn(weight: Tensor, out: Tensor) -> None:
-    """``out`` (K, N) of one byte an element becomes ``weight`` (N, K) turned; rows of ``out`` may lie apart."""
+    """``turn`` by Triton."""
     source, target = weight.view(torch.uint8), out.view(torch.uint8)
     rows, cols = source.shape
     grid = (-(-cols // _TURN["BLOCK_K"]), -(-rows // _TURN["BLOCK_N"]))
-    _turn_kernel[grid](source, target, rows, cols, target.stride(0), **_TURN)
+    _turn_kernel[grid](source, target, rows, cols, source.stride(0), target.stride(0), **_TURN)
 
 
-def turn(weights: Sequence[Tensor], out: Tensor) -> Tensor:
-    """e4m3 weights (N_i, K) side by side and turned: ``out`` (K, sum of N_i)."""
-    launch = triton_turn if out.is_cuda and triton is not None else lambda weight, part: part.copy_(weight.T)
-    start = 0
-    for weight in weights:
-        launch(weight, out[:, start : start + weight.shape[0]])
-        start += weight.shape[0]
+def turn(weight: Tensor, out: Tensor) -> Tensor:
+    """``out`` (K, N) becomes ``weight`` (N, K) turned: one byte an element, stride 1 along a row of both."""
+    if weight.is_cuda and triton is not None:
+        triton_turn(weight, out)
+    else:
+        out.view(torch.uint8).copy_(weight.view(torch.uint8).T)
     return out
 
 
@@ -69,11 +68,7 @@ def _ones(size: int, device: torch.device) -> Tensor:
 
 
 def multiply(
-    rows: Fp8Rows,
-    weight: Tensor,
-    scales: Tensor | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    out: Tensor | None = None,
+    rows: Fp8Rows, weight: Tensor, scales: Tensor | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
     """``rows weight^T``, with the scales of both.
 
@@ -81,31 +76,27 @@ def multiply(
         rows: (T, K).
         weight: (N, K) e4m3 with stride 1 along a row; on a GPU N and K are multiples of 16.
         scales: (N,) float32 of the weight's rows; None for 1.
-        dtype: of the result. A GPU computes it in bfloat16 and casts, for no other is offered by rows.
-        out: (T, N) with stride 1 along a row, to be filled; its dtype counts instead of ``dtype``.
+        dtype: of the result. A GPU computes it in bfloat16 and casts, for no other is offered with scales by rows.
 
     Returns:
         (T, N).
     """
-    dtype = dtype if out is None else out.dtype
     if rows.values.device.type != "cuda":
         dense = weight.float() if scales is None else weight.float() * scales[:, None]
-        product = (rows.dense() @ dense.T).to(dtype)
-        return product if out is None else out.copy_(product)
+        return (rows.dense() @ dense.T).to(dtype)
     if rows.values.shape[0] == 0:
-        return rows.scales.new_empty((0, weight.shape[0]), dtype=dtype) if out is None else out
+        return rows.scales.new_empty((0, weight.shape[0]), dtype=dtype)
+    if not weight.is_contiguous() and not takes_views(weight.device):
+        weight = weight.contiguous()
+    return _scaled_product(rows, weight, scales).to(dtype)
+
+
+def _scaled_product(rows: Fp8Rows, weight: Tensor, scales: Tensor | None) -> Tensor:
     b = _ones(weight.shape[0], weight.device) if scales is None else scales.view(1, -1)
-    direct = (
-        out is not None and dtype == torch.bfloat16 and (out.is_contiguous() or fills_strided(out.device))
-    )
-    given: dict[str, Any] = {"out": out} if direct else {}
-    product = torch._scaled_mm(
+    return torch._scaled_mm(
         rows.values, weight.t(), scale_a=rows.scales, scale_b=b, out_dtype=torch.bfloat16,
-        use_fast_accum=FAST_ACCUMULATION, **given,
+        use_fast_accum=FAST_ACCUMULATION,
     )  # fmt: skip
-    if out is None:
-        return product.to(dtype)
-    return out if direct else out.copy_(product)
 
 
 def _example(device: torch.device) -> tuple[Fp8Rows, Tensor, Tensor, Tensor]:
@@ -125,19 +116,14 @@ def _is_near(product: Tensor, exact: Tensor) -> bool:
 
 
 @lru_cache(maxsize=16)
-def fills_strided(device: torch.device) -> bool:
-    """Whether the product on ``device`` writes right into an output whose rows lie apart, and nowhere else."""
+def takes_views(device: torch.device) -> bool:
+    """Whether the product on ``device`` reads a weight whose rows lie apart as it should."""
     rows, weight, scales, exact = _example(device)
-    whole = torch.zeros(40, 48 + 32, dtype=torch.bfloat16, device=device)
+    wide = torch.cat([weight.view(torch.uint8)] * 2, dim=1).view(DTYPE)
     try:
-        torch._scaled_mm(
-            rows.values, weight.t(), scale_a=rows.scales, scale_b=scales.view(1, -1), out_dtype=torch.bfloat16,
-            use_fast_accum=FAST_ACCUMULATION, out=whole[:, 16 : 16 + 48],
-        )  # fmt: skip
+        return _is_near(_scaled_product(rows, wide[:, :64], scales), exact)
     except RuntimeError:
         return False
-    beside = bool((whole[:, :16] == 0).all()) and bool((whole[:, 64:] == 0).all())
-    return beside and _is_near(whole[:, 16:64], exact)
 
 
 @lru_cache(maxsize=16)
@@ -157,8 +143,8 @@ def why_no_fp8(device: torch.device) -> str | None:
     try:
         rows, weight, scales, exact = _example(device)
         right = _is_near(multiply(rows, weight, scales), exact)
-        turned = turn([weight], torch.empty(64, 48, dtype=DTYPE, device=device))
-        back = quantise_rows(exact, [scales])
+        turned = turn(weight, torch.empty(64, 48, dtype=DTYPE, device=device))
+        back = quantise_rows(exact, scales)
         right &= _is_near(multiply(back, turned), back.dense() @ weight.float())
     except Exception as error:
         return f"an FP8 product did not run on {name} ({type(error).__name__}: {str(error).splitlines()[0][:200]})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pantheraml.kernels import fp8, fp8_norm, fp8_product, nf4
+from pantheraml.kernels import fp8, fp8_factor, fp8_norm, fp8_product, nf4
 from tests.kernels.test_triton_without_gpu import compile_for
 from tests.kernels.test_triton_without_gpu import test_interpreted as run_interpreted
 
@@ -32,9 +32,6 @@ def test_unpacking_compiles(capability, dtype, rows, nested, per):
     assert compiled.metadata.shared <= 16 * 1024
 
 
-BLOCKS = {"BLOCK0": 4096, "BLOCK1": 1024, "BLOCK2": 1024}
-
-
 def check_compiled(kernel, types, constants, capability, warps):
     compiled = compile_for(kernel, types, constants, capability, warps)
     assert f"sm_{capability}" in compiled.asm["ptx"] and compiled.asm["cubin"]
@@ -44,15 +41,39 @@ def check_compiled(kernel, types, constants, capability, warps):
 
 @pytest.mark.parametrize("capability", [89, 90, 100])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("margin", [True, False])
 @pytest.mark.parametrize("scaled", [True, False])
-def test_quantising_compiles(capability, dtype, parts, scaled):
-    types = {f"x{i}_ptr": f"*{dtype}" for i in range(3)} | {f"by{i}_ptr": "*fp32" for i in range(3)}
-    types |= {f"stride{i}": "i64" for i in range(3)} | {f"cols{i}": "i32" for i in range(3)}
-    types |= {"out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
-    constants = {"PARTS": parts, "SCALED": scaled, **BLOCKS}
-    ptx = check_compiled(fp8._quantise_kernel, types, constants, capability, 8)
+def test_quantising_compiles(capability, dtype, margin, scaled):
+    types = {
+        "x_ptr": f"*{dtype}",
+        "x_stride": "i64",
+        "by_ptr": "*fp32",
+        "m_ptr": f"*{dtype}",
+        "m_stride": "i64",
+    }
+    types |= {
+        "out_ptr": "*fp8e4nv",
+        "scale_ptr": "*fp32",
+        "cols": "i32",
+        "m_cols": "i32",
+        "least": "fp32",
+        "largest_ptr": "*fp32",
+    }
+    constants = {"SCALED": scaled, "MARGIN": margin, "BLOCK": 4096, "BLOCK_M": 64}
+    ptx = check_compiled(fp8._quantise_kernel, types, constants, capability, 4)
     assert "e4m3x2" in ptx  # the hardware's own rounding
+
+
+@pytest.mark.parametrize("capability", [89, 90])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_splitting_compiles(capability, scaled):
+    types = {"source_ptr": "*bf16", "by_ptr": "*fp32", "target_ptr": "*fp8e4nv", "rows": "i32", "cols": "i32"}
+    types |= {"stride_row": "i64", "stride_col": "i64", "target_stride": "i64", "least": "fp32"}
+    types["largest_ptr"] = "*fp32"
+    tile = {name: size for name, size in fp8_factor._TILE.items() if name != "num_warps"}
+    for kernel in (fp8_factor._largest_kernel, fp8_factor._split_kernel):
+        known = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+        check_compiled(kernel, known, {"SCALED": scaled, **tile}, capability, 4)
 
 
 @pytest.mark.parametrize("capability", [89, 90])
@@ -73,6 +94,13 @@ def test_the_quantised_norm_compiles(capability, cast_first, keep_h):
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_turning_compiles(capability):
-    types = {"w_ptr": "*u8", "out_ptr": "*u8", "rows": "i32", "cols": "i32", "out_stride": "i64"}
+    types = {
+        "w_ptr": "*u8",
+        "out_ptr": "*u8",
+        "rows": "i32",
+        "cols": "i32",
+        "stride": "i64",
+        "out_stride": "i64",
+    }
     tile = {name: size for name, size in fp8_product._TURN.items() if name != "num_warps"}
     check_compiled(fp8_product._turn_kernel, types, tile, capability, fp8_product._TURN["num_warps"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pantheraml.kernels import fp8, fp8_norm, fp8_product
+from pantheraml.kernels import fp8, fp8_factor, fp8_norm, fp8_product
 from pantheraml.kernels.rms_norm import rms_norm
 from tests.kernels.fp8_cases import KINDS, LEAST_DB, rows, sqnr
 
@@ -38,13 +38,43 @@ def test_what_is_not_finite_is_seen_in_its_own_row_alone(bad):
     assert y[4].isnan().all() and y[torch.arange(12) != 4].isfinite().all()
 
 
-def test_parts_lie_side_by_side_under_one_scale():
-    parts = [rows("normal", (5, n)) * n for n in (64, 16, 48)]
-    by = [torch.rand(part.shape[1]) + 0.5 for part in parts]
-    whole = torch.cat([part * factor for part, factor in zip(parts, by, strict=True)], dim=1)
-    ours, alone = fp8.quantise_rows(parts, by), fp8.quantise_rows(whole)
+def test_columns_are_scaled_and_the_margin_is_under_the_same_scale():
+    x, by, m = rows("normal", (5, 64)), torch.rand(64) + 0.5, rows("normal", (5, 16)) * 3
+    ours = fp8.quantise_rows(x, by, fp8.Margin(m, torch.tensor([448.0]), 1.0))
+    alone = fp8.quantise_rows(torch.cat([x * by, 2 * m, 2 * m / 16], dim=1))
     assert torch.equal(ours.scales, alone.scales)
     assert torch.equal(ours.values.float(), alone.values.float())
+
+
+@pytest.mark.parametrize("least", [1e-12, 1000.0])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_a_split_factor_keeps_eight_bits(least, size):
+    """``[m | m / 16] [hi | lo]^T``: the factor loses no more than in bfloat16, however small or large it is."""
+    source = rows("normal", (48, 32)) * torch.logspace(-4, 0, 48)[:, None] * size
+    least *= size
+    by = torch.rand(48) + 0.1
+    target = torch.empty(48, 64, dtype=fp8.DTYPE)
+    largest = fp8_factor.split_factor(fp8_factor.Factor(source, by, least), target)
+    assert largest == (source / by[:, None]).abs().max()
+    hi, lo = target.float().split(32, dim=1)
+    exact = source / by[:, None] / (largest.clamp(min=least) / 224)
+    assert target.float().abs().max() <= 224
+    assert ((hi + lo / 16 - exact).abs() <= 2**-8 * exact.abs() + 2**-13).all()
+    if least < 10 * size:
+        assert sqnr((hi + lo / 16)[30:], exact[30:]) > 45 and sqnr(hi[30:], exact[30:]) < 36
+    with pytest.raises(AssertionError):
+        fp8_factor.split_factor(fp8_factor.Factor(source, by, least), target[:, :32])
+
+
+def test_a_factor_that_is_not_finite_stays_so():
+    source = rows("normal", (16, 16))
+    source[3, 4] = float("nan")
+    target = torch.empty(16, 32, dtype=fp8.DTYPE)
+    largest = fp8_factor.split_factor(fp8_factor.Factor(source, None, 1e-12), target)
+    assert largest.isfinite() and target.float()[3, 4].isnan()
+    source[3, 4] = float("inf")
+    assert fp8_factor.split_factor(fp8_factor.Factor(source, None, 1e-12), target).isinf()
+    assert target.float()[3, 4].isnan()
 
 
 @pytest.mark.parametrize("kind", ["normal", "outlier columns", "one outlier", "zero rows"])
@@ -56,8 +86,8 @@ def test_products_forward_and_back(kind):
     scales = weight.scales.flatten()
     y = fp8_product.multiply(fp8.quantise_rows(x), weight.values, scales, torch.float32)
     assert sqnr(y, x.double() @ w.double().T) > 24
-    turned = fp8_product.turn([weight.values], torch.empty(256, 64, dtype=fp8.DTYPE))
-    dx = fp8_product.multiply(fp8.quantise_rows(dy, [scales]), turned, None, torch.float32)
+    turned = fp8_product.turn(weight.values, torch.empty(256, 64, dtype=fp8.DTYPE))
+    dx = fp8_product.multiply(fp8.quantise_rows(dy, scales), turned, None, torch.float32)
     assert sqnr(dx, dy.double() @ w.double()) > 24
     # against the weights as they are held, the rounding of the gradient is all
     assert sqnr(dx, dy.double() @ weight.dense().double()) > 28
@@ -68,15 +98,6 @@ def test_a_scale_of_another_row_is_seen():
     wrong = weight.scales.flatten().roll(1)
     y = fp8_product.multiply(fp8.quantise_rows(x), weight.values, wrong, torch.float32)
     assert sqnr(y, x.double() @ weight.dense().double().T) < 20
-
-
-def test_an_output_that_is_given():
-    x, weight = fp8.quantise_rows(rows("normal")), fp8.quantise_rows(rows("normal", (32, 200)))
-    whole = torch.zeros(12, 40)
-    out = whole[:, 4:36]
-    given = fp8_product.multiply(x, weight.values, weight.scales.flatten(), out=out)
-    assert given is out and (whole[:, :4] == 0).all() and (whole[:, 36:] == 0).all()
-    assert torch.equal(out, fp8_product.multiply(x, weight.values, weight.scales.flatten(), torch.float32))
 
 
 @pytest.mark.parametrize("cast_first", [True, False])
@@ -90,12 +111,12 @@ def test_the_norm_gives_the_rows_of_its_output(dtype, cast_first):
 
 
 def test_opcheck():
-    parts = [rows("normal", (4, 32)), rows("normal", (4, 16))]
-    by = [torch.rand(32), torch.rand(16)]
-    for arguments in ((parts, by), (parts[:1], [])):
+    x, by, m = rows("normal", (4, 32)), torch.rand(32), rows("normal", (4, 16))
+    for arguments in ((x, by, m, torch.ones(1), 2.0), (x, None, None, None, 1.0)):
         torch.library.opcheck(torch.ops.pantheraml.fp8_quantise_rows, arguments)
-    arguments = (parts[0], torch.rand(32), 1e-5, 0.0, True)
-    torch.library.opcheck(torch.ops.pantheraml.fp8_norm_rows, arguments)
+    torch.library.opcheck(torch.ops.pantheraml.fp8_norm_rows, (x, torch.rand(32), 1e-5, 0.0, True))
+    target = torch.empty(4, 64, dtype=torch.uint8)
+    torch.library.opcheck(torch.ops.pantheraml.fp8_split_factor, (x, None, 2.0, target))
 
 
 def test_where_it_runs():
