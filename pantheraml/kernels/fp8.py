@@ -56,12 +56,10 @@ def magnitude(x):
 
 
 @jit
-def store_part(x, amax, out_ptr, cols, BLOCK: tl.constexpr):
-    """Columns of one row, scaled to their format; those of a row that is not finite as zeros."""
-    col = tl.arange(0, BLOCK)
+def scaled(x, amax):
+    """Columns of one row as multiples of its scale, -448 to 448; those of a row that is not finite as zeros."""
     x = tl.where(amax < float("inf"), x, 0.0) * (448.0 / tl.maximum(amax, 7.888609052210118e-31))
-    q = tl.minimum(tl.maximum(x, -448.0), 448.0)
-    tl.store(out_ptr + col, q.to(out_ptr.dtype.element_ty), mask=col < cols)
+    return tl.minimum(tl.maximum(x, -448.0), 448.0)
 
 
 @jit
@@ -83,20 +81,27 @@ def _quantise_kernel(
     if SCALED:
         x = x * tl.load(by_ptr + col, mask=col < cols, other=0.0)
     amax = magnitude(x)
-    out_ptr += row * (cols + 2 * m_cols)
+    out_ptr += row * (cols + 3 * m_cols)
+    element = out_ptr.dtype.element_ty
     if MARGIN:
         at = tl.arange(0, BLOCK_M)
         m = tl.load(m_ptr + row * m_stride + at, mask=at < m_cols, other=0.0).to(tl.float32)
         m = m * (tl.maximum(tl.load(largest_ptr), least) / 224.0)
         amax = tl.maximum(amax, magnitude(m))
-        store_part(m, amax, out_ptr + cols, m_cols, BLOCK_M)
-        store_part(m * 0.0625, amax, out_ptr + cols + m_cols, m_cols, BLOCK_M)
+        m = scaled(m, amax)
+        hi = m.to(element)
+        lo = (m - hi.to(tl.float32)) * 16.0
+        tl.store(out_ptr + cols + at, hi, mask=at < m_cols)
+        tl.store(out_ptr + cols + m_cols + at, (m * 0.0625).to(element), mask=at < m_cols)
+        tl.store(out_ptr + cols + 2 * m_cols + at, lo.to(element), mask=at < m_cols)
     store_scale(amax, scale_ptr + row)
-    store_part(x, amax, out_ptr, cols, BLOCK)
+    tl.store(out_ptr + col, scaled(x, amax).to(element), mask=col < cols)
 
 
 class Margin(NamedTuple):
-    """Columns that follow those of x twice, the second time divided by ``STEP``: what ``split_factor`` multiplies.
+    """Columns m that follow those of x as ``[hi | m / 16 | lo]``, for a product with a ``split_factor``.
+
+    hi is m rounded, and lo 16 times what the rounding left.
 
     Attributes:
         values: (T, E).
@@ -130,14 +135,17 @@ def triton_quantise(x: Tensor, by: Tensor | None, margin: Margin | None, out: Te
 
 def _eager_quantise(x: Tensor, by: Tensor | None, margin: Margin | None, out: Tensor, scales: Tensor) -> None:
     """The same in plain PyTorch."""
-    x = x.float() if by is None else x.float() * by
+    x, cols = x.float() if by is None else x.float() * by, x.shape[1]
     if margin is not None:
-        m = margin.values.float() * (margin.largest.clamp(min=margin.least) / REACH)
-        x = torch.cat([x, m, m / STEP], dim=1)
+        x = torch.cat([x, margin.values.float() * (margin.largest.clamp(min=margin.least) / REACH)], dim=1)
     amax = x.abs().nan_to_num(nan=torch.inf, posinf=torch.inf).amax(1, keepdim=True)
     finite = amax < torch.inf
     bounded = amax.clamp(min=SMALLEST)
     q = (torch.where(finite, x, 0.0) * (LARGEST / bounded)).clamp(-LARGEST, LARGEST)
+    if margin is not None:
+        m = q[:, cols:]
+        hi = m.to(out.dtype).float()
+        q = torch.cat([q[:, :cols], hi, m / STEP, (m - hi) * STEP], dim=1)
     out.copy_(q.to(out.dtype))
     scales.copy_(torch.where(finite, bounded / LARGEST, torch.nan))
 
@@ -151,9 +159,9 @@ def quantise_rows(x: Tensor, by: Tensor | None = None, margin: Margin | None = N
         margin: further columns under the same scale, or None.
 
     Returns:
-        (T, K), or (T, K + 2 E) with a margin.
+        (T, K), or (T, K + 3 E) with a margin.
     """
-    width = x.shape[1] + (0 if margin is None else 2 * margin.values.shape[1])
+    width = x.shape[1] + (0 if margin is None else 3 * margin.values.shape[1])
     out = torch.empty(x.shape[0], width, dtype=DTYPE, device=x.device)
     scales = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
     if out.numel() == 0:
@@ -177,6 +185,6 @@ def _quantise_rows(
 def _(
     x: Tensor, by: Tensor | None, margin: Tensor | None, largest: Tensor | None, least: float
 ) -> tuple[Tensor, Tensor]:
-    width = x.shape[1] + (0 if margin is None else 2 * margin.shape[1])
+    width = x.shape[1] + (0 if margin is None else 3 * margin.shape[1])
     values = torch.empty(x.shape[0], width, dtype=DTYPE, device=x.device)
     return values, torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)

@@ -1,14 +1,15 @@
-"""A factor of LoRA as two e4m3 matrices side by side, so that it rides along in an FP8 product almost unrounded.
+"""A factor of LoRA as e4m3 matrices side by side, so that it rides along in an FP8 product almost unrounded.
 
     largest = max|source / by|                    source (N, E), by (N,) or 1
     gain = max(largest, least) / 224
     v    = source / by / gain
     hi   = round(v)
     lo   = round((v - hi) * 16)                   what e4m3's 3 bits of mantissa left, brought back to full range
-    target = [hi | lo]                            (N, 2 E), rows may lie apart
+    target = [hi | lo | hi / 16]                  (N, 3 E), rows may lie apart
 
-A product with ``[gain m | gain m / 16]`` (``quantise_rows(margin=...)``) then gives ``m (source / by)^T`` with the
-factor rounded to 2^-8 of itself, as in bfloat16. The gain is found on the device and never waited for.
+A product with ``gain m`` as ``[hi' | gain m / 16 | lo']`` (``quantise_rows(margin=...)``) then gives
+``m (source / by)^T`` with both rounded to 2^-8 of themselves, as in bfloat16: ``hi' hi + m lo / 16 + lo' hi / 16``. The
+gain is found on the device and never waited for.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def _split_kernel(
     at = target_ptr + row.to(tl.int64)[:, None] * target_stride + col[None, :]
     tl.store(at, hi, mask=there)
     tl.store(at + cols, lo.to(element), mask=there)
+    tl.store(at + 2 * cols, (hi.to(tl.float32) * 0.0625).to(element), mask=there)
 
 
 class Factor(NamedTuple):
@@ -97,9 +99,8 @@ def _eager_split(factor: Factor, largest: Tensor, target: Tensor) -> None:
         ratio = ratio / factor.by[:, None]
     largest.copy_(ratio.abs().nan_to_num(nan=0.0, posinf=torch.inf).max().view(1))
     v = ratio / (largest.clamp(min=factor.least) / REACH)
-    hi = v.to(target.dtype)
-    lo = ((v - hi.float()) * STEP).to(target.dtype)
-    target[:, : ratio.shape[1]], target[:, ratio.shape[1] :] = hi, lo
+    hi = v.to(target.dtype).float()
+    target.copy_(torch.cat([hi, (v - hi) * STEP, hi / STEP], dim=1).to(target.dtype))
 
 
 @torch.library.custom_op("pantheraml::fp8_split_factor", mutates_args=("target",))
@@ -114,13 +115,13 @@ def _(source: Tensor, by: Tensor | None, least: float, target: Tensor) -> Tensor
 
 
 def split_factor(factor: Factor, target: Tensor) -> Tensor:
-    """Write the factor to ``target`` (N, 2 E) e4m3, stride 1 along a row.
+    """Write the factor to ``target`` (N, 3 E) e4m3, stride 1 along a row.
 
     Returns:
         ``largest``, (1,) float32, for the ``Margin`` that is multiplied with it.
     """
     source = factor.source
-    assert target.dtype == DTYPE and target.shape == (source.shape[0], 2 * source.shape[1])
+    assert target.dtype == DTYPE and target.shape == (source.shape[0], 3 * source.shape[1])
     largest = torch.zeros(1, dtype=torch.float32, device=source.device)
     with torch.no_grad():
         launch = triton_split if source.is_cuda and triton is not None else _eager_split

@@ -15,7 +15,7 @@ from pantheraml.kernels.fp8 import (
     Fp8Rows,
     magnitude,
     quantise_rows,
-    store_part,
+    scaled,
     store_scale,
 )
 from pantheraml.kernels.launch import jit, tl, triton
@@ -44,7 +44,7 @@ def _norm_rows_kernel(
     h = rounded.to(tl.float32)
     amax = magnitude(h)
     store_scale(amax, scale_ptr + row)
-    store_part(h, amax, out_ptr + row * cols, cols, BLOCK)
+    tl.store(out_ptr + row * cols + col, scaled(h, amax).to(out_ptr.dtype.element_ty), mask=there)
 
 
 def triton_norm_rows(

@@ -16,7 +16,7 @@ LARGEST = fp8.LARGEST
 
 
 def quantise(launch, x, by=None, margin=None):
-    width = x.shape[1] + (0 if margin is None else 2 * margin.values.shape[1])
+    width = x.shape[1] + (0 if margin is None else 3 * margin.values.shape[1])
     out, scales = torch.empty(x.shape[0], width), torch.empty(x.shape[0], 1)
     launch(x, by, margin, out, scales)
     return out, scales
@@ -62,14 +62,17 @@ def test_split_factors(shape, turned):
     source = rows("normal", shape[::-1]).T if turned else rows("normal", shape)
     by = torch.rand(shape[0]) + 0.1
     for scales in (by, None):
-        ours, exact = (torch.zeros(shape[0], 2 * shape[1] + 3, dtype=torch.float16) for _ in range(2))
+        ours, exact = (torch.zeros(shape[0], 3 * shape[1] + 3, dtype=torch.float16) for _ in range(2))
         factor = fp8_factor.Factor(source, scales, 1e-3)
         largest, other = torch.zeros(1), torch.zeros(1)
         fp8_factor.triton_split(factor, largest, ours[:, :-3])
         fp8_factor._eager_split(factor, other, exact[:, :-3])
         torch.testing.assert_close(largest, other, rtol=1e-6, atol=0)
         torch.testing.assert_close(ours[:, : shape[1]], exact[:, : shape[1]], rtol=2**-10, atol=0)
-        whole = [t[:, : shape[1]].float() + t[:, shape[1] : -3].float() / 16 for t in (ours, exact)]
+        whole = [t[:, : shape[1]].float() + t[:, shape[1] : 2 * shape[1]].float() / 16 for t in (ours, exact)]
+        torch.testing.assert_close(
+            ours[:, 2 * shape[1] : -3], exact[:, 2 * shape[1] : -3], rtol=2**-9, atol=1e-6
+        )
         torch.testing.assert_close(*whole, rtol=1e-5, atol=1e-6)
         assert (ours[:, -3:] == 0).all()
 

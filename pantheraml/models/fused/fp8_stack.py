@@ -1,14 +1,14 @@
 """Frozen FP8 weights that share their input, with LoRA's factors in the margins of the same products.
 
-    forward   [x    | g t | g t / 16] [W_q | hi | lo]^T * scale_t * w_n    hi + lo / 16 = s B / (g w)
-    backward  [dy w | h i | h i / 16] [W_q ; hi ; lo]   * scale_t          hi + lo / 16 = A / h
+    forward   [x    | t ] [W_q | s B / w]^T * scale_t * w_n
+    backward  [dy w | i ] [W_q ; A]         * scale_t
 
-t = x A^T and i = s dy B are computed in the dtype of x, for the gradients of the factors. In the margins B and A keep
-8 bits of mantissa (``fp8_factor``); t and i are rounded to e4m3 as x and dy are. LoRA's share thus costs 2 E more
-columns of an inner dimension of thousands, E the sum of ranks in steps of 32.
+t = x A^T and i = s dy B are computed in the dtype of x, for the gradients of the factors. In the margins they and the
+factors are split into e4m3 parts (``fp8_factor``, three columns for one), which keep 8 bits of mantissa as bfloat16.
+LoRA's share thus costs 3 E more columns of an inner dimension of thousands, E the sum of ranks in steps of 16.
 
-``F = [W_q | hi | lo]`` (N, K + 2 E) holds the layers' Parameters as views. The backward reads the turned
-``D`` (K, N + 2 E): kept where the layers say so (``keeps_turned``), else made anew in memory that all layers share.
+``F = [W_q | margin]`` (N, K + 3 E) holds the layers' Parameters as views. The backward reads the turned ``D``
+(K, N + 3 E): kept where the layers say so (``keeps_turned``), else made anew in memory that all layers share.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pantheraml.kernels.workspace import borrow
 from pantheraml.models.fused.projection import Projection
 from pantheraml.models.fused.stack import BoundStack, Product
 
-_STEP = 32
+_STEP = 16
 # An adapter that begins has a B near zero: below this share of its weight, t would have to fall below e4m3's range.
 _LEAST_B, _LEAST_A = 3.5, 1e-12
 
@@ -56,7 +56,7 @@ class Fp8Memory:
     """The weights of a stack side by side with their factors, both ways.
 
     Attributes:
-        matrix: F (N, K + 2 E).
+        matrix: F (N, K + 3 E).
         scales: (N,) float32, those of the weights.
         a: (E, K), the factors as they are multiplied.
         b: (N, E), scaled.
@@ -67,7 +67,7 @@ class Fp8Memory:
         rows, cols = sum(p.features for p in projections), linears[0].in_features
         device, dtype = linears[0].weight.device, projections[0].dtype
         self.margin = margin
-        self.matrix = torch.zeros(rows, cols + 2 * margin, dtype=torch.uint8, device=device).view(DTYPE)
+        self.matrix = torch.zeros(rows, cols + 3 * margin, dtype=torch.uint8, device=device).view(DTYPE)
         self.scales = torch.cat([linear.weight_scale for linear in linears])
         self.a = torch.zeros(margin, cols, dtype=dtype, device=device)
         self.b = torch.zeros(rows, margin, dtype=dtype, device=device)
@@ -124,7 +124,7 @@ class Fp8Memory:
             row += projection.features
         self._table.write(placements)
         factor = Factor(self.b, self.scales, _LEAST_B)
-        self._largest["b"] = split_factor(factor, self.matrix[:, self.matrix.shape[1] - 2 * self.margin :])
+        self._largest["b"] = split_factor(factor, self.matrix[:, self.matrix.shape[1] - 3 * self.margin :])
         self._factors = projections
 
     def largest(self, name: str) -> Tensor:
@@ -132,9 +132,9 @@ class Fp8Memory:
         return self._largest[name]
 
     def turned(self, projections: tuple[Projection, ...]) -> Tensor:
-        """D (K, N + 2 E) with these factors; to be used before anything else asks for one."""
-        rows, cols = self.matrix.shape[0], self.matrix.shape[1] - 2 * self.margin
-        shape = (cols, rows + 2 * self.margin)
+        """D (K, N + 3 E) with these factors; to be used before anything else asks for one."""
+        rows, cols = self.matrix.shape[0], self.matrix.shape[1] - 3 * self.margin
+        shape = (cols, rows + 3 * self.margin)
         kept = self._turned
         if kept is None:
             if self.linears[0].keeps_turned:
