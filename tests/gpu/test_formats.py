@@ -84,12 +84,10 @@ def test_this_gpu_takes_fp8_and_weights_that_are_views():
 
 @needs_fp8
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(12, 200), (1, 16), (3, 1), (300, 14336), (7, 57344), (5, 66000)])
-@pytest.mark.parametrize("margin", [0, 5, 48])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(12, 200), (1, 16), (300, 14336), (7, 57344), (5, 66000)])
+@pytest.mark.parametrize("margin", [0, 5])
 def test_rows_equal_those_of_plain_pytorch(kind, dtype, shape, margin):
-    if dtype == torch.float16 and "1e12" in kind:
-        pytest.skip("past float16")
     x = rows(kind, shape, dtype)
     by = torch.rand(shape[1]) + 0.5
     extra = (
