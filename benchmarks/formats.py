@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.gemm_layouts import timed
 from pantheraml.kernels import fp8, fp8_factor, fp8_norm, fp8_product, nf4
+from pantheraml.kernels.rms_norm import RMSNorm
 
 H, INNER, KV = 4096, 14336, 1024
 # name, N, K, margin of LoRA at r=16: the stacks of a Llama-8B layer
@@ -112,8 +113,10 @@ def bench_quantise(tokens: int, sweep: bool) -> None:
                 )
             fp8._PER_WARP = before
     x, w = torch.randn(tokens, H, device="cuda", dtype=torch.bfloat16), torch.rand(H, device="cuda")
-    attempt("norm and FP8 rows", lambda: fp8_norm.norm_rows(x, w, 1e-5, 0.0, True), 3 * tokens * H)
-    attempt("norm, h and FP8 rows", lambda: fp8_norm.norm_rows(x, w, 1e-5, 0.0, True, True), 5 * tokens * H)
+    norm, raw = RMSNorm(w, 1e-5), fp8.Margin(x[:, :48].contiguous(), torch.ones(1, device="cuda"), 1.0)
+    attempt("norm and FP8 rows", lambda: fp8_norm.norm_rows(x, norm), 3 * tokens * H)
+    attempt("norm, FP8 rows and margin", lambda: fp8_norm.norm_rows(x, norm, raw), tokens * (3 * H + 7 * 48))
+    attempt("norm, h and FP8 rows", lambda: fp8_norm.norm_rows(x, norm, None, True), 5 * tokens * H)
     for name, n, k, margin in STACKS:
         weight = torch.zeros(n, k + 3 * margin, dtype=torch.uint8, device="cuda").view(fp8.DTYPE)
         out = torch.empty(k, n + 3 * margin, dtype=torch.uint8, device="cuda").view(fp8.DTYPE)

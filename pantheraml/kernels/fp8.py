@@ -70,6 +70,19 @@ def store_scale(amax, scale_ptr):
 
 
 @jit
+def store_margin(m, amax, out_ptr, cols, BLOCK: tl.constexpr):
+    """A margin's columns of one row, in their three parts."""
+    at = tl.arange(0, BLOCK)
+    element = out_ptr.dtype.element_ty
+    m = scaled(m, amax)
+    hi = m.to(element)
+    lo = (m - hi.to(tl.float32)) * 16.0
+    tl.store(out_ptr + at, hi, mask=at < cols)
+    tl.store(out_ptr + cols + at, (m * 0.0625).to(element), mask=at < cols)
+    tl.store(out_ptr + 2 * cols + at, lo.to(element), mask=at < cols)
+
+
+@jit
 def _quantise_kernel(
     x_ptr, x_stride, by_ptr, m_ptr, m_stride, largest_ptr, out_ptr, scale_ptr, cols, m_cols, least,
     SCALED: tl.constexpr, MARGIN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -82,20 +95,14 @@ def _quantise_kernel(
         x = x * tl.load(by_ptr + col, mask=col < cols, other=0.0)
     amax = magnitude(x)
     out_ptr += row * (cols + 3 * m_cols)
-    element = out_ptr.dtype.element_ty
     if MARGIN:
         at = tl.arange(0, BLOCK_M)
         m = tl.load(m_ptr + row * m_stride + at, mask=at < m_cols, other=0.0).to(tl.float32)
         m = m * (tl.maximum(tl.load(largest_ptr), least) / 224.0)
         amax = tl.maximum(amax, magnitude(m))
-        m = scaled(m, amax)
-        hi = m.to(element)
-        lo = (m - hi.to(tl.float32)) * 16.0
-        tl.store(out_ptr + cols + at, hi, mask=at < m_cols)
-        tl.store(out_ptr + cols + m_cols + at, (m * 0.0625).to(element), mask=at < m_cols)
-        tl.store(out_ptr + cols + 2 * m_cols + at, lo.to(element), mask=at < m_cols)
+        store_margin(m, amax, out_ptr + cols, m_cols, BLOCK_M)
     store_scale(amax, scale_ptr + row)
-    tl.store(out_ptr + col, scaled(x, amax).to(element), mask=col < cols)
+    tl.store(out_ptr + col, scaled(x, amax).to(out_ptr.dtype.element_ty), mask=col < cols)
 
 
 class Margin(NamedTuple):
@@ -114,7 +121,8 @@ class Margin(NamedTuple):
     least: float
 
 
-def _padded(cols: int) -> int:
+def padded(cols: int) -> int:
+    """The lanes that hold ``cols`` columns."""
     return max(16, 1 << (cols - 1).bit_length())
 
 
@@ -123,13 +131,13 @@ def triton_quantise(x: Tensor, by: Tensor | None, margin: Margin | None, out: Te
     x = x if x.stride(1) == 1 else x.contiguous()
     extra = x if margin is None else margin.values
     extra = extra if extra.stride(1) == 1 else extra.contiguous()
-    block = _padded(x.shape[1])
+    block = padded(x.shape[1])
     _quantise_kernel[(x.shape[0],)](
         x, x.stride(0), scales if by is None else by, extra, extra.stride(0),
         scales if margin is None else margin.largest, out, scales, x.shape[1],
         0 if margin is None else extra.shape[1], 1.0 if margin is None else margin.least,
         SCALED=by is not None, MARGIN=margin is not None, BLOCK=block,
-        BLOCK_M=16 if margin is None else _padded(extra.shape[1]), num_warps=min(32, max(1, block // _PER_WARP)),
+        BLOCK_M=16 if margin is None else padded(extra.shape[1]), num_warps=min(32, max(1, block // _PER_WARP)),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import torch
 
 from pantheraml import FastLanguageModel
 from pantheraml.kernels import fp8, fp8_factor, fp8_norm, fp8_product, nf4
-from pantheraml.kernels.rms_norm import rms_norm
+from pantheraml.kernels.rms_norm import RMSNorm, rms_norm
 from pantheraml.models.fp8 import Fp8Linear
 from pantheraml.models.fused.fp8_stack import Fp8Stack
 from pantheraml.models.fused.projection import Projection
@@ -140,8 +140,15 @@ def test_products_both_ways(tokens, n, k):
 def test_the_quantised_norm(shape, keep_h):
     x = rows("outlier columns", shape, torch.bfloat16, "cuda")
     weight = torch.rand(shape[1], device="cuda", dtype=torch.bfloat16) + 0.5
-    quantised, h = fp8_norm.norm_rows(x, weight, 1e-5, 0.0, True, keep_h)
-    expected = rms_norm(x, weight, 1e-5, 0.0, True)
+    norm = RMSNorm(weight, 1e-5)
+    a = torch.randn(48, shape[1], device="cuda", dtype=torch.bfloat16) / shape[1] ** 0.5
+    raw = fp8.Margin(x @ (a * weight).T, torch.ones(1, device="cuda"), 224.0)
+    expected = rms_norm(x, *norm)
+    found = fp8_norm.norm_rows(x, norm, raw)
+    assert sqnr(found.t, expected.double() @ a.double().T) > 35
+    margin = found.rows.dense()[:, shape[1] :].split(48, dim=1)
+    assert sqnr(margin[0] + margin[2] / 16, found.t) > 40 and sqnr(margin[1] * 16, found.t) > 26
+    quantised, _, h = fp8_norm.norm_rows(x, norm, None, keep_h)
     assert sqnr(quantised.dense(), expected) > LEAST_DB and (h is None) != keep_h
     if h is not None:
         torch.testing.assert_close(h, expected, rtol=2**-7, atol=0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pantheraml.kernels import fp8, fp8_factor, fp8_norm, fp8_product
+from pantheraml.kernels.rms_norm import RMSNorm
 from tests.kernels.fp8_cases import KINDS, rows
 
 LARGEST = fp8.LARGEST
@@ -98,10 +99,13 @@ def test_rows_that_are_not_finite(bad):
 @pytest.mark.parametrize("keep_h", [True, False])
 def test_the_norm(dtype, cast_first, keep_h):
     x, weight = rows("outlier columns", (6, 100), dtype), torch.rand(100).to(dtype)
-    out, scales, h = torch.empty(6, 100), torch.empty(6, 1), torch.empty_like(x) if keep_h else None
-    fp8_norm.triton_norm_rows(x, weight, (1e-5, 1.0, cast_first), out, scales, h)
-    expected = fp8_norm.rms_norm(x, weight, 1e-5, 1.0, cast_first)
-    exact = quantise(fp8._eager_quantise, expected)
+    out, scales, h = torch.empty(6, 160), torch.empty(6, 1), torch.empty_like(x) if keep_h else None
+    norm, t = RMSNorm(weight, 1e-5, 1.0, cast_first), torch.empty(6, 20, dtype=dtype)
+    raw = fp8.Margin(rows("normal", (6, 20), dtype), torch.tensor([300.0]), 1.0)
+    fp8_norm.triton_norm_rows(x, norm, raw, fp8.Fp8Rows(out, scales), t, h)
+    expected, exact_t = fp8_norm.rms_norm(x, *norm), fp8_norm._eager_norm_rows(x, norm, raw, False).t
+    exact = quantise(fp8._eager_quantise, expected, None, fp8.Margin(exact_t, raw.largest, 1.0))
+    torch.testing.assert_close(t, exact_t, rtol=2e-3, atol=0)
     unit = 2e-3 if dtype == torch.float16 else 1e-5  # one unit in the last place of h
     torch.testing.assert_close(scales, exact[1], rtol=unit, atol=0)
     torch.testing.assert_close(out, exact[0], rtol=2 * unit, atol=unit)

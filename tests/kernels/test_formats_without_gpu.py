@@ -87,8 +87,22 @@ def test_the_quantised_norm_compiles(capability, cast_first, keep_h):
         "out_ptr": "*fp8e4nv",
         "scale_ptr": "*fp32",
     }
-    types |= {"x_stride": "i64", "cols": "i32", "eps": "fp32", "offset": "fp32"}
-    constants = {"CAST_FIRST": cast_first, "KEEP_H": keep_h, "BLOCK": 4096}
+    types |= {
+        "x_stride": "i64",
+        "cols": "i32",
+        "eps": "fp32",
+        "offset": "fp32",
+        "m_ptr": "*bf16",
+        "m_stride": "i64",
+    }
+    types |= {"largest_ptr": "*fp32", "t_ptr": "*bf16", "m_cols": "i32", "least": "fp32"}
+    constants = {
+        "CAST_FIRST": cast_first,
+        "KEEP_H": keep_h,
+        "MARGIN": not keep_h,
+        "BLOCK": 4096,
+        "BLOCK_M": 64,
+    }
     check_compiled(fp8_norm._norm_rows_kernel, types, constants, capability, 8)
 
 

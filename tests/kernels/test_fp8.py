@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pantheraml.kernels import fp8, fp8_factor, fp8_norm, fp8_product
-from pantheraml.kernels.rms_norm import rms_norm
+from pantheraml.kernels.rms_norm import RMSNorm, rms_norm
 from tests.kernels.fp8_cases import KINDS, LEAST_DB, rows, sqnr
 
 
@@ -107,10 +107,18 @@ def test_a_scale_of_another_row_is_seen():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_gives_the_rows_of_its_output(dtype, cast_first):
     x, weight = rows("outlier columns", (6, 48), dtype), torch.rand(48).to(dtype)
-    quantised, h = fp8_norm.norm_rows(x, weight, 1e-5, 1.0, cast_first, keep_h=True)
-    expected = rms_norm(x, weight, 1e-5, 1.0, cast_first)
-    assert torch.equal(h, expected) and sqnr(quantised.dense(), expected) > LEAST_DB
-    assert fp8_norm.norm_rows(x, weight, 1e-5, 1.0, cast_first)[1] is None
+    norm = RMSNorm(weight, 1e-5, 1.0, cast_first)
+    quantised, t, h = fp8_norm.norm_rows(x, norm, keep_h=True)
+    expected = rms_norm(x, *norm)
+    assert t is None and torch.equal(h, expected) and sqnr(quantised.dense(), expected) > LEAST_DB
+    assert fp8_norm.norm_rows(x, norm).h is None
+    a = torch.randn(16, 48).to(dtype)
+    raw = fp8.Margin(x @ (a * (weight + 1)).T, torch.ones(1), 224.0)
+    ours, t, _ = fp8_norm.norm_rows(x, norm, raw)
+    exact = rms_norm(x.double(), weight.double(), 1e-5, 1.0, False) @ a.double().T
+    assert sqnr(t, exact) > (35 if dtype == torch.bfloat16 else 100)
+    alone = fp8.quantise_rows(expected, None, fp8.Margin(t, torch.ones(1), 224.0))
+    assert torch.equal(ours.values.view(torch.uint8), alone.values.view(torch.uint8))
 
 
 def test_opcheck():

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from pantheraml.kernels.fp8 import DTYPE, Margin, quantise_rows
 from pantheraml.kernels.fp8_factor import Factor, split_factor
+from pantheraml.kernels.fp8_norm import norm_rows
 from pantheraml.kernels.fp8_product import multiply, turn
 from pantheraml.kernels.place_factors import Placement, Table
+from pantheraml.kernels.rms_norm import RMSNorm
 from pantheraml.kernels.workspace import borrow
 from pantheraml.models.fused.projection import Projection
 from pantheraml.models.fused.stack import BoundStack, Product
@@ -168,6 +170,17 @@ class BoundFp8Stack(BoundStack):
         rows = quantise_rows(x, margin=None if t is None else Margin(t, memory.largest("b"), _LEAST_B))
         y = multiply(rows, memory.matrix, memory.scales, x.dtype)
         return Product(y if bias is None else y.add_(bias), t)
+
+    def product_of_norm(self, x: Tensor, norm: RMSNorm) -> Product:
+        """``product`` of the norm of x (T, K), which is never written in the dtype of x."""
+        memory = self._memory
+        memory.place(self.projections)
+        raw = None
+        if self.margin:
+            weight = norm.weight if norm.offset == 0 else norm.weight + norm.offset
+            raw = Margin(torch.mm(x, (memory.a * weight).T), memory.largest("b"), _LEAST_B)
+        rows, t, _ = norm_rows(x, norm, raw)
+        return Product(multiply(rows, memory.matrix, memory.scales, x.dtype), t)
 
     def input_gradient(self, dy: Tensor) -> tuple[Tensor, Tensor | None]:
         """dX (T, K) with LoRA's share, and ``i = s dy B`` (T, E)."""
