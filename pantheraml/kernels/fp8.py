@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.launch import jit, tl, triton
+from pantheraml.kernels.launch import jit, launching_on, tl, triton
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -185,7 +185,8 @@ def _quantise_rows(
     x: Tensor, by: Tensor | None, margin: Tensor | None, largest: Tensor | None, least: float
 ) -> tuple[Tensor, Tensor]:
     extra = None if margin is None or largest is None else Margin(margin, largest, least)
-    rows = quantise_rows(x, by, extra)
+    with launching_on(x):
+        rows = quantise_rows(x, by, extra)
     return rows.values, rows.scales
 
 

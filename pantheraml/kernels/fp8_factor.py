@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pantheraml.kernels.fp8 import DTYPE, REACH, STEP
-from pantheraml.kernels.launch import jit, tl, triton
+from pantheraml.kernels.launch import jit, launching_on, tl, triton
 
 _TILE = {"BLOCK_N": 32, "BLOCK_E": 32, "num_warps": 4}
 
@@ -106,7 +106,8 @@ def _eager_split(factor: Factor, largest: Tensor, target: Tensor) -> None:
 @torch.library.custom_op("pantheraml::fp8_split_factor", mutates_args=("target",))
 def _split_factor(source: Tensor, by: Tensor | None, least: float, target: Tensor) -> Tensor:
     """``target`` as bytes: torch's checks of operators do arithmetic on what they are given."""
-    return split_factor(Factor(source, by, least), target.view(DTYPE))
+    with launching_on(source):
+        return split_factor(Factor(source, by, least), target.view(DTYPE))
 
 
 @_split_factor.register_fake

@@ -27,7 +27,7 @@ from pantheraml.kernels.fp8 import (
     store_margin,
     store_scale,
 )
-from pantheraml.kernels.launch import jit, tl, triton
+from pantheraml.kernels.launch import jit, launching_on, tl, triton
 from pantheraml.kernels.rms_norm import RMSNorm, rms_norm
 
 
@@ -125,7 +125,8 @@ def _eager_norm_rows(x: Tensor, norm: RMSNorm, raw: Margin | None, keep_h: bool)
 def _norm_rows(
     x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    found = norm_rows(x, RMSNorm(weight, eps, offset, cast_first), keep_h=True)
+    with launching_on(x):
+        found = norm_rows(x, RMSNorm(weight, eps, offset, cast_first), keep_h=True)
     assert found.h is not None
     return found.rows.values, found.rows.scales, found.h
 

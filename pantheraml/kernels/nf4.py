@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.launch import jit, tl
+from pantheraml.kernels.launch import jit, launching_on, tl
 
 # Words of 4 bytes that a program unpacks; 4 to a thread are one load of 16 bytes.
 _TILE = {"WORDS": 512, "num_warps": 4}
@@ -110,7 +110,7 @@ def _unpack_4bit(
 def _(
     out: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, nested: list[Tensor], blocks: list[int]
 ) -> None:
-    with torch.cuda.device(out.device):
+    with launching_on(out):
         triton_unpack(out, packed, absmax, code, nested, blocks)
 
 

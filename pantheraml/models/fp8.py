@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pantheraml.kernels.fp8 import DTYPE, LARGEST, quantise_rows
 from pantheraml.kernels.fp8_product import multiply, turn
+from pantheraml.kernels.launch import launching_on
 from pantheraml.kernels.workspace import borrow
 
 METHOD = "pantheraml_fp8"
@@ -52,13 +53,15 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scales)
-        return multiply(quantise_rows(x), weight, scales, x.dtype)
+        with launching_on(x):
+            return multiply(quantise_rows(x), weight, scales, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         weight, scales = ctx.saved_tensors
-        turned = turn(weight, borrow((weight.shape[1], weight.shape[0]), DTYPE, weight.device))
-        return multiply(quantise_rows(dy, scales), turned, None, dy.dtype), None, None
+        with launching_on(dy):
+            turned = turn(weight, borrow((weight.shape[1], weight.shape[0]), DTYPE, weight.device))
+            return multiply(quantise_rows(dy, scales), turned, None, dy.dtype), None, None
 
 
 class Fp8Linear(nn.Linear):

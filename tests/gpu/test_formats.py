@@ -205,6 +205,15 @@ def test_a_stack_on_the_gpu(ranks, kept):
 
 
 @needs_fp8
+def test_peft_merges_nothing_into_fp8():
+    linear = Fp8Linear(64, 48, False, "cuda").quantise_()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        linear.weight.data += torch.randn(48, 64, device="cuda")
+    moved = linear.to(torch.bfloat16).cpu().cuda()
+    assert moved.weight.dtype == fp8.DTYPE and moved.weight_scale.dtype == torch.float32
+
+
+@needs_fp8
 def test_fp8_trains_as_bf16_does(tmp_path):
     """A tiny model: the loss after 40 steps within 2 % of bf16's, fused and not; benchmarks/fp8_loss.py is longer."""
     folder = tiny.save_checkpoint(tmp_path / "base", hidden_size=128, intermediate_size=256)
