@@ -99,9 +99,15 @@ def test_rows_equal_those_of_plain_pytorch(kind, dtype, shape, margin):
         exact = fp8.quantise_rows(x, factor, extra)
         torch.testing.assert_close(ours[1], exact.scales, rtol=1e-6, atol=0, equal_nan=True)
         # A product that falls on the boundary of two e4m3 numbers may go either way: one unit, rarely.
-        values, differs = exact.values.float(), ours[0] != exact.values.float()
-        assert differs.float().mean() < 2e-3
-        assert ((ours[0] - values).abs() <= 0.126 * values.abs().clamp(min=2**-6) + 2**-9).all()
+        mine, values = ours[0][:, : shape[1]], exact.values.float()[:, : shape[1]]
+        assert (mine != values).float().mean() < 2e-3
+        assert ((mine - values).abs() <= 0.126 * values.abs().clamp(min=2**-6) + 2**-9).all()
+        if margin:  # its parts may be split otherwise, their sum may not
+            wholes = []
+            for whole in (ours[0], exact.values.float()):
+                hi, _, lo = whole[:, shape[1] :].split(margin, dim=1)
+                wholes.append(hi + lo / 16)
+            assert (wholes[0] - wholes[1]).abs().max() <= 2**-7 * wholes[1].abs().max() + 2**-12
 
 
 @needs_fp8
@@ -126,12 +132,13 @@ def test_products_both_ways(tokens, n, k):
     scales = weight.scales.flatten()
     xq = fp8.quantise_rows(x)
     y = fp8_product.multiply(xq, weight.values, scales)
-    assert sqnr(y, xq.dense() @ weight.dense().T) > 40 and sqnr(y, x.double() @ w.double().T) > 24
+    # Beside bfloat16's rounding of the result: the tensor core keeps some 14 bits of its sums.
+    assert sqnr(y, xq.dense() @ weight.dense().T) > 30 and sqnr(y, x.double() @ w.double().T) > 24
     turned = fp8_product.turn(weight.values, torch.empty(k, n, dtype=fp8.DTYPE, device="cuda"))
     assert torch.equal(turned.view(torch.uint8), weight.values.view(torch.uint8).T)
     dyq = fp8.quantise_rows(dy, scales)
     dx = fp8_product.multiply(dyq, turned)
-    assert sqnr(dx, dyq.dense() @ weight.values.float()) > 40 and sqnr(dx, dy.double() @ w.double()) > 24
+    assert sqnr(dx, dyq.dense() @ weight.values.float()) > 30 and sqnr(dx, dy.double() @ w.double()) > 24
 
 
 @needs_fp8
@@ -198,10 +205,10 @@ def test_a_stack_on_the_gpu(ranks, kept):
     ])  # fmt: skip
     bound = Fp8Stack().bind(parts)
     for _ in range(2):
-        assert sqnr(bound.product(x).y, x.double() @ full.T) > 26
-        assert sqnr(bound.input_gradient(dy)[0], dy.double() @ full) > 26
+        assert sqnr(bound.product(x).y, x.double() @ full.T) > 25
+        assert sqnr(bound.input_gradient(dy)[0], dy.double() @ full) > 25
     y = layers[0](x)  # the stock forward, whose weight is a view of the stack now
-    assert sqnr(y, x.double() @ dense[0].T) > 26
+    assert sqnr(y, x.double() @ dense[0].T) > 25
 
 
 @needs_fp8
@@ -215,7 +222,7 @@ def test_peft_merges_nothing_into_fp8():
 
 @needs_fp8
 def test_fp8_trains_as_bf16_does(tmp_path):
-    """A tiny model: the loss after 40 steps within 2 % of bf16's, fused and not; benchmarks/fp8_loss.py is longer."""
+    """A tiny model: the loss after 40 steps within 1 % of bf16's, fused and not; benchmarks/fp8_loss.py is longer."""
     folder = tiny.save_checkpoint(tmp_path / "base", hidden_size=128, intermediate_size=256)
     ids = torch.randint(5, 400, (8, 64), generator=torch.Generator().manual_seed(3)).cuda()
     losses = {}
@@ -233,5 +240,5 @@ def test_fp8_trains_as_bf16_does(tmp_path):
             optimizer.zero_grad()
         losses[name] = loss.item()
     print(losses)
-    assert losses["fp8"] == pytest.approx(losses["bf16"], rel=0.02)
-    assert losses["stock"] == pytest.approx(losses["bf16"], rel=0.02)
+    assert losses["fp8"] == pytest.approx(losses["bf16"], rel=0.01)
+    assert losses["stock"] == pytest.approx(losses["bf16"], rel=0.01)
