@@ -74,7 +74,8 @@ class FastLanguageModel:
                 fine-tuning or an already quantised checkpoint is chosen.
             load_in_8bit: LLM.int8 weights.
             load_in_16bit: bfloat16 or float16 weights.
-            load_in_fp8: not in this version.
+            load_in_fp8: weights in FP8 (e4m3), multiplied in FP8 forward and backward; lossy, and fast on GPUs of
+                compute capability 8.9 or newer.
             full_finetuning: train all weights; they are held in float32 unless ``dtype`` says otherwise.
             token: hub access token.
             device_map: ``None``, ``"auto"``, ``"cpu"``, ``"cuda:1"``, an index, or ``{"": device}``.
@@ -103,6 +104,7 @@ class FastLanguageModel:
             ConfigError: a flag or a combination that cannot be.
             ModelLoadError: files that are missing, damaged, pickled or out of reach.
             AdapterError: an adapter of another base model.
+            HardwareError: FP8 on a GPU that cannot multiply it.
             NotYetError: a promised flag that this version does not have.
         """
         from pantheraml.models.assembly import LoadRequest, assemble

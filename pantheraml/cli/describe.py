@@ -50,6 +50,8 @@ def _precision(config: RunConfig) -> str:
     model = config.model
     if model.load_in_8bit:
         return "8-bit"
+    if model.load_in_fp8:
+        return "FP8"
     if model.full_finetuning:
         return model.dtype or "float32"
     if model.load_in_16bit or model.load_in_4bit is False:

@@ -53,7 +53,7 @@ def device_names(devices: object) -> list[str]:
 
 def _precision(config: RunConfig) -> Iterator[Conflict]:
     model = config.model
-    names = ("load_in_4bit", "load_in_8bit", "load_in_16bit")
+    names = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "load_in_fp8")
     loads = [f"model.{name}" for name in names if getattr(model, name)]
     if len(loads) > 1:
         yield Conflict(

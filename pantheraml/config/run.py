@@ -49,6 +49,9 @@ class ModelSettings(Section):
         default=None, description="4-bit weights; null means yes, unless another precision is chosen."
     )
     load_in_8bit: bool = Field(default=False, description="8-bit weights.")
+    load_in_fp8: bool = Field(
+        default=False, description="FP8 weights and products; needs a GPU of compute capability 8.9 or newer."
+    )
     load_in_16bit: bool = Field(default=False, description="16-bit weights, as the checkpoint has them.")
     full_finetuning: bool = Field(default=False, description="Train all weights instead of a LoRA adapter.")
     token: str | None = Field(

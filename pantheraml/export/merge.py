@@ -32,6 +32,7 @@ from pantheraml.export.skeleton import (
 )
 from pantheraml.export.weights import Weight, plain_model, plain_weights
 from pantheraml.log import say, warn
+from pantheraml.models.fp8 import METHOD
 
 _METHODS = {
     "lora": "lora",
@@ -210,10 +211,10 @@ def _refuse_other_quantizations(plain: PreTrainedModel) -> None:
     if quantization is None or getattr(plain, "hf_quantizer", None) is None:
         return
     method = str(getattr(quantization.quant_method, "value", quantization.quant_method))
-    if not method.startswith("bitsandbytes"):
+    if method != METHOD and not method.startswith("bitsandbytes"):
         raise NotYetError(
             got=f"The model's weights are quantised with {method}.",
-            need="Merging reads unquantised and bitsandbytes 4-bit and 8-bit weights.",
+            need="Merging reads unquantised weights, bitsandbytes 4-bit and 8-bit ones, and FP8 of load_in_fp8.",
             fix="Use save_method='lora', which saves the adapter itself.",
         )
 

@@ -1,4 +1,4 @@
-"""bitsandbytes weights read as ordinary tensors, without touching the module that holds them."""
+"""Quantised weights (of bitsandbytes, and FP8) read as ordinary tensors; the module that holds them is not touched."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from pantheraml.models.fp8 import Fp8Linear
 
 
 def is_4bit(parameter: torch.Tensor) -> bool:
@@ -20,6 +22,11 @@ def is_8bit(parameter: torch.Tensor) -> bool:
     return type(parameter).__name__ == "Int8Params" and parameter.dtype == torch.int8
 
 
+def is_fp8(module: nn.Module, parameter: torch.Tensor) -> bool:
+    """Whether ``parameter`` is the FP8 weight of ``module``, whose scales lie beside it."""
+    return isinstance(module, Fp8Linear) and module.is_quantised and parameter is module.weight
+
+
 def is_turned(module: nn.Module, parameter: Any) -> bool:
     """Whether quantisation turned the weight around, as it does with GPT-2's (in, out) ``Conv1D``."""
     quantized = is_4bit(parameter) or is_8bit(parameter)
@@ -29,11 +36,11 @@ def is_turned(module: nn.Module, parameter: Any) -> bool:
 def stored_values(module: Any, parameter: Any) -> torch.Tensor:
     """The values that ``parameter`` of ``module`` stands for.
 
-    4-bit weights come in the dtype that the layer computes with (what training multiplied by), 8-bit
+    4-bit weights come in the dtype that the layer computes with (what training multiplied by), 8-bit and FP8
     weights in float32. Other tensors are returned as they are, sharing memory.
 
     Args:
-        module: the layer, of bitsandbytes if the weight is quantised.
+        module: the layer, of bitsandbytes or an ``Fp8Linear`` if the weight is quantised.
         parameter: its tensor.
     """
     if is_4bit(parameter):
@@ -43,6 +50,8 @@ def stored_values(module: Any, parameter: Any) -> torch.Tensor:
 
         scales = module.state.SCB if module.state.SCB is not None else parameter.SCB
         return bnb.int8_vectorwise_dequant(parameter.data, scales.to(parameter.device))
+    if is_fp8(module, parameter):
+        return module.dequantised()
     return parameter.data
 
 

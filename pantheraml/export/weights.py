@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from pantheraml.errors import AdapterError, ModelLoadError
 from pantheraml.export.lora import AdapterLayer, add_adapter, check_mergeable
-from pantheraml.export.quantized import is_4bit, is_8bit, is_turned, stored_values
+from pantheraml.export.quantized import is_4bit, is_8bit, is_fp8, is_turned, stored_values
+from pantheraml.models.fp8 import Fp8Linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +63,14 @@ class Weight:
         """The dtype that ``values`` would have without adapters."""
         if is_4bit(self.tensor):
             return self.tensor.quant_state.dtype
-        return torch.float32 if is_8bit(self.tensor) else self.tensor.dtype
+        is_scaled = is_8bit(self.tensor) or is_fp8(self.module, self.tensor)
+        return torch.float32 if is_scaled else self.tensor.dtype
 
     def values(self) -> torch.Tensor:
         """The weight as the live model uses it.
 
         Returns:
-            Float32 where adapters or 8-bit storage are involved, else the stored dtype (perhaps sharing
+            Float32 where adapters, 8-bit or FP8 storage are involved, else the stored dtype (perhaps sharing
             memory with the model). On the model's device, or on the CPU when that is short of memory.
         """
         try:
@@ -151,6 +153,8 @@ def _walk(module: Any, prefix: str, adapters: tuple[AdapterLayer, ...], trained:
         yield from _walk(adapter.base_layer, prefix, (adapter, *adapters), trained)
     else:
         buffers = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+        if isinstance(module, Fp8Linear):  # the plain layer has no scales
+            buffers.remove("weight_scale")
         for name in (*module._parameters, *buffers):
             if getattr(module, name) is not None:
                 yield Weight(f"{prefix}{name}", module, name, _adapters_of(name, adapters))

@@ -12,6 +12,7 @@ import torch
 
 from pantheraml.devices.inventory import gpu_device, num_gpus
 from pantheraml.devices.memory import gpu_memory
+from pantheraml.kernels.workspace import release_buffers
 
 
 def get_current_gpu_index() -> int | None:
@@ -42,6 +43,7 @@ def get_gpu_memory_info(index: int | None = None) -> dict[str, float]:
 
 def clear_gpu_cache() -> None:
     """Give cached, unused GPU memory of this process back to the driver; nothing without a GPU."""
+    release_buffers()
     gc.collect()
     if num_gpus():
         torch.cuda.empty_cache()

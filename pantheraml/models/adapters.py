@@ -202,6 +202,7 @@ def build_lora_config(model: PreTrainedModel, family: ModelFamily | None, **sett
     if targets.parameters:
         _check_experts(settings)
     _settle_loftq(model, settings)
+    _check_fp8(model, settings)
     whole = [*(settings.pop("modules_to_save", None) or []), *targets.whole]
     beside = {name.rpartition(".")[2] for name, _ in model.named_modules() if _is_beside(name, family)}
     if family is not None and isinstance(targets.modules, list) and beside & {*targets.modules}:
@@ -236,6 +237,23 @@ def _check_experts(settings: dict[str, Any]) -> None:
                 need="PEFT cannot apply it to fused expert weights, so it would act on a part of the model.",
                 fix=f"Write {name}={default}, or leave gate_proj, up_proj and down_proj out of target_modules.",
             )
+
+
+def _check_fp8(model: PreTrainedModel, settings: dict[str, Any]) -> None:
+    """Refuse what PEFT computes from the base weight: of FP8 it would read the values without their scales."""
+    from pantheraml.models.fp8 import Fp8Linear
+
+    start = settings.get("init_lora_weights", True)
+    own_start = isinstance(start, str) and start not in ("gaussian", "orthogonal")
+    given = (
+        "use_dora=True" if settings.get("use_dora") else f"init_lora_weights={start!r}" if own_start else None
+    )
+    if given is not None and any(isinstance(layer, Fp8Linear) for layer in model.modules()):
+        raise AdapterError(
+            got=f"{given} was given for weights in FP8.",
+            need="It is computed from the base weights, which PEFT reads in 16 or 32 bits.",
+            fix="Load with load_in_16bit=True, or train plain LoRA.",
+        )
 
 
 def _settle_loftq(model: PreTrainedModel, settings: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from pantheraml.models import loading
 from pantheraml.models.families import find_family
 from pantheraml.models.patching import PatchSet
 from pantheraml.models.positions import extend_positions
-from pantheraml.models.precision import PrecisionFlags, choose_precision
+from pantheraml.models.precision import PrecisionFlags, check_precision, choose_precision
 from pantheraml.models.recompute import watch
 from pantheraml.models.saved_adapters import saved_vocabulary
 from pantheraml.models.source import resolve_source
@@ -73,6 +73,7 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
     config = loading.load_config(source.folder, trust_remote_code=trust)
     stored = getattr(config, "quantization_config", None)
     precision = choose_precision(request.flags, request.dtype, device, stored)
+    check_precision(precision, device)
     extend_positions(config, request.max_seq_length, request.rope_scaling)
     tokenizer = load_tokenizer(source.tokenizer_folder, fix=request.fix_tokenizer, trust_remote_code=trust)
     num_labels = loading.choose_num_labels(request.num_labels, config, source.adapter)

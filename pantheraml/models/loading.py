@@ -159,7 +159,21 @@ def load_model(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
         _cast_plain(model, options.precision.dtype)
     if options.precision.storage == "4bit":
         _keep_trainable(model)
+    if options.precision.storage == "fp8":
+        _settle_fp8(model)
     return model
+
+
+def _settle_fp8(model: PreTrainedModel) -> None:
+    """Decide about turned weights; a model without a layer that FP8 takes is refused."""
+    from pantheraml.models.fp8 import choose_turned
+
+    if not choose_turned(model):
+        raise ConfigError(
+            got=f"load_in_fp8=True was given for a {type(model).__name__} without a linear layer to quantise.",
+            need="Its linear layers must have sizes that are multiples of 16; fused experts stay in 16 bits.",
+            fix="Use load_in_16bit=True or load_in_4bit=True.",
+        )
 
 
 def _keep_trainable(model: PreTrainedModel) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pantheraml.errors import ConfigError, NotYetError
+from pantheraml.errors import ConfigError, HardwareError
 
 if TYPE_CHECKING:
     import torch
 
-Storage = Literal["4bit", "8bit", "plain"]
+Storage = Literal["4bit", "8bit", "fp8", "plain"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Precision:
     """How a model's weights are held.
 
     Attributes:
-        storage: ``"4bit"`` (NF4, double quantisation), ``"8bit"`` (LLM.int8), or ``"plain"`` (``dtype`` itself).
+        storage: ``"4bit"`` (NF4, double quantisation), ``"8bit"`` (LLM.int8), ``"fp8"`` (e4m3, one scale per
+            output), or ``"plain"`` (``dtype`` itself).
         dtype: dtype of plain weights, and of the computation on quantised ones.
     """
 
@@ -26,7 +27,11 @@ class Precision:
     dtype: torch.dtype
 
     def quantization_config(self) -> Any | None:
-        """The bitsandbytes configuration for transformers, or None for plain weights."""
+        """The quantisation for transformers (bitsandbytes', or ours for FP8), or None for plain weights."""
+        if self.storage == "fp8":
+            from pantheraml.models.fp8 import Fp8Config
+
+            return Fp8Config()
         from transformers import BitsAndBytesConfig
 
         if self.storage == "4bit":
@@ -68,7 +73,6 @@ def choose_precision(
 
     Raises:
         ConfigError: flags that exclude each other, or a precision the checkpoint cannot give.
-        NotYetError: FP8.
     """
     import torch
 
@@ -85,13 +89,7 @@ def choose_precision(
             need="A model is loaded in one precision.",
             fix="Keep one of them.",
         )
-    if flags.load_in_fp8:
-        raise NotYetError(
-            got="load_in_fp8=True was given.",
-            need="This version has no FP8 matrix products.",
-            fix="Use load_in_8bit=True for the same size of weights, or load_in_16bit=True.",
-        )
-    if flags.full_finetuning and (flags.load_in_4bit or flags.load_in_8bit):
+    if flags.full_finetuning and (flags.load_in_4bit or flags.load_in_8bit or flags.load_in_fp8):
         raise ConfigError(
             got=f"full_finetuning=True and {chosen[0]}=True were given together.",
             need="Quantised weights cannot be trained, only adapters on top of them.",
@@ -109,11 +107,32 @@ def choose_precision(
         return Precision("plain", _at_most_16bit(picked, dtype) if flags.load_in_16bit else picked)
     if flags.load_in_8bit:
         return Precision("8bit", picked)
+    if flags.load_in_fp8:
+        return Precision("fp8", picked)
     if flags.load_in_16bit:
         return Precision("plain", _at_most_16bit(picked, dtype))
     if flags.load_in_4bit is False:
         return Precision("plain", picked)
     return Precision("4bit", picked)
+
+
+def check_precision(precision: Precision, device: torch.device) -> None:
+    """Refuse FP8 where its products do not run.
+
+    Raises:
+        HardwareError: the GPU is older than Ada and Hopper, or a small product on it failed.
+    """
+    if precision.storage != "fp8":
+        return
+    from pantheraml.kernels.fp8_product import why_no_fp8
+
+    reason = why_no_fp8(device)
+    if reason is not None:
+        raise HardwareError(
+            got=f"load_in_fp8=True was given, and {reason}.",
+            need="FP8 matrix products need a GPU of compute capability 8.9 or newer (RTX 40, L4, H100, H200, B200, …).",
+            fix="Use load_in_8bit=True for the same size of weights, or load_in_16bit=True.",
+        )
 
 
 def _at_most_16bit(picked: torch.dtype, asked: str | torch.dtype | None) -> torch.dtype:

@@ -78,6 +78,7 @@ def test_a_dry_run_shows_the_resolved_settings_and_what_would_happen(cli, run_fi
         (["model.full_finetuning=true", "model.load_in_16bit=false", "model.dtype=bf16"], "tiny, bfloat16"),
         (["model.load_in_16bit=false"], "tiny, 4-bit"),
         (["model.load_in_16bit=false", "model.load_in_8bit=true"], "tiny, 8-bit"),
+        (["model.load_in_16bit=false", "model.load_in_fp8=true"], "tiny, FP8"),
         (["model.full_finetuning=true"], "all weights"),
         (["lora.target_modules=[q_proj, v_proj]"], "LoRA of rank 16 on q_proj, v_proj"),
         (["data={path: rows.jsonl, eval_path: e.jsonl}"], "e.jsonl, split train"),

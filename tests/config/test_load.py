@@ -229,6 +229,7 @@ def test_one_wrong_setting(write, override, says):
         (["model.load_in_4bit=true", "model.load_in_16bit=true"], "model.load_in_16bit are true"),
         (["model.full_finetuning=true", "lora.r=8"], "trains all weights, and lora asks"),
         (["model.full_finetuning=true", "model.load_in_8bit=true"], "model.load_in_8bit would quantise"),
+        (["model.full_finetuning=true", "model.load_in_fp8=true"], "model.load_in_fp8 would quantise"),
         (["model.load_in_16bit=true", "model.dtype=fp32"], "is true and model.dtype is float32"),
         (["lora=null"], "nothing would be trained"),
         (["trainer.fp16=true", "trainer.bf16=true"], "trainer.fp16 and trainer.bf16 are both true"),

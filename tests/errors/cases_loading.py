@@ -212,8 +212,16 @@ def float32_in_16bit(shop: Workshop) -> None:
 
 
 @case
-def fp8(shop: Workshop) -> None:
-    shop.load(load_in_fp8=True)
+def fp8_in_full_finetuning(shop: Workshop) -> None:
+    shop.load(load_in_fp8=True, full_finetuning=True)
+
+
+@case
+def fp8_of_odd_sizes(shop: Workshop) -> None:
+    folder = shop.root / "odd"
+    sizes = dict(hidden_size=40, intermediate_size=24, num_attention_heads=5, num_key_value_heads=1)
+    tiny.save_checkpoint(folder, **sizes)
+    shop.load(folder, load_in_fp8=True)
 
 
 @case

@@ -10,8 +10,9 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pantheraml import FastLanguageModel
-from pantheraml.errors import ConfigError, NotYetError
-from pantheraml.models.precision import Precision, PrecisionFlags, choose_precision
+from pantheraml.errors import ConfigError, HardwareError
+from pantheraml.kernels import fp8_product
+from pantheraml.models.precision import Precision, PrecisionFlags, check_precision, choose_precision
 from tests import tiny
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -36,6 +37,8 @@ def choose(dtype=None, device=CPU, stored=None, **flags) -> Precision:
         ({"load_in_8bit": True}, None, ("8bit", F32), ("8bit", BF16)),
         ({"load_in_8bit": True, "load_in_4bit": False}, None, ("8bit", F32), ("8bit", BF16)),
         ({"load_in_8bit": True}, "half", ("8bit", F16), ("8bit", F16)),
+        ({"load_in_fp8": True}, None, ("fp8", F32), ("fp8", BF16)),
+        ({"load_in_fp8": True, "load_in_4bit": False}, "float16", ("fp8", F16), ("fp8", F16)),
         ({"load_in_16bit": True}, None, ("plain", BF16), ("plain", BF16)),
         ({"load_in_16bit": True}, "float16", ("plain", F16), ("plain", F16)),
         ({"load_in_16bit": True, "load_in_4bit": False}, None, ("plain", BF16), ("plain", BF16)),
@@ -60,8 +63,7 @@ def test_two_precisions_are_refused(pair):
 @pytest.mark.parametrize(
     ("flags", "dtype", "error", "message"),
     [
-        ({"load_in_fp8": True}, None, NotYetError, "no FP8"),
-        ({"load_in_fp8": True, "full_finetuning": True}, None, NotYetError, "no FP8"),
+        ({"load_in_fp8": True, "full_finetuning": True}, None, ConfigError, "Drop load_in_fp8"),
         ({"load_in_4bit": True, "full_finetuning": True}, None, ConfigError, "Drop load_in_4bit"),
         ({"load_in_8bit": True, "full_finetuning": True}, None, ConfigError, "Drop load_in_8bit"),
         ({"load_in_16bit": True}, "float32", ConfigError, "Drop load_in_16bit"),
@@ -74,11 +76,20 @@ def test_what_is_refused(flags, dtype, error, message):
         choose(dtype, **flags)
 
 
+def test_fp8_needs_a_gpu_that_multiplies_it(monkeypatch):
+    check_precision(Precision("fp8", F32), CPU)
+    check_precision(Precision("plain", BF16), GPU)
+    monkeypatch.setattr(fp8_product, "why_no_fp8", lambda device: "NVIDIA A100 has compute capability 8.0")
+    with pytest.raises(HardwareError, match=r"A100 has .* 8\.0\. .*8\.9 or newer.*load_in_8bit=True"):
+        check_precision(Precision("fp8", BF16), GPU)
+
+
 def test_the_quantisation_is_nf4_twice_and_int8():
     four = Precision("4bit", BF16).quantization_config()
     assert (four.bnb_4bit_quant_type, four.bnb_4bit_use_double_quant) == ("nf4", True)
     assert four.bnb_4bit_compute_dtype == BF16
     assert Precision("8bit", BF16).quantization_config().load_in_8bit
+    assert Precision("fp8", BF16).quantization_config().quant_method == "pantheraml_fp8"
     assert Precision("plain", BF16).quantization_config() is None
 
 
@@ -132,6 +143,7 @@ def test_a_stored_format_stays(stored, name, flags):
         ("8bit", {"load_in_4bit": True}, "load_in_4bit=True"),
         ("8bit", {"load_in_16bit": True}, "load_in_16bit=True"),
         ("8bit", {"full_finetuning": True}, "full_finetuning=True"),
+        ("8bit", {"load_in_fp8": True}, "load_in_fp8=True"),
     ],
 )
 def test_a_stored_format_refuses_every_other(stored, name, flags, dropped):

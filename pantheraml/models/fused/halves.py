@@ -35,9 +35,7 @@ class Heads(NamedTuple):
 
 def project_in(x: Tensor, part: InputPart, rotary: Rotary) -> Heads:
     """q, k and v of x (T, H)."""
-    h = part.qkv.widened(x, x.shape[1])
-    rms_norm_into(h[:, : x.shape[1]], x, part.norm)
-    y, t = part.qkv.product(h)
+    y, t = part.qkv.product_of_norm(x, part.norm)
     width_q, width_k, _ = part.widths
     bias_q, bias_k, bias_v = part.bias
     q, k, v = y.split(part.widths, dim=1)

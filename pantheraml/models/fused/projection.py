@@ -12,12 +12,15 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from pantheraml.kernels.nf4 import unpack_4bit
+from pantheraml.models.fp8 import Fp8Linear
+
 
 class Projection(NamedTuple):
     """``y = x W^T + bias + scale * (x A^T) B^T``.
 
     Attributes:
-        linear: the frozen base layer (nn.Linear, or bitsandbytes' 4-bit one).
+        linear: the frozen base layer (nn.Linear, bitsandbytes' 4-bit one, or Fp8Linear).
         a: LoRA's A, (R, K), or None without an active adapter.
         b: LoRA's B, (N, R), or None.
         scale: the adapter's scale.
@@ -34,8 +37,15 @@ class Projection(NamedTuple):
         return getattr(self.linear.weight, "quant_state", None) is not None
 
     @property
+    def is_fp8(self) -> bool:
+        """Whether the base weight is held in FP8."""
+        return isinstance(self.linear, Fp8Linear)
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the layer computes in."""
+        if isinstance(self.linear, Fp8Linear):
+            return self.linear.compute_dtype
         state = getattr(self.linear.weight, "quant_state", None)
         return self.linear.weight.dtype if state is None else state.dtype
 
@@ -56,9 +66,7 @@ class Projection(NamedTuple):
         if state is None:
             out.copy_(packed.detach())
             return
-        from bitsandbytes.functional import dequantize_4bit
-
-        out.copy_(dequantize_4bit(packed.data, state))
+        unpack_4bit(packed.data, state, out)
 
 
 def read_projection(layer: nn.Module) -> Projection | str:
@@ -73,8 +81,10 @@ def read_projection(layer: nn.Module) -> Projection | str:
     if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         return "base weights are trained"
     kind = type(base).__name__
-    if kind not in ("Linear", "Linear4bit") or "forward" in vars(base):
+    if kind not in ("Linear", "Linear4bit", "Fp8Linear") or "forward" in vars(base):
         return f"{kind} computes in a way of its own"
+    if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+        return "4-bit weights are packed for inference"
     if not isinstance(layer, LoraLayer) or module.disable_adapters:
         return Projection(base, None, None, 0.0)
     if module.merged:

@@ -9,6 +9,7 @@ from torch import nn
 
 from pantheraml.kernels.rms_norm import RMSNorm
 from pantheraml.models.families import ModelFamily
+from pantheraml.models.fused.fp8_stack import Fp8Stack
 from pantheraml.models.fused.parts import InputPart, MiddlePart, MLPPart
 from pantheraml.models.fused.projection import Projection, read_projection
 from pantheraml.models.fused.stack import BoundStack, Stack
@@ -41,7 +42,7 @@ class LayerReader:
 
     def __init__(self, family: ModelFamily) -> None:
         self.family = family
-        self._stacks: dict[str, Stack] = {name: Stack() for name in ("qkv", "o", "gate_up", "down")}
+        self._stacks: dict[str, Stack | Fp8Stack] = {}
 
     def read(self, layer: nn.Module) -> LayerParts | str:
         """The parts of ``layer``, or why it runs as transformers wrote it."""
@@ -66,8 +67,13 @@ class LayerReader:
         reason = _why_not_together(stacks)
         if reason is not None:
             return reason
-        bound = {name: self._stacks[name].bind(projections) for name, projections in stacks.items()}
+        bound = {name: self._bind(name, projections) for name, projections in stacks.items()}
         return self._assemble(attention, bound, norms, head_norms)
+
+    def _bind(self, name: str, projections: tuple[Projection, ...]) -> BoundStack:
+        if name not in self._stacks:
+            self._stacks[name] = Fp8Stack() if projections[0].is_fp8 else Stack()
+        return self._stacks[name].bind(projections)
 
     def attention_settings(self, attention: Any) -> dict[str, Any]:
         """What the family's attention tells the attention function besides scale and window."""
@@ -136,6 +142,8 @@ def _why_not_together(stacks: dict[str, tuple[Projection, ...]]) -> str | None:
     for projections in stacks.values():
         if len({projection.is_packed for projection in projections}) > 1:
             return "4-bit and 16-bit weights side by side"
+        if len({projection.is_fp8 for projection in projections}) > 1:
+            return "FP8 and 16-bit weights side by side"
     biased = [p for name in ("gate_up", "down") for p in stacks.get(name, ()) if p.linear.bias is not None]
     return "the MLP has biases" if biased else None
 

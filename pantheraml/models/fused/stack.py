@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pantheraml.kernels.place_factors import Placement, Table
+from pantheraml.kernels.rms_norm import RMSNorm, rms_norm_into
 from pantheraml.models.fused.projection import Projection
 
 # Tensor cores take the inner dimension in steps of 64; narrower margins were measured slower.
@@ -151,6 +152,12 @@ class BoundStack:
         # The narrow product first and the wide one added to it: adding inside a product is nearly free.
         y = torch.mm(t, b.T) if bias is None else torch.addmm(bias, t, b.T)
         return Product(y.addmm_(x, weight.T), t)
+
+    def product_of_norm(self, x: Tensor, norm: RMSNorm) -> Product:
+        """``product`` of the norm of x (T, K)."""
+        h = self.widened(x, self.cols)
+        rms_norm_into(h[:, : self.cols], x, norm)
+        return self.product(h)
 
     def input_gradient(self, dy: Tensor) -> tuple[Tensor, Tensor | None]:
         """dX (T, K) with LoRA's share, and ``i = s dy B`` (T, E); a widened dy is completed."""

@@ -1,0 +1,205 @@
+"""Frozen FP8 weights that share their input, with LoRA's factors in the margins of the same products.
+
+    forward   [x    | t ] [W_q | s B / w]^T * scale_t * w_n
+    backward  [dy w | i ] [W_q ; A]         * scale_t
+
+t = x A^T and i = s dy B are computed in the dtype of x, for the gradients of the factors. In the margins they and the
+factors are split into e4m3 parts (``fp8_factor``, three columns for one), which keep 8 bits of mantissa as bfloat16.
+LoRA's share thus costs 3 E more columns of an inner dimension of thousands, E the sum of ranks in steps of 16.
+
+``F = [W_q | margin]`` (N, K + 3 E) holds the layers' Parameters as views. The backward reads the turned ``D``
+(K, N + 3 E): kept where the layers say so (``keeps_turned``), else made anew in memory that all layers share.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pantheraml.kernels.fp8 import DTYPE, Margin, quantise_rows
+from pantheraml.kernels.fp8_factor import Factor, split_factor
+from pantheraml.kernels.fp8_norm import norm_rows
+from pantheraml.kernels.fp8_product import multiply, turn
+from pantheraml.kernels.place_factors import Placement, Table
+from pantheraml.kernels.rms_norm import RMSNorm
+from pantheraml.kernels.workspace import borrow
+from pantheraml.models.fused.projection import Projection
+from pantheraml.models.fused.stack import BoundStack, Product
+
+_STEP = 16
+# An adapter that begins has a B near zero: below this share of its weight, t would have to fall below e4m3's range.
+_LEAST_B, _LEAST_A = 3.5, 1e-12
+
+
+class Fp8Stack:
+    """As ``Stack``, for projections whose weights are in FP8."""
+
+    def __init__(self) -> None:
+        self._memory: Fp8Memory | None = None
+
+    def bind(self, projections: tuple[Projection, ...]) -> BoundFp8Stack:
+        """The stack as it computes with these adapters."""
+        ranks = sum(projection.rank for projection in projections)
+        margin = -(-ranks // _STEP) * _STEP
+        if self._memory is None or not self._memory.holds(projections, margin):
+            self._memory = Fp8Memory(projections, margin)
+        return BoundFp8Stack(self._memory, projections, margin)
+
+    def release(self) -> None:
+        """Give each Parameter memory of its own again."""
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            memory.release()
+
+
+class Fp8Memory:
+    """The weights of a stack side by side with their factors, both ways.
+
+    Attributes:
+        matrix: F (N, K + 3 E).
+        scales: (N,) float32, those of the weights.
+        a: (E, K), the factors as they are multiplied.
+        b: (N, E), scaled.
+    """
+
+    def __init__(self, projections: tuple[Projection, ...], margin: int) -> None:
+        linears: Any = [projection.linear for projection in projections]
+        rows, cols = sum(p.features for p in projections), linears[0].in_features
+        device, dtype = linears[0].weight.device, projections[0].dtype
+        self.margin = margin
+        self.matrix = torch.zeros(rows, cols + 3 * margin, dtype=torch.uint8, device=device).view(DTYPE)
+        self.scales = torch.cat([linear.weight_scale for linear in linears])
+        self.a = torch.zeros(margin, cols, dtype=dtype, device=device)
+        self.b = torch.zeros(rows, margin, dtype=dtype, device=device)
+        self.linears = tuple(linears)
+        self._versions = [linear.weight_scale for linear in linears]
+        self._table = Table()
+        self._layout: object = None
+        self._factors: object = None
+        self._turned: Tensor | None = None
+        self._turned_factors: object = None
+        self._largest: dict[str, Tensor] = {}
+        at = 0
+        for linear in linears:
+            place = self.matrix[at : at + linear.out_features, :cols]
+            place.view(torch.uint8).copy_(linear.weight.detach().view(torch.uint8))
+            linear.weight.data = place
+            at += linear.out_features
+
+    def holds(self, projections: tuple[Projection, ...], margin: int) -> bool:
+        """Whether these Parameters and scales lie here still, and the margin is theirs."""
+        at = self.matrix.data_ptr()
+        for projection, scales in zip(projections, self._versions, strict=True):
+            linear: Any = projection.linear
+            if linear.weight.data_ptr() != at or linear.weight_scale is not scales:
+                return False
+            at += projection.features * self.matrix.stride(0)
+        return self.margin == margin and self.a.dtype == projections[0].dtype
+
+    def release(self) -> None:
+        """Give each Parameter memory of its own again."""
+        storage = self.matrix.untyped_storage().data_ptr()
+        for linear in self.linears:
+            if linear.weight.untyped_storage().data_ptr() == storage:
+                linear.weight.data = linear.weight.data.contiguous()
+
+    def place(self, projections: tuple[Projection, ...]) -> None:
+        """Write the factors to ``a``, ``b`` and the margin of ``matrix``, once for each tuple of projections."""
+        if not self.margin or self._factors is projections:
+            return
+        layout = tuple(projection.rank for projection in projections)
+        if layout != self._layout:
+            self.a.zero_()
+            self.b.zero_()
+            self._layout = layout
+        placements: list[Placement] = []
+        row = rank = 0
+        for projection in projections:
+            if projection.a is not None and projection.b is not None:
+                ranks = slice(rank, rank + projection.rank)
+                target = self.b[row : row + projection.features, ranks]
+                placements.append(Placement(projection.a.detach(), self.a[ranks], 1.0))
+                placements.append(Placement(projection.b.detach(), target, projection.scale))
+                rank += projection.rank
+            row += projection.features
+        self._table.write(placements)
+        factor = Factor(self.b, self.scales, _LEAST_B)
+        self._largest["b"] = split_factor(factor, self.matrix[:, self.matrix.shape[1] - 3 * self.margin :])
+        self._factors = projections
+
+    def largest(self, name: str) -> Tensor:
+        """What the margin beside the factor "a" or "b" is multiplied by follows from this."""
+        return self._largest[name]
+
+    def turned(self, projections: tuple[Projection, ...]) -> Tensor:
+        """D (K, N + 3 E) with these factors; to be used before anything else asks for one."""
+        rows, cols = self.matrix.shape[0], self.matrix.shape[1] - 3 * self.margin
+        shape = (cols, rows + 3 * self.margin)
+        kept = self._turned
+        if kept is None:
+            if self.linears[0].keeps_turned:
+                kept = self._turned = torch.empty(shape, dtype=torch.uint8, device=self.matrix.device).view(
+                    DTYPE
+                )
+            result = borrow(shape, DTYPE, self.matrix.device) if kept is None else kept
+            turn(self.matrix[:, :cols], result[:, :rows])
+        else:
+            result = kept
+        if self.margin and (self._turned is None or self._turned_factors is not projections):
+            self._largest["a"] = split_factor(Factor(self.a.T, None, _LEAST_A), result[:, rows:])
+            self._turned_factors = projections
+        return result
+
+
+class BoundFp8Stack(BoundStack):
+    """An FP8 stack with the adapters of one call; ``x`` is (T, K), ``dy`` (T, N), never widened."""
+
+    def __init__(self, memory: Fp8Memory, projections: tuple[Projection, ...], margin: int) -> None:
+        self._memory, self.projections, self.margin = memory, projections, margin
+        self.rows, self.cols = memory.matrix.shape[0], projections[0].linear.in_features
+
+    def widened(self, like: Tensor, width: int) -> Tensor:
+        """An empty (T, width) beside ``like``: FP8 rows are made inside the products."""
+        return like.new_empty(like.shape[0], width)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Product:
+        """``x W^T + bias`` with LoRA's share."""
+        memory, t = self._memory, self.thin(x)
+        rows = quantise_rows(x, margin=None if t is None else Margin(t, memory.largest("b"), _LEAST_B))
+        y = multiply(rows, memory.matrix, memory.scales, x.dtype)
+        return Product(y if bias is None else y.add_(bias), t)
+
+    def product_of_norm(self, x: Tensor, norm: RMSNorm) -> Product:
+        """``product`` of the norm of x (T, K), which is never written in the dtype of x."""
+        memory = self._memory
+        memory.place(self.projections)
+        raw = None
+        if self.margin:
+            weight = norm.weight if norm.offset == 0 else norm.weight + norm.offset
+            raw = Margin(torch.mm(x, (memory.a * weight).T), memory.largest("b"), _LEAST_B)
+        rows, t, _ = norm_rows(x, norm, raw)
+        return Product(multiply(rows, memory.matrix, memory.scales, x.dtype), t)
+
+    def input_gradient(self, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """dX (T, K) with LoRA's share, and ``i = s dy B`` (T, E)."""
+        memory, inner = self._memory, self.inner(dy)
+        turned = memory.turned(self.projections)
+        margin = None if inner is None else Margin(inner, memory.largest("a"), _LEAST_A)
+        rows = quantise_rows(dy, memory.scales, margin)
+        return multiply(rows, turned, None, dy.dtype), inner
+
+    def thin(self, x: Tensor) -> Tensor | None:
+        """``t = x A^T`` (T, E) alone; None without LoRA."""
+        if not self.margin:
+            return None
+        self._memory.place(self.projections)
+        return torch.mm(x, self._memory.a.T)
+
+    def inner(self, dy: Tensor) -> Tensor | None:
+        """``i = s dy B`` alone, where no gradient of x is wanted."""
+        if not self.margin:
+            return None
+        self._memory.place(self.projections)
+        return torch.mm(dy, self._memory.b)
