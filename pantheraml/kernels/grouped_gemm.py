@@ -104,8 +104,9 @@ def _rows_kernel(
         else:
             x = tl.load(x_at, mask=(k < depth - start)[None, :], other=0.0)
             w = tl.load(w_at, mask=(k < depth - start)[:, None], other=0.0)
-        if x_ptr.dtype.element_ty == tl.float32:  # summed in blocks, which rounds less
-            acc += tl.dot(x, w, input_precision="ieee")
+        if x_ptr.dtype.element_ty == tl.float32:
+            # Summed in blocks, which rounds less; a bare sum would be folded into the product's own.
+            acc += tl.where(start < depth, tl.dot(x, w, input_precision="ieee"), 0.0)
         else:
             acc = tl.dot(x, w, acc)
         x_at += BLOCK_K

@@ -56,8 +56,9 @@ def _outer_kernel(
             mask=there[:, None],
             other=0.0,
         )
-        if left_ptr.dtype.element_ty == tl.float32:  # summed in blocks, which rounds less
-            acc += tl.dot(left, right, input_precision="ieee")
+        if left_ptr.dtype.element_ty == tl.float32:
+            # Summed in blocks, which rounds less; a bare sum would be folded into the product's own.
+            acc += tl.where(first < end, tl.dot(left, right, input_precision="ieee"), 0.0)
         else:
             acc = tl.dot(left, right, acc)
     at = d_ptr + expert.to(tl.int64) * d_se + m.to(tl.int64)[:, None] * d_sm + n.to(tl.int64)[None, :] * d_sn

@@ -103,8 +103,8 @@ class PatchSet:
         A bound ``functools.partial`` rather than a method, which could not be pickled with its owner.
         """
         method: partial[object] = partial(function, owner)
-        for attribute in ("__name__", "__doc__"):
-            setattr(method, attribute, getattr(function, attribute, None))
+        method.__name__ = getattr(function, "__name__", name)  # pyright: ignore[reportAttributeAccessIssue]
+        method.__doc__ = getattr(function, "__doc__", None)
         self._set(owner, name, method, f"{name}() added", why)
 
     def set(self, owner: object, name: str, value: object, why: str) -> None:

@@ -27,6 +27,7 @@ from pantheraml.models.state import get_state
 
 # Tokens beyond which a pass is no faster per token (H200, 8B: 8,192 tokens keep the GPU busy; twice that, to be sure).
 MOST_TOKENS = 16384
+_PER_TOKEN = ("input_ids", "labels", "position_ids")
 Batch = dict[str, Any]
 
 
@@ -47,8 +48,8 @@ class FlatCollator:
         positions = found["position_ids"][0]
         starts = (positions == 0).nonzero().flatten()
         offsets = torch.cat([starts, torch.tensor([positions.numel()])]).to(torch.int32)
-        batch = {name: found[name] for name in ("input_ids", "labels", "position_ids")}
-        return batch | {"cu_seq_lens_q": offsets, "max_length_q": int(offsets.diff().max())}
+        batch = {name: found[name] for name in _PER_TOKEN}
+        return batch | {"cu_seq_lens_q": offsets, "lengths": offsets.diff().tolist()}
 
 
 def merge_batches(batches: list[Batch], most: int) -> list[Batch]:
@@ -73,24 +74,21 @@ def merge_batches(batches: list[Batch], most: int) -> list[Batch]:
 
 
 def _empty(batch: Batch) -> Batch:
-    return {name: batch[name][:, :0] for name in ("input_ids", "labels", "position_ids")}
+    return {name: batch[name][:, :0] for name in _PER_TOKEN}
 
 
 def _joined(group: list[Batch]) -> Batch:
-    if len(group) == 1:
-        return group[0]
-    joined: Batch = {
-        name: torch.cat([batch[name] for batch in group], dim=1)
-        for name in ("input_ids", "labels", "position_ids")
-    }
+    """One batch as the model takes it: (documents, length) where all have one length, which is faster; else one row."""
+    lengths = [length for batch in group for length in batch["lengths"]]
+    tokens = {name: torch.cat([batch[name] for batch in group], dim=1) for name in _PER_TOKEN}
+    if len(set(lengths)) == 1:
+        return {name: tokens[name].view(len(lengths), lengths[0]) for name in ("input_ids", "labels")}
     offsets: list[Tensor] = [group[0]["cu_seq_lens_q"][:1]]
     before = 0
     for batch in group:
         offsets.append(batch["cu_seq_lens_q"][1:] + before)
         before += batch["input_ids"].numel()
-    joined["cu_seq_lens_q"] = torch.cat(offsets)
-    joined["max_length_q"] = max(batch["max_length_q"] for batch in group)
-    return joined
+    return tokens | {"cu_seq_lens_q": torch.cat(offsets), "max_length_q": max(lengths)}
 
 
 class MergedSteps(SFTTrainer):
@@ -162,9 +160,9 @@ class MergedSteps(SFTTrainer):
     ) -> tuple[list[Any], Any]:
         """The micro-batches of a step, merged, and the number of label tokens in all of them."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        # Without the number of label tokens, TRL averages over micro-batches, which then must stay what they are.
-        if self._most_tokens and num_items is not None:
-            batches = merge_batches(batches, self._most_tokens)
+        if self._most_tokens:
+            # Without the number of label tokens, TRL averages over micro-batches, which then must stay what they are.
+            batches = merge_batches(batches, self._most_tokens if num_items is not None else 0)
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:

@@ -258,8 +258,8 @@ class PantheraMLTrainer(MergedSteps):
         inputs["use_cache"] = False
         output = model(**inputs, fused_lm_head=True)
         labels = output.label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-        tokens = mask.sum() if mask is not None else positions.numel() if positions is not None else 0
+        mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+        tokens = mask.sum() if mask is not None else ids.numel() if ids is not None else 0
         self._figures.add(output.entropy, output.is_top1, output.label_mask, tokens)
         return -output.log_probs.sum() / torch.as_tensor(labels).clamp(min=1)
 

@@ -137,3 +137,14 @@ def test_a_model_with_stacked_weights_saves_and_copies(tmp_path):
         assert torch.equal(again[name], value), name
     patches.revert()
     assert all(parameter.is_contiguous() for parameter in merged.parameters())
+
+
+def test_memory_taken_under_inference_mode_serves_training():
+    layers, stack = linears(), Stack()
+    with torch.inference_mode():
+        stack.bind(projections(layers, (4, 4, 4))).product(torch.randn(T, K))
+    assert not any(layer.weight.is_inference() for layer in layers)
+    layers[0].weight.data.add_(1.0)
+    parts = projections(layers, (4, 4, 4))
+    x = torch.randn(T, K)
+    assert torch.allclose(stack.bind(parts).product(x).y.double(), reference(x.double(), parts), atol=1e-4)

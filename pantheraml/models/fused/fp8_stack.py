@@ -39,6 +39,7 @@ class Fp8Stack:
     def __init__(self) -> None:
         self._memory: Fp8Memory | None = None
 
+    @torch.inference_mode(False)  # memory that an evaluation asks for serves training too
     def bind(self, projections: tuple[Projection, ...]) -> BoundFp8Stack:
         """The stack as it computes with these adapters."""
         ranks = sum(projection.rank for projection in projections)

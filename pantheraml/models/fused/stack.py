@@ -62,6 +62,7 @@ class Stack:
     def __init__(self) -> None:
         self._buffer: Buffer | None = None
 
+    @torch.inference_mode(False)  # memory that an evaluation asks for serves training too
     def bind(self, projections: tuple[Projection, ...]) -> BoundStack:
         """The stack as it computes with these adapters."""
         ranks = sum(projection.rank for projection in projections)
