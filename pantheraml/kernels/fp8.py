@@ -63,6 +63,19 @@ def scaled(x, amax):
 
 
 @jit
+def nearest_e4m3(x):
+    """x, at most 448 in magnitude, rounded to e4m3, still in float32.
+
+    By arithmetic, because values converted to e4m3 and back within a kernel came out wrong for some layouts (Triton
+    3.6, sm_90): the number is scaled so that its last place is 1, and rounded by adding 1.5 * 2^23.
+    """
+    exponent = tl.maximum(((x.to(tl.int32, bitcast=True) >> 23) & 255) - 127, -6) - 3
+    unit = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    return (x * inverse + 12582912.0 - 12582912.0) * unit
+
+
+@jit
 def store_scale(amax, scale_ptr):
     """What the row's values are multiplied by; NaN for a row that is not finite."""
     scale = tl.maximum(amax, 7.888609052210118e-31) / 448.0
@@ -75,9 +88,9 @@ def store_margin(m, amax, out_ptr, cols, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     element = out_ptr.dtype.element_ty
     m = scaled(m, amax)
-    hi = m.to(element)
-    lo = (m - hi.to(tl.float32)) * 16.0
-    tl.store(out_ptr + at, hi, mask=at < cols)
+    hi = nearest_e4m3(m)
+    lo = (m - hi) * 16.0
+    tl.store(out_ptr + at, hi.to(element), mask=at < cols)
     tl.store(out_ptr + cols + at, (m * 0.0625).to(element), mask=at < cols)
     tl.store(out_ptr + 2 * cols + at, lo.to(element), mask=at < cols)
 
@@ -152,7 +165,7 @@ def _eager_quantise(x: Tensor, by: Tensor | None, margin: Margin | None, out: Te
     q = (torch.where(finite, x, 0.0) * (LARGEST / bounded)).clamp(-LARGEST, LARGEST)
     if margin is not None:
         m = q[:, cols:]
-        hi = m.to(out.dtype).float()
+        hi = m.to(DTYPE).float()
         q = torch.cat([q[:, :cols], hi, m / STEP, (m - hi) * STEP], dim=1)
     out.copy_(q.to(out.dtype))
     scales.copy_(torch.where(finite, bounded / LARGEST, torch.nan))

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.fp8 import DTYPE, REACH, STEP
+from pantheraml.kernels.fp8 import DTYPE, REACH, STEP, nearest_e4m3
 from pantheraml.kernels.launch import jit, launching_on, tl, triton
 
 _TILE = {"BLOCK_N": 32, "BLOCK_E": 32, "num_warps": 4}
@@ -58,13 +58,13 @@ def _split_kernel(
     v = _load_ratio(source_ptr, by_ptr, row, col, rows, cols, stride_row, stride_col, SCALED)
     v = v / (tl.maximum(tl.load(largest_ptr), least) / 224.0)
     element = target_ptr.dtype.element_ty
-    hi = v.to(element)
-    lo = (v - hi.to(tl.float32)) * 16.0
+    hi = nearest_e4m3(v)
+    lo = (v - hi) * 16.0
     there = (row < rows)[:, None] & (col < cols)[None, :]
     at = target_ptr + row.to(tl.int64)[:, None] * target_stride + col[None, :]
-    tl.store(at, hi, mask=there)
+    tl.store(at, hi.to(element), mask=there)
     tl.store(at + cols, lo.to(element), mask=there)
-    tl.store(at + 2 * cols, (hi.to(tl.float32) * 0.0625).to(element), mask=there)
+    tl.store(at + 2 * cols, (hi * 0.0625).to(element), mask=there)
 
 
 class Factor(NamedTuple):
@@ -99,7 +99,7 @@ def _eager_split(factor: Factor, largest: Tensor, target: Tensor) -> None:
         ratio = ratio / factor.by[:, None]
     largest.copy_(ratio.abs().nan_to_num(nan=0.0, posinf=torch.inf).max().view(1))
     v = ratio / (largest.clamp(min=factor.least) / REACH)
-    hi = v.to(target.dtype).float()
+    hi = v.to(DTYPE).float()
     target.copy_(torch.cat([hi, (v - hi) * STEP, hi / STEP], dim=1).to(target.dtype))
 
 

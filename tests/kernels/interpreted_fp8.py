@@ -28,6 +28,14 @@ def check(ours, exact):
     torch.testing.assert_close(ours[1], exact[1], rtol=1e-6, atol=0, equal_nan=True)
 
 
+def whole(out, cols):
+    """Columns, m by its two parts, and m / 16: near a tie hi may fall on either side, and lo makes up for it."""
+    extra = (out.shape[1] - cols) // 3
+    hi, middle, lo = out[:, cols:].split(extra, dim=1) if extra else 3 * [out[:, :0]]
+    assert torch.equal(hi.to(fp8.DTYPE).float(), hi)
+    return torch.cat([out[:, :cols], hi + lo / 16, middle], dim=1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("shape", [(12, 200), (1, 16), (3, 1), (2, 3000)])
@@ -47,7 +55,8 @@ def test_scaled_columns_and_margins(extra, scaled):
     margin = (
         fp8.Margin(rows("normal", (5, 2 * extra))[:, ::2] * 9, torch.tensor([5.0]), 100.0) if extra else None
     )
-    check(quantise(fp8.triton_quantise, x, by, margin), quantise(fp8._eager_quantise, x, by, margin))
+    ours, exact = (quantise(way, x, by, margin) for way in (fp8.triton_quantise, fp8._eager_quantise))
+    check(*((whole(out, 100), scales) for out, scales in (ours, exact)))
 
 
 def test_what_is_not_finite_in_a_margin():
@@ -108,7 +117,7 @@ def test_the_norm(dtype, cast_first, keep_h):
     torch.testing.assert_close(t, exact_t, rtol=2e-3, atol=0)
     unit = 2e-3 if dtype == torch.float16 else 1e-5  # one unit in the last place of h
     torch.testing.assert_close(scales, exact[1], rtol=unit, atol=0)
-    torch.testing.assert_close(out, exact[0], rtol=2 * unit, atol=unit)
+    torch.testing.assert_close(whole(out, 100), whole(exact[0], 100), rtol=2 * unit, atol=unit)
     if h is not None:
         torch.testing.assert_close(h, expected, rtol=unit, atol=0)
 
