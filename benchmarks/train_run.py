@@ -43,23 +43,28 @@ def rows_of(case: Case, vocab: int) -> Any:
     return Dataset.from_dict({"input_ids": ids})
 
 
-class CountingCollator:
-    """Counts the tokens of each batch before it is padded, in the order in which batches are trained on."""
+class TokenCounter:
+    """Counts the tokens of each step that are not padding, whatever the trainer makes of its micro-batches.
 
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
-        self.tokens: list[int] = []
+    Args:
+        trainer: a transformers Trainer; its ``get_batch_samples`` is watched.
+    """
 
-    def __call__(self, rows: list[dict[str, Any]]) -> Any:
-        self.tokens.append(sum(len(row["input_ids"]) for row in rows))
-        return self.collator(rows)
+    def __init__(self, trainer: Any) -> None:
+        self._steps: list[list[Any]] = []
+        self._collect = trainer.get_batch_samples
+        trainer.get_batch_samples = self._watched
 
-    def between(self, first: int, last: int, steps: int) -> int:
-        """Tokens of the steps ``first`` to ``last - 1`` of a run of ``steps``."""
-        calls = len(self.tokens) // steps
-        if calls * steps != len(self.tokens):
-            raise RuntimeError(f"{len(self.tokens)} batches were made for {steps} steps")
-        return sum(self.tokens[first * calls : last * calls])
+    def _watched(self, *args: Any) -> Any:
+        batches, number = self._collect(*args)
+        # Masks are kept as they are and summed after the run: nothing here waits for the device.
+        self._steps.append([batch.get("attention_mask", batch["input_ids"].numel()) for batch in batches])
+        return batches, number
+
+    def between(self, first: int, last: int) -> int:
+        """Tokens of the steps ``first`` to ``last - 1``."""
+        found = [entry for step in self._steps[first:last] for entry in step]
+        return sum(entry if isinstance(entry, int) else int(entry.sum()) for entry in found)
 
 
 def clock_of(case: Case) -> Any:
@@ -88,8 +93,8 @@ def clock_of(case: Case) -> Any:
                 self.profiler = start()
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            # From the second step on LoRA's B is not zero, and so no gradient is.
-            if state.global_step == 1 and case.warm > 1:
+            # After a step with a learning rate above zero LoRA's B is not zero, and so no gradient is.
+            if state.global_step == case.warm - 1 and case.warm > 1:
                 checked_norm(kwargs["model"].parameters())
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -154,13 +159,13 @@ def measure(case: Case) -> dict[str, Any]:
     clock = clock_of(case)
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(case, built, clock, folder)
-        counter = trainer.data_collator = CountingCollator(trainer.data_collator)
+        counter = TokenCounter(trainer)
         began = time.perf_counter()
         trainer.train()
         whole = time.perf_counter() - began
     for norm in clock.norms:
         check_norm(norm)
-    tokens = counter.between(case.warm, clock.last, case.steps)
+    tokens = counter.between(case.warm, clock.last)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result = {
         "tok_s": tokens / clock.rest,

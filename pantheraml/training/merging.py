@@ -95,6 +95,7 @@ class MergedSteps(SFTTrainer):
     """The part of the trainer that merges micro-batches; ``merge_micro_batches`` of the arguments says whether."""
 
     _most_tokens = 0
+    _operations_per_token: int | None = None
 
     def plan_merging(self) -> None:
         """Decide, before a run, up to how many tokens go through the model in one pass; 0 merges nothing.
@@ -164,6 +165,17 @@ class MergedSteps(SFTTrainer):
             # Without the number of label tokens, TRL averages over micro-batches, which then must stay what they are.
             batches = merge_batches(batches, self._most_tokens if num_items is not None else 0)
         return batches, num_items
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """What transformers computes; it counts all parameters anew for every micro-batch, which takes the host longer
+        than a layer does.
+        """
+        ids = inputs.get("input_ids")
+        if ids is None:
+            return super().floating_point_ops(inputs)
+        if self._operations_per_token is None:
+            self._operations_per_token = super().floating_point_ops({"input_ids": ids.new_zeros((1, 1))})
+        return self._operations_per_token * ids.numel()
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         """TRL's; nothing for a micro-batch that went into another one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from benchmarks.kernel_times import group, table
 from benchmarks.plain_loop import search
 from benchmarks.shapes import make_llama
 from benchmarks.table import compare, markdown, merge
-from benchmarks.train_run import CountingCollator, alpaca_lengths
+from benchmarks.train_run import TokenCounter, alpaca_lengths
 from pantheraml.training.head import needs_cpu_head
 
 
@@ -145,12 +146,17 @@ def test_lengths_look_like_alpacas():
 
 
 def test_tokens_between_steps():
-    collator = CountingCollator(len)
-    for size in (1, 2, 3, 4, 5, 6):
-        collator([{"input_ids": [0] * size}])
-    assert collator.between(1, 3, 3) == 3 + 4 + 5 + 6
-    with pytest.raises(RuntimeError, match="6 batches were made for 4 steps"):
-        collator.between(0, 1, 4)
+    def batch(tokens, padding=0):
+        ids = torch.zeros(1, tokens + padding)
+        mask = {"attention_mask": torch.tensor([[1] * tokens + [0] * padding])} if padding else {}
+        return {"input_ids": ids, **mask}
+
+    steps = iter([[batch(1), batch(2)], [batch(3, 2), batch(0)], [batch(5), batch(6, 1)]])
+    trainer = SimpleNamespace(get_batch_samples=lambda *a: (next(steps), None))
+    counter = TokenCounter(trainer)
+    for _ in range(3):
+        trainer.get_batch_samples(None, 2, "cpu")
+    assert counter.between(1, 3) == 3 + 0 + 5 + 6
 
 
 def test_the_search_finds_the_longest():

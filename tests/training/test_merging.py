@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from trl import SFTTrainer
 
 from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments
 from pantheraml.errors import ConfigError
@@ -102,3 +103,9 @@ def collator():
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     return DataCollatorForLanguageModeling(pad_token_id=0)
+
+
+def test_operations_are_counted_as_transformers_counts_them(train):
+    trainer, _, _ = train(merge_micro_batches=True)
+    inputs = {"input_ids": torch.ones(1, 7, dtype=torch.long)}
+    assert trainer.floating_point_ops(inputs) == SFTTrainer.floating_point_ops(trainer, inputs) > 0

@@ -42,7 +42,6 @@ class Buffer:
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
-        self.table = Table()
         self.weights: object = None
         self.factors: object = None
         self.layout: object = None
@@ -61,6 +60,7 @@ class Stack:
 
     def __init__(self) -> None:
         self._buffer: Buffer | None = None
+        self._table = Table()
 
     @torch.inference_mode(False)  # memory that an evaluation asks for serves training too
     def bind(self, projections: tuple[Projection, ...]) -> BoundStack:
@@ -71,7 +71,7 @@ class Stack:
             self._buffer = _shared_buffer(projections, margin)
         elif self._buffer is None or not _holds(self._buffer, projections, margin):
             self._buffer = _move_in(projections, margin)
-        return BoundStack(self._buffer, projections, margin)
+        return BoundStack(self._buffer, self._table, projections, margin)
 
     def release(self) -> None:
         """Give each Parameter memory of its own again."""
@@ -130,8 +130,10 @@ def _shared_buffer(projections: tuple[Projection, ...], margin: int) -> Buffer:
 class BoundStack:
     """A stack with the adapters of one call. ``x`` is (T, K) or widened (T, K + E), ``dy`` (T, N) or (T, N + E)."""
 
-    def __init__(self, buffer: Buffer, projections: tuple[Projection, ...], margin: int) -> None:
-        self._buffer, self.projections, self.margin = buffer, projections, margin
+    def __init__(
+        self, buffer: Buffer, table: Table, projections: tuple[Projection, ...], margin: int
+    ) -> None:
+        self._buffer, self._table, self.projections, self.margin = buffer, table, projections, margin
         self.rows, self.cols = _sizes(projections)
 
     def widened(self, like: Tensor, width: int) -> Tensor:
@@ -240,7 +242,7 @@ class BoundStack:
                 placements.append(Placement(projection.b.detach(), target, projection.scale))
                 rank += projection.rank
             row += projection.features
-        buffer.table.write(placements)
+        self._table.write(placements)
         # This very tuple, made anew at every call: factors may change in ways that no version counter sees.
         buffer.factors = self.projections
 
