@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from pantheraml.models.families import find_family
-from pantheraml.models.fused import layer_function
 from pantheraml.models.fused.attention import apply_attention
 from pantheraml.models.fused.decoder_layer import FusedDecoderLayer
 from pantheraml.models.fused.host_store import HostStore
@@ -57,9 +56,10 @@ def stock():
 @pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("keep", ["all", "projected", "attended", "input"])
 @pytest.mark.parametrize("family", DENSE)
-def test_it_equals_stock_whatever_it_keeps(family, keep, stored, whole_calls, stock, monkeypatch):
-    monkeypatch.setattr(layer_function, "TILE", 20)  # 48 tokens: two whole tiles and a short one
+def test_it_equals_stock_whatever_it_keeps(family, keep, stored, whole_calls, stock):
     model, layers = build_whole(family, keep)
+    for layer in layers:
+        layer.tile = 20  # 48 tokens: two whole tiles and a short one
     if stored:
         store = HostStore(torch.device(DEVICE))
         for layer in layers:

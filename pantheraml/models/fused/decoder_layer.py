@@ -20,7 +20,7 @@ from pantheraml.models.families import ModelFamily
 from pantheraml.models.fused.attention import NAME
 from pantheraml.models.fused.functions import AttentionAndMLP, AttentionInput, AttentionOutput
 from pantheraml.models.fused.host_store import HostStore
-from pantheraml.models.fused.layer_function import FusedLayer, Keep, LayerCall
+from pantheraml.models.fused.layer_function import TILE, FusedLayer, Keep, LayerCall
 from pantheraml.models.fused.parts import InputPart
 from pantheraml.models.fused.projection import computes_in
 from pantheraml.models.fused.read_layer import LayerParts, LayerReader
@@ -38,6 +38,7 @@ class FusedDecoderLayer(nn.Module):
         gradient_checkpointing: transformers' switch: recompute in training.
         keep_when_recomputing: what is kept then.
         store: where that is kept, if not on the GPU.
+        tile: tokens computed at a time then.
 
     Args:
         layer: the layer it stands for.
@@ -52,6 +53,7 @@ class FusedDecoderLayer(nn.Module):
         self.reader = LayerReader(family)
         self.keep_when_recomputing: Keep = "attended"
         self.store: HostStore | None = None
+        self.tile = TILE
         for name, value in vars(layer).items():
             if name not in vars(self):
                 setattr(self, name, value)
@@ -127,9 +129,8 @@ class FusedDecoderLayer(nn.Module):
         if settings.get("s_aux") is not None:
             return None
         call = _attention_call(x, parts.input, settings, kwargs)
-        layer = LayerCall(
-            *parts[:2], parts.mlp, rotary, choose(call), call, keep, None if keep == "all" else self.store
-        )
+        store = None if keep == "all" else self.store
+        layer = LayerCall(*parts[:2], parts.mlp, rotary, choose(call), call, keep, store, self.tile)
         stacks = (parts.input.qkv, parts.middle.o, parts.mlp.gate_up, parts.mlp.down)
         found = factors(*(projection for stack in stacks for projection in stack.projections))
         with torch.autocast(x.device.type, enabled=False):

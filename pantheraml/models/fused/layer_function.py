@@ -12,7 +12,6 @@ go through it in tiles and never hold an MLP's intermediates for all tokens at o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,8 +27,10 @@ from pantheraml.models.fused.parts import InputPart, MiddlePart, MLPPart
 Keep = Literal["all", "projected", "attended", "input"]
 Gradients = list[Tensor | None]
 
-# Tokens computed at a time where not everything is kept: wide enough for full speed.
+# Tokens computed at a time where not everything is kept: wide enough for full speed; and where memory is so short that
+# what is kept goes to the host.
 TILE = 16384
+SMALL_TILE = 4096
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class LayerCall:
         call: how.
         keep: what stays for the backward.
         store: where it stays, if not on the device.
+        tile: tokens computed at a time, where not everything is kept.
     """
 
     input: InputPart
@@ -55,6 +57,13 @@ class LayerCall:
     call: AttentionCall
     keep: Keep
     store: HostStore | None = None
+    tile: int = TILE
+
+    def tiles(self, tokens: int) -> list[slice]:
+        """The rows computed at a time."""
+        if self.keep == "all":
+            return [slice(0, tokens)]
+        return [slice(start, min(start + self.tile, tokens)) for start in range(0, tokens, self.tile)]
 
 
 class FusedLayer(torch.autograd.Function):
@@ -78,7 +87,7 @@ class FusedLayer(torch.autograd.Function):
             saved += tuple(part for part in heads if part is not None)
         del heads
         raws = []
-        for rows in _tiles(flat.shape[0]):
+        for rows in layer.tiles(flat.shape[0]):
             tail = _tail(flat[rows], attended.flatten(2).flatten(0, 1)[rows], layer, out[rows])
             raws.append(tail[4])
             del tail
@@ -126,10 +135,6 @@ class FusedLayer(torch.autograd.Function):
         return None if grad is None else grad.view(dy.shape), None, *early, *late
 
 
-def _tiles(tokens: int) -> Iterator[slice]:
-    return (slice(start, min(start + TILE, tokens)) for start in range(0, tokens, TILE))
-
-
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -145,7 +150,8 @@ def _summed(parts: list[Gradients]) -> Gradients:
 def _project_in(x: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """q, k and v side by side (T, …); the sums before the head norms; and t."""
     parts = [
-        halves.project_in(x[rows], layer.input, _rows_of(layer.rotary, rows)) for rows in _tiles(x.shape[0])
+        halves.project_in(x[rows], layer.input, _rows_of(layer.rotary, rows))
+        for rows in layer.tiles(x.shape[0])
     ]
     if len(parts) == 1:
         found = parts[0]
@@ -188,7 +194,7 @@ def _tail_backward(
     if tail is not None:
         return _tile_backward(dy, attended, layer, tail)
     found = []
-    for rows in _tiles(x.shape[0]):
+    for rows in layer.tiles(x.shape[0]):
         h = layer.mlp.gate_up.widened(x[rows], x.shape[1])
         s, h, raw_o, t_o = halves.project_out(x[rows], attended[rows], layer.middle, h)
         gate_up, t = layer.mlp.gate_up.product(h)
@@ -221,8 +227,7 @@ def _project_in_backward(
     """The gradient of x and those of the factors of q, k and v; ``kept`` is raw and t."""
     dq, dk, dv = (grad.flatten(0, 1) for grad in grads)
     dx, factors = [], []
-    tiles = [slice(None)] if layer.keep == "all" else list(_tiles(x.shape[0]))
-    for rows in tiles:
+    for rows in layer.tiles(x.shape[0]):
         grad, found = halves.project_in_backward(
             (dq[rows], dk[rows], dv[rows]),
             None if residual is None else residual[rows],
