@@ -33,7 +33,9 @@ def build(family, targets, fused, **lora):
     sizes = dict(SIZES, **({"head_dim": 32} if family == "mistral" else {}))
     model = tiny.build_model(family, **sizes).to(DEVICE)
     if "attention_softcap" in find_family(model.config).deviations:
-        model.set_attn_implementation("eager")  # transformers 5.17 starts with SDPA, which leaves the soft-cap out
+        model.set_attn_implementation(
+            "eager"
+        )  # transformers 5.17 starts with SDPA, which leaves the soft-cap out
     for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name:  # ones and zeros hide mistakes
             noise = torch.Generator().manual_seed(len(name))
