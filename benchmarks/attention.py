@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.device import timed
 from pantheraml.kernels.attention import AttentionCall, Layout, table
 from pantheraml.kernels.attention.attend import backward, forward
 from pantheraml.kernels.attention.backend import AttentionBackend
@@ -103,20 +104,6 @@ def error(backend: AttentionBackend, case: Case, call: AttentionCall, heads, dou
     )
 
 
-def timed(function, runs: int = 10, warm: int = 3) -> float:
-    """Median time of ``function`` in milliseconds."""
-    for _ in range(warm):
-        function()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
-    torch.cuda.synchronize()
-    events[0].record()
-    for i in range(runs):
-        function()
-        events[i + 1].record()
-    torch.cuda.synchronize()
-    return sorted(events[i].elapsed_time(events[i + 1]) for i in range(runs))[runs // 2]
-
-
 def measure(name: str, case: Case, backend: AttentionBackend, wanted: list[str] | None) -> str:
     call, heads, dout, sinks = example(case)
     label = f"| {name} | {backend.name} |"
@@ -130,8 +117,8 @@ def measure(name: str, case: Case, backend: AttentionBackend, wanted: list[str] 
         return f"{label} - | - | - | - | {reason} |"
     wrong = error(backend, case, call, heads, dout, sinks)
     ready = time.perf_counter() - begin
-    once = timed(lambda: forward(backend, *heads, call, sinks))
-    both = timed(lambda: run(backend, call, heads, dout, sinks))
+    once = timed(lambda: forward(backend, *heads, call, sinks), runs=10, warm=3)
+    both = timed(lambda: run(backend, call, heads, dout, sinks), runs=10, warm=3)
     flops = 4 * case.heads * case.head_dim * case.pairs / 1e9
     speeds = f"{flops / once:.0f} / {3.5 * flops / both:.0f} | {once:.3f} | {both:.3f}"
     return f"{label} {speeds} | {wrong:.1e} | first call {ready:.1f} s |"

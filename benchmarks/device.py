@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Any
 
@@ -52,6 +53,27 @@ def peaks() -> dict[str, float | None]:
         "allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
     }
+
+
+def timed(function: Callable[[], object], runs: int = 15, warm: int = 5) -> float:
+    """Median time of ``function`` in milliseconds."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    for _ in range(warm if on_gpu else 1):
+        function()
+    if not on_gpu:
+        began = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - began)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for i in range(runs):
+        function()
+        events[i + 1].record()
+    torch.cuda.synchronize()
+    return sorted(events[i].elapsed_time(events[i + 1]) for i in range(runs))[runs // 2]
 
 
 def checked_norm(parameters: Iterable[Any]) -> float:

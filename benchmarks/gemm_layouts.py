@@ -11,22 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 
 import torch
 
+from benchmarks import device
 
-def timed(function, runs: int = 20, warm: int = 5) -> float:
+
+def timed(function: Callable[[], object]) -> float:
     """Median time of ``function`` in microseconds."""
-    for _ in range(warm):
-        function()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
-    torch.cuda.synchronize()
-    events[0].record()
-    for i in range(runs):
-        function()
-        events[i + 1].record()
-    torch.cuda.synchronize()
-    return sorted(1e3 * events[i].elapsed_time(events[i + 1]) for i in range(runs))[runs // 2]
+    return 1e3 * device.timed(function, runs=20)
 
 
 def randn(*shape: int) -> torch.Tensor:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +20,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cases import Case
+from benchmarks.device import timed
 
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
 
@@ -33,25 +32,6 @@ class Product(NamedTuple):
     n: int
     count: int
     tokens: int
-
-
-def timed(function: Callable[[], object], runs: int = 15, warm: int = 5) -> float:
-    """Median time of ``function`` in milliseconds."""
-    on_gpu = torch.cuda.is_available()
-    for _ in range(warm if on_gpu else 1):
-        function()
-    if not on_gpu:
-        began = time.perf_counter()
-        function()
-        return 1e3 * (time.perf_counter() - began)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
-    torch.cuda.synchronize()
-    events[0].record()
-    for i in range(runs):
-        function()
-        events[i + 1].record()
-    torch.cuda.synchronize()
-    return sorted(events[i].elapsed_time(events[i + 1]) for i in range(runs))[runs // 2]
 
 
 def products_of(config: Any, tokens: int) -> list[Product]:

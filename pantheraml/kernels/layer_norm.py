@@ -23,11 +23,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from pantheraml.kernels.launch import jit, launching_on, runs_triton, tl
+from pantheraml.kernels.row_tiles import as_rows, num_processors, row_tile
 
 # Longest row one program holds; longer ones take the plain PyTorch path.
 MAX_COLUMNS = 65536
-# Elements a program works on at a time: short rows are taken together.
-_TILE = 2048
 
 
 @jit
@@ -86,22 +85,9 @@ def _layer_norm_backward_kernel(
         tl.store(db_ptr + at, db, mask=col < cols)
 
 
-def _blocks(cols: int) -> dict[str, int]:
-    """Tile shape and warps for rows of ``cols`` elements and nothing else: one size compiles once."""
-    block_n = 1 << (cols - 1).bit_length()
-    block_m = max(1, _TILE // block_n)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": min(32, max(1, block_m * block_n // 512))}
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """x as (rows, N) with stride 1 along a row; a view where its strides allow."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _triton_forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, blocks = _as_rows(x), _blocks(x.shape[-1])
+    rows, blocks = as_rows(x), row_tile(x.shape[-1])
     _layer_norm_kernel[(-(-rows.shape[0] // blocks["BLOCK_M"]),)](
         rows, weight, weight if bias is None else bias, y, rows.stride(0), *rows.shape, eps,
         BIAS=bias is not None, **blocks,
@@ -113,11 +99,11 @@ def _triton_backward(
     dy: Tensor, x: Tensor, weight: Tensor, eps: float, with_dw: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dy_rows, rows, blocks = _as_rows(dy), _as_rows(x), _blocks(x.shape[-1])
+    dy_rows, rows, blocks = as_rows(dy), as_rows(x), row_tile(x.shape[-1])
     programs = -(-rows.shape[0] // blocks["BLOCK_M"])
     if with_dw:
         # Few programs with many rows each: their partial sums are added up afterwards, in a fixed order.
-        programs = min(programs, 4 * _processors(x.device))
+        programs = min(programs, 4 * num_processors(x.device))
     sums = torch.empty((2, programs if with_dw else 0, x.shape[-1]), dtype=torch.float32, device=x.device)
     _layer_norm_backward_kernel[(programs,)](
         dy_rows, rows, weight, dx, sums[0], sums[1], dy_rows.stride(0), rows.stride(0), *rows.shape, eps,
@@ -126,10 +112,6 @@ def _triton_backward(
     if not with_dw:
         return dx, weight.new_empty(0), weight.new_empty(0)
     return dx, sums[0].sum(0).to(weight.dtype), sums[1].sum(0).to(weight.dtype)
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _eager_forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

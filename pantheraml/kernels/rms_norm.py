@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pantheraml.kernels.launch import jit, runs_triton, tl, triton
+from pantheraml.kernels.row_tiles import as_rows, num_processors, row_tile
 
 
 class RMSNorm(NamedTuple):
@@ -37,8 +38,6 @@ class RMSNorm(NamedTuple):
 
 # Longest row one program holds; longer ones take the plain PyTorch path.
 MAX_COLUMNS = 65536
-# Elements a program works on at a time: short rows (the heads of q and k norms) are taken together.
-_TILE = 2048
 
 
 @jit
@@ -115,26 +114,13 @@ def _backward_kernel(
         tl.store(dw_ptr + program.to(tl.int64) * cols + col, dw, mask=col < cols)
 
 
-def _blocks(cols: int) -> dict[str, int]:
-    """Tile shape and warps for rows of ``cols`` elements and nothing else: one size compiles once."""
-    block_n = 1 << (cols - 1).bit_length()
-    block_m = max(1, _TILE // block_n)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": min(32, max(1, block_m * block_n // 512))}
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """x as (rows, N) with stride 1 along a row; a view where its strides allow."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def triton_forward(
     x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool, out: Tensor | None = None
 ) -> Tensor:
     """The forward by Triton; arguments as ``rms_norm_into`` and ``rms_norm``."""
     y = _empty_output(x, weight, cast_first) if out is None else out
-    rows = _as_rows(x)
-    blocks = _blocks(x.shape[-1])
+    rows = as_rows(x)
+    blocks = row_tile(x.shape[-1])
     programs = -(-rows.shape[0] // blocks["BLOCK_M"])
     y_stride = x.shape[-1] if out is None else out.stride(0)
     _forward_kernel[(programs,)](
@@ -148,12 +134,12 @@ def triton_backward(
 ) -> tuple[Tensor, Tensor]:
     """The backward by Triton: dx like x, and dw like weight (empty unless ``with_dw``)."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dy_rows, rows = _as_rows(dy), _as_rows(x)
-    blocks = _blocks(x.shape[-1])
+    dy_rows, rows = as_rows(dy), as_rows(x)
+    blocks = row_tile(x.shape[-1])
     programs = -(-rows.shape[0] // blocks["BLOCK_M"])
     if with_dw:
         # Few programs with many rows each: their partial sums are added up afterwards, in a fixed order.
-        programs = min(programs, 4 * _processors(x.device))
+        programs = min(programs, 4 * num_processors(x.device))
     partial = torch.empty((programs if with_dw else 0, weight.numel()), dtype=torch.float32, device=x.device)
     _backward_kernel[(programs,)](
         dy_rows,
@@ -171,10 +157,6 @@ def triton_backward(
         **blocks,
     )
     return dx, partial.sum(0).to(weight.dtype) if with_dw else weight.new_empty(0)
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _empty_output(x: Tensor, weight: Tensor, cast_first: bool) -> Tensor:

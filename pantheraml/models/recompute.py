@@ -114,14 +114,14 @@ def _plan(model: Any, state: ModelState, tokens: int) -> RecomputePlan:
     elif device.type != "cuda":
         plan = RecomputePlan(tokens, 0)
     else:
-        free = free_gpu_bytes(device) - (_optimizer_bytes(model) if is_new else 0)
+        free = free_gpu_bytes(device) - (optimizer_bytes(model) if is_new else 0)
         plan = plan_recompute(model, tokens, free, psutil.virtual_memory().available)
         if state.plan is None or plan.layers != state.plan.layers or plan.stored != state.plan.stored:
             say(f"recompute: {plan.describe(total)}.")
     return plan
 
 
-def _optimizer_bytes(model: nn.Module) -> int:
+def optimizer_bytes(model: nn.Module) -> int:
     """Gradients and two float32 moments of everything trained, which the first step will allocate."""
     return sum(p.numel() * (p.element_size() + 8) for p in model.parameters() if p.requires_grad)
 

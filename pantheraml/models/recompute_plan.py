@@ -164,11 +164,8 @@ def offload_plan(model: Any, tokens: int, host_free: int) -> RecomputePlan:
     total = model.config.get_text_config().num_hidden_layers
     stored = max(0, total - _ALWAYS_HERE)
     kept = kept_per_token(model)
-    keep: Keep = "input"
-    size = kept.input
     choices: tuple[tuple[Keep, int], ...] = (("projected", kept.projected), ("attended", kept.attended))
-    for much, bytes_of_it in reversed(choices):
-        if stored * bytes_of_it * tokens <= HOST_SHARE * host_free:
-            keep, size = much, bytes_of_it
+    fitting = (choice for choice in choices if stored * choice[1] * tokens <= HOST_SHARE * host_free)
+    keep, size = next(fitting, ("input", kept.input))
     need = (total - stored) * size * tokens
     return RecomputePlan(tokens, total, keep, stored, need, host=stored * size * tokens)

@@ -22,6 +22,7 @@ from pantheraml.errors import ConfigError
 from pantheraml.log import say_once
 from pantheraml.models.fused.attention import NAME
 from pantheraml.models.packed_rows import documents_mix
+from pantheraml.models.recompute import optimizer_bytes
 from pantheraml.models.recompute_plan import most_tokens
 from pantheraml.models.state import get_state
 
@@ -136,8 +137,8 @@ class MergedSteps(SFTTrainer):
         model = cast(Any, self.model)
         if self.args.device.type != "cuda":
             return MOST_TOKENS
-        trained = sum(p.numel() * (p.element_size() + 8) for p in model.parameters() if p.requires_grad)
-        room = min(MOST_TOKENS, most_tokens(model, free_gpu_bytes(self.args.device) - trained))
+        free = free_gpu_bytes(self.args.device) - optimizer_bytes(model)
+        room = min(MOST_TOKENS, most_tokens(model, free))
         say_once(f"micro-batches of a step are merged up to {room} tokens, without padding.")
         return room
 

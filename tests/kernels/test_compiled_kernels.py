@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from pantheraml.kernels import add_norm, cross_entropy, layer_norm, place_factors, rope, swiglu
+from pantheraml.kernels.row_tiles import row_tile
 from tests.kernels.test_triton_without_gpu import compile_for
 
 # What one program may use on each: 48 KiB without asking, less than the most that may be asked for.
@@ -33,7 +34,7 @@ def losses():
 
 def layer_norms():
     for cols, flag in ((100, False), (4096, True)):
-        blocks, warps = split(layer_norm._blocks(cols))
+        blocks, warps = split(row_tile(cols))
         yield layer_norm._layer_norm_kernel, {"BIAS": flag, **blocks}, warps
         yield layer_norm._layer_norm_backward_kernel, {"WITH_DW": flag, **blocks}, warps
 

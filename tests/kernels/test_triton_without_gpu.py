@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pantheraml.kernels import rms_norm
+from pantheraml.kernels.row_tiles import row_tile
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -52,7 +53,7 @@ def compile_for(kernel, types, constants, capability, num_warps):
 @pytest.mark.parametrize(("dtype", "cols"), [("bf16", 4096), ("fp32", 128), ("fp16", 5120), ("fp32", 1)])
 @pytest.mark.parametrize("cast_first", [True, False])
 def test_rms_norm_compiles(capability, dtype, cols, cast_first):
-    blocks = rms_norm._blocks(cols)
+    blocks = row_tile(cols)
     warps = blocks.pop("num_warps")
     pointers = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr", "dy_ptr", "dx_ptr"), f"*{dtype}")
     pointers["dw_ptr"] = "*fp32"

@@ -16,7 +16,7 @@ A backend computes all but the sinks, which need no kernel of their own (``sinks
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -90,14 +90,16 @@ class AttentionCall:
         ``scale`` None means 1 / sqrt(D); a layout without documents is none.
         """
         rows, tokens, heads, dim = q.shape
-        if layout is not None and layout.cu_seqlens is None:
-            layout = None
-        longest = tokens if layout is None else layout.max_seqlen
-        if window is not None and window >= longest:
-            window = None
         factor = dim**-0.5 if scale is None else scale
         shape = rows, tokens, heads, k.shape[2], dim
-        return cls(*shape, q.dtype, q.device, layout, factor, window, softcap, sinks)
+        return cls(*shape, q.dtype, q.device, layout, factor, window, softcap, sinks).reduced()
+
+    def reduced(self) -> AttentionCall:
+        """Itself without a layout that has no documents, and without a window as long as the documents."""
+        layout = None if self.layout is None or self.layout.cu_seqlens is None else self.layout
+        longest = self.tokens if layout is None else layout.max_seqlen
+        window = None if self.window is None or self.window >= longest else self.window
+        return replace(self, layout=layout, window=window)
 
     @property
     def packed(self) -> bool:

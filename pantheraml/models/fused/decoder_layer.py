@@ -211,14 +211,10 @@ def _attention_call(
         kwargs.get("cu_seq_lens_q"),
         kwargs.get("max_length_q"),
     )
-    packed = layout.cu_seqlens is not None
-    window = settings["sliding_window"]
-    if window is not None and window >= (layout.max_seqlen if packed else tokens):
-        window = None
     return AttentionCall(
-        rows, tokens, part.heads, part.kv_heads, part.head_dim, x.dtype, x.device, layout if packed else None,
-        settings["scaling"], window, settings.get("softcap"),
-    )  # fmt: skip
+        rows, tokens, part.heads, part.kv_heads, part.head_dim, x.dtype, x.device, layout,
+        settings["scaling"], settings["sliding_window"], settings.get("softcap"),
+    ).reduced()  # fmt: skip
 
 
 def apply_layers(

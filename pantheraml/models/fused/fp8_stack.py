@@ -22,11 +22,11 @@ from pantheraml.kernels.fp8 import DTYPE, Margin, quantise_rows
 from pantheraml.kernels.fp8_factor import Factor, split_factor
 from pantheraml.kernels.fp8_norm import norm_rows
 from pantheraml.kernels.fp8_product import multiply, turn
-from pantheraml.kernels.place_factors import Placement, Table
+from pantheraml.kernels.place_factors import Table
 from pantheraml.kernels.rms_norm import RMSNorm
 from pantheraml.kernels.workspace import borrow
 from pantheraml.models.fused.projection import Projection
-from pantheraml.models.fused.stack import BoundStack, Product
+from pantheraml.models.fused.stack import BoundStack, Product, placements
 
 _STEP = 16
 # An adapter that begins has a B near zero: below this share of its weight, t would have to fall below e4m3's range.
@@ -115,17 +115,7 @@ class Fp8Memory:
             self.a.zero_()
             self.b.zero_()
             self._layout = layout
-        placements: list[Placement] = []
-        row = rank = 0
-        for projection in projections:
-            if projection.a is not None and projection.b is not None:
-                ranks = slice(rank, rank + projection.rank)
-                target = self.b[row : row + projection.features, ranks]
-                placements.append(Placement(projection.a.detach(), self.a[ranks], 1.0))
-                placements.append(Placement(projection.b.detach(), target, projection.scale))
-                rank += projection.rank
-            row += projection.features
-        self._table.write(placements)
+        self._table.write(placements(projections, self.a, self.b))
         factor = Factor(self.b, self.scales, _LEAST_B)
         self._largest["b"] = split_factor(factor, self.matrix[:, self.matrix.shape[1] - 3 * self.margin :])
         self._factors = projections

@@ -88,20 +88,15 @@ class AttentionAndMLP(torch.autograd.Function):
     ) -> Tensor:
         """x (B, S, H); attended (B, S, heads * D)."""
         flat, heads = _flat(x), _flat(attended)
-        s, h, raw_o, t_o = halves.project_out(flat, heads, middle, part.gate_up.widened(flat, flat.shape[1]))
-        y, *kept = halves.mlp(s, h, part, torch.empty_like(flat))
+        y, *kept = halves.tail(flat, heads, middle, part, torch.empty_like(flat))
         ctx.middle, ctx.part = middle, part
-        ctx.save_for_backward(heads, s, raw_o, t_o, *kept)
+        ctx.save_for_backward(heads, *kept)
         return y.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradients of x, of what was attended, and of the factors."""
-        heads, s, raw_o, t_o, gate_up, raw, t, t_down = ctx.saved_tensors
-        flat = _flat(dy)
-        dh, wide, inner, down = halves.mlp_backward(flat, gate_up, raw, t_down, ctx.part)
-        h = None if t is None else torch.empty_like(s)
-        dx, dattended, o = halves.project_out_backward(dh, flat, (s, raw_o, t_o), heads, ctx.middle, h)
-        gate_up_factors = ctx.part.gate_up.factor_gradients(wide, inner, s if h is None else h, t)
+        heads, *kept = ctx.saved_tensors
+        dx, dattended, found = halves.tail_backward(_flat(dy), heads, ctx.middle, ctx.part, kept)
         shape = dy.shape
-        return dx.view(shape), dattended.view(*shape[:2], -1), None, None, *o, *gate_up_factors, *down
+        return dx.view(shape), dattended.view(*shape[:2], -1), None, None, *found

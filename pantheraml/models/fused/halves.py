@@ -3,6 +3,7 @@
     project_in:    x -> q, k, v                   norm, projections, bias, head norms, rotary positions
     project_out:   x, attended -> s, h            output projection, residual, norm
     mlp:           s, h -> y                      gated MLP, residual
+    tail:          x, attended -> y               project_out and mlp
 
 Everything is two-dimensional: x, s, h, y (T, H) with T = B * S; LoRA is part of every product (``Stack``). Base weights
 and norms are frozen. A forward returns what its backward needs; each backward returns the gradient of its inputs and
@@ -11,7 +12,8 @@ those of the factors, in the order of ``factors``.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -180,3 +182,36 @@ def mlp_backward(
     del dvalue
     dh, inner = part.gate_up.input_gradient(wide)
     return MLPGradient(dh, wide, inner, down)
+
+
+class Tail(NamedTuple):
+    """y (T, H); and what the backward needs: ``Middle`` without h, and ``MLPOutput`` without y."""
+
+    y: Tensor
+    s: Tensor
+    raw_o: Tensor | None
+    t_o: Tensor | None
+    gate_up: Tensor
+    raw: Tensor | None
+    t: Tensor | None
+    t_down: Tensor | None
+
+
+def tail(x: Tensor, attended: Tensor, middle: MiddlePart, part: MLPPart, out: Tensor) -> Tail:
+    """Everything after the attention: ``project_out`` and ``mlp``; y is written to out (T, H)."""
+    h = part.gate_up.widened(x, x.shape[1])
+    s, h, raw_o, t_o = project_out(x, attended, middle, h)
+    y, gate_up, raw, t, t_down = mlp(s, h, part, out)
+    return Tail(y, s, raw_o, t_o, gate_up, raw, t, t_down)
+
+
+def tail_backward(
+    dy: Tensor, attended: Tensor, middle: MiddlePart, part: MLPPart, kept: Sequence[Any]
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Gradients of x and of what was attended, and of the factors of o, gate, up, down; kept: a ``Tail`` without y."""
+    s, raw_o, t_o, gate_up, raw, t, t_down = kept
+    dh, wide, inner, down = mlp_backward(dy, gate_up, raw, t_down, part)
+    h = None if t is None else torch.empty_like(s)
+    dx, dattended, o = project_out_backward(dh, dy, (s, raw_o, t_o), attended, middle, h)
+    gate_up_factors = part.gate_up.factor_gradients(wide, inner, s if h is None else h, t)
+    return dx, dattended, [*o, *gate_up_factors, *down]

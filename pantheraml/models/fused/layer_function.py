@@ -78,7 +78,7 @@ class FusedLayer(torch.autograd.Function):
         out = torch.empty_like(flat)
         ctx.layer, ctx.num_kept = layer, len(kept)
         if layer.keep == "all":
-            tail = _tail(flat, attended.flatten(2).flatten(0, 1), layer, out)
+            tail = halves.tail(flat, attended.flatten(2).flatten(0, 1), layer.middle, layer.mlp, out)[1:]
             ctx.save_for_backward(flat, attended, *kept, *heads, *tail)
             return out.view(x.shape)
         saved: tuple[Tensor, ...] = (flat,) if layer.keep == "input" else (flat, attended, *kept)
@@ -88,9 +88,8 @@ class FusedLayer(torch.autograd.Function):
         del heads
         raws = []
         for rows in layer.tiles(flat.shape[0]):
-            tail = _tail(flat[rows], attended.flatten(2).flatten(0, 1)[rows], layer, out[rows])
-            raws.append(tail[4])
-            del tail
+            flat_attended = attended.flatten(2).flatten(0, 1)[rows]
+            raws.append(halves.tail(flat[rows], flat_attended, layer.middle, layer.mlp, out[rows]).raw)
         raw = None if raws[0] is None else _joined(raws)
         if layer.store is not None:
             ctx.stored = layer.store.put(*saved)
@@ -175,13 +174,6 @@ def _split(qkv: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _tail(x: Tensor, attended: Tensor, layer: LayerCall, out: Tensor) -> tuple[Tensor | None, ...]:
-    """Everything after the attention: s, o before its norm, t; gate and up, down before its norm, both t."""
-    h = layer.mlp.gate_up.widened(x, x.shape[1])
-    s, h, raw_o, t_o = halves.project_out(x, attended, layer.middle, h)
-    return s, raw_o, t_o, *halves.mlp(s, h, layer.mlp, out)[1:]
-
-
 def _tail_backward(
     dy: Tensor,
     x: Tensor,
@@ -192,7 +184,7 @@ def _tail_backward(
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Gradients of x (by the residual), of what was attended, and of the factors of o, gate, up and down."""
     if tail is not None:
-        return _tile_backward(dy, attended, layer, tail)
+        return halves.tail_backward(dy, attended, layer.middle, layer.mlp, tail)
     found = []
     for rows in layer.tiles(x.shape[0]):
         h = layer.mlp.gate_up.widened(x[rows], x.shape[1])
@@ -200,21 +192,10 @@ def _tail_backward(
         gate_up, t = layer.mlp.gate_up.product(h)
         again = [s, raw_o, t_o, gate_up, None if raw is None else raw[rows], t, None]
         del h
-        found.append(_tile_backward(dy[rows], attended[rows], layer, again))
+        found.append(halves.tail_backward(dy[rows], attended[rows], layer.middle, layer.mlp, again))
         del again, gate_up
     dx, dattended, grads = zip(*found, strict=True)
     return _joined(list(dx)), _joined(list(dattended)), _summed(list(grads))
-
-
-def _tile_backward(
-    dy: Tensor, attended: Tensor, layer: LayerCall, tail: list[Any]
-) -> tuple[Tensor, Tensor, Gradients]:
-    s, raw_o, t_o, gate_up, raw, t, t_down = tail
-    dh, wide, inner, down = halves.mlp_backward(dy, gate_up, raw, t_down, layer.mlp)
-    h = None if t is None else torch.empty_like(s)
-    dx, dattended, o = halves.project_out_backward(dh, dy, (s, raw_o, t_o), attended, layer.middle, h)
-    gate_up_factors = layer.mlp.gate_up.factor_gradients(wide, inner, s if h is None else h, t)
-    return dx, dattended, [*o, *gate_up_factors, *down]
 
 
 def _project_in_backward(

@@ -232,19 +232,24 @@ class BoundStack:
             a.zero_()
             b.zero_()
             buffer.layout = layout
-        placements: list[Placement] = []
-        row = rank = 0
-        for projection in self.projections:
-            if projection.a is not None and projection.b is not None:
-                ranks = slice(rank, rank + projection.rank)
-                placements.append(Placement(projection.a.detach(), a[ranks], 1.0))
-                target = b[row : row + projection.features, ranks]
-                placements.append(Placement(projection.b.detach(), target, projection.scale))
-                rank += projection.rank
-            row += projection.features
-        self._table.write(placements)
+        self._table.write(placements(self.projections, a, b))
         # This very tuple, made anew at every call: factors may change in ways that no version counter sees.
         buffer.factors = self.projections
+
+
+def placements(projections: tuple[Projection, ...], a: Tensor, b: Tensor) -> list[Placement]:
+    """Where the factors go: A below one another in ``a`` (E, K), s B beside one another in its rows of ``b`` (N, E)."""
+    found: list[Placement] = []
+    row = rank = 0
+    for projection in projections:
+        if projection.a is not None and projection.b is not None:
+            ranks = slice(rank, rank + projection.rank)
+            target = b[row : row + projection.features, ranks]
+            found.append(Placement(projection.a.detach(), a[ranks], 1.0))
+            found.append(Placement(projection.b.detach(), target, projection.scale))
+            rank += projection.rank
+        row += projection.features
+    return found
 
 
 def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
