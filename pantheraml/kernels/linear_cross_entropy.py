@@ -79,6 +79,7 @@ def _linear_log_probs(
                 whole[part] = piece
             if with_dh:
                 write_product(dh[part], z, w)
+            del z  # before the next one is made
     return log_probs, entropy, is_top1, sums, dh
 
 
@@ -119,6 +120,7 @@ def _linear_log_probs_backward(
             write_product(dh[part], z, w)
             if with_dw:
                 add_product(total, z.T, h[part])
+            del z
     return dh.mul_(size).to(h.dtype), total.mul_(size).to(weight.dtype)
 
 

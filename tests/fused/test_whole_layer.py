@@ -9,6 +9,7 @@ from pantheraml.models.families import find_family
 from pantheraml.models.fused.attention import apply_attention
 from pantheraml.models.fused.decoder_layer import FusedDecoderLayer
 from pantheraml.models.fused.host_store import HostStore
+from pantheraml.models.fused.stack import BoundStack
 from pantheraml.models.fused.layer_function import FusedLayer
 from tests.fused.test_decoder_layer import ALL, DEVICE, FAMILIES, MIXTURES, assert_equal, build, run
 
@@ -108,3 +109,34 @@ def test_the_host_store_on_a_device_without_streams():
     first, second = store.put(torch.ones(2)), store.put(torch.zeros(3), torch.ones(1))
     assert [t.tolist() for t in second.get()] == [[0, 0, 0], [1]]
     assert first.get()[0].tolist() == [1, 1]
+
+
+def test_gradients_between_layers_have_room_for_the_margin_of_down(monkeypatch):
+    """So down's dX is one product; whoever comes between two layers may put another gradient there."""
+    widths = []
+    whole = BoundStack.input_gradient
+
+    def spied(stack, dy):
+        if stack.rows < stack.cols:  # down, in the tiny model
+            widths.append(dy.shape[1] - stack.rows)
+        return whole(stack, dy)
+
+    monkeypatch.setattr(BoundStack, "input_gradient", spied)
+    model, layers = build_whole("llama", "all")
+    plain = run(model)
+    assert widths == [0, 64]
+
+    class Doubled(torch.nn.Module):
+        def forward(self, x):
+            if x.requires_grad:
+                x.register_hook(lambda grad: 1 * grad)
+            return x
+
+    hooks = [layer.register_forward_hook(lambda _, __, out: Doubled()(out)) for layer in layers]
+    widths.clear()
+    model.zero_grad()
+    again = run(model)
+    assert widths == [0, 0]
+    assert_equal(again, plain)
+    for hook in hooks:
+        hook.remove()

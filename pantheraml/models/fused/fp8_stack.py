@@ -150,10 +150,7 @@ class BoundFp8Stack(BoundStack):
     def __init__(self, memory: Fp8Memory, projections: tuple[Projection, ...], margin: int) -> None:
         self._memory, self.projections, self.margin = memory, projections, margin
         self.rows, self.cols = memory.matrix.shape[0], projections[0].linear.in_features
-
-    def widened(self, like: Tensor, width: int) -> Tensor:
-        """An empty (T, width) beside ``like``: FP8 rows are made inside the products."""
-        return like.new_empty(like.shape[0], width)
+        self.room = 0  # FP8 rows and their margins are made inside the products
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Product:
         """``x W^T + bias`` with LoRA's share."""

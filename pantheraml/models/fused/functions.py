@@ -48,11 +48,12 @@ class AttentionInput(torch.autograd.Function):
         flat, raw, t = ctx.saved_tensors
         residual = _flat(dx) if ctx.needs_input_grad[0] else None
         dq, dk, dv = (heads.transpose(1, 2).flatten(0, 1) for heads in (dq, dk, dv))
-        grad, factors = halves.project_in_backward(
-            (dq, dk, dv), residual, flat, ctx.part, ctx.rotary, (raw, t)
+        out = torch.empty_like(flat)
+        factors = halves.project_in_backward(
+            (dq, dk, dv), residual, flat, ctx.part, ctx.rotary, (raw, t), out
         )
         factors = factors or [None] * (2 * len(ctx.part.qkv.projections))
-        return None if grad is None else grad.view(dx.shape), None, None, *factors
+        return None if residual is None else out.view(dx.shape), None, None, *factors
 
 
 class AttentionOutput(torch.autograd.Function):

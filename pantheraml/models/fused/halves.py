@@ -64,8 +64,10 @@ def project_in_backward(
     part: InputPart,
     rotary: Rotary,
     kept: tuple[Tensor | None, Tensor | None],
-) -> tuple[Tensor | None, Gradients]:
-    """The gradient of x, with ``residual`` (T, H) added; None without a residual, where nothing before x is trained.
+    out: Tensor,
+) -> Gradients:
+    """Writes the gradient of x to out (T, H), with ``residual`` (T, H) added; nothing without a residual, where nothing
+    before x is trained.
 
     ``grads`` are those of q, k and v, (T, heads, D) each; ``kept`` is raw and t of the forward.
     """
@@ -77,13 +79,13 @@ def project_in_backward(
     rotate_back(grads[1], rotary, parts[1], part.k_norm, raws[1])
     rotate_back(grads[2], None, parts[2])
     if residual is None:
-        inner, dx = part.qkv.inner(dy), None
+        inner = part.qkv.inner(dy)
         h = None if inner is None else rms_norm_into(torch.empty_like(x), x, part.norm)
     else:
         dh, inner = part.qkv.input_gradient(dy)
         h = None if inner is None else torch.empty_like(dh)
-        dx = norm_backward(dh, residual, x, part.norm, torch.empty_like(dh), h)
-    return dx, [] if h is None else part.qkv.factor_gradients(dy, inner, h, t)
+        norm_backward(dh, residual, x, part.norm, out, h)
+    return [] if h is None else part.qkv.factor_gradients(dy, inner, h, t)
 
 
 class Middle(NamedTuple):
@@ -166,11 +168,12 @@ def mlp_backward(
 ) -> MLPGradient:
     """The gradient of h; gate and up's factors follow from ``part.gate_up.factor_gradients`` once h is there again.
 
-    ``t_down`` is computed anew where it is not given.
+    dy is (T, H), or widened for ``part.down`` and completed here. ``t_down`` is computed anew where it is not given.
     """
     ddown = dy
     if part.post is not None and raw is not None:
-        ddown = norm_backward(dy, None, raw, part.post, torch.empty_like(raw))
+        ddown = part.down.widened(raw, raw.shape[1])
+        norm_backward(dy[:, : raw.shape[1]], None, raw, part.post, ddown[:, : raw.shape[1]])
     dvalue, inner_down = part.down.input_gradient(ddown)
     gate, up = gate_up.chunk(2, dim=1)
     wide = part.gate_up.widened(dy, part.gate_up.rows)
@@ -208,10 +211,13 @@ def tail(x: Tensor, attended: Tensor, middle: MiddlePart, part: MLPPart, out: Te
 def tail_backward(
     dy: Tensor, attended: Tensor, middle: MiddlePart, part: MLPPart, kept: Sequence[Any]
 ) -> tuple[Tensor, Tensor, Gradients]:
-    """Gradients of x and of what was attended, and of the factors of o, gate, up, down; kept: a ``Tail`` without y."""
+    """Gradients of x and of what was attended, and of the factors of o, gate, up, down.
+
+    kept: a ``Tail`` without y; dy as in ``mlp_backward``.
+    """
     s, raw_o, t_o, gate_up, raw, t, t_down = kept
     dh, wide, inner, down = mlp_backward(dy, gate_up, raw, t_down, part)
     h = None if t is None else torch.empty_like(s)
-    dx, dattended, o = project_out_backward(dh, dy, (s, raw_o, t_o), attended, middle, h)
+    dx, dattended, o = project_out_backward(dh, dy[:, : s.shape[1]], (s, raw_o, t_o), attended, middle, h)
     gate_up_factors = part.gate_up.factor_gradients(wide, inner, s if h is None else h, t)
     return dx, dattended, [*o, *gate_up_factors, *down]

@@ -1,11 +1,15 @@
 """Tensors kept in pinned host memory between a layer's forward and its backward.
 
-Copies run on a stream of their own, beside the computation. Backwards come in the reverse order of forwards, so taking
-one layer's tensors starts the copy of the two before it: two sets are on their way while one is in use.
+Copies run on a stream of their own, beside the computation; a few sets of tensors are on their way at a time, and the
+computation waits for the oldest of them before it goes on. So GPU memory is given back in an order that the host knows:
+it belongs to the stream that computes, which has waited for the copy. (Handing it from stream to stream instead leaves
+it with the allocator until the host happens to see that a copy is done; the host is many layers ahead by then, and
+half of what was offloaded was measured to be still there.)
 """
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 from weakref import ref
 
@@ -14,7 +18,8 @@ from torch import Tensor
 
 # Host memory is pinned in pieces of this size: torch rounds each request up to a power of two.
 _CHUNK = 64 * 2**20
-_AHEAD = 2
+# Sets on their way to the host while a forward goes on, and on their way back while a backward does.
+_LEAVING, _COMING = 2, 1
 
 
 class HostStore:
@@ -29,15 +34,22 @@ class HostStore:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._free: list[Tensor] = []
         self._held: list[ref[Kept]] = []
+        self._leaving: deque[ref[Kept]] = deque()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of a model has a store of its own; what lies in one belongs to a step in progress.
         return HostStore, (self._device,)
 
     def put(self, *tensors: Tensor) -> Kept:
-        """Start copying ``tensors`` to the host; their GPU memory is reused once the copies are done."""
+        """Start copying ``tensors`` to the host; their GPU memory is free once those put a little later are."""
         kept = Kept(self, tensors)
         self._held.append(ref(kept))
+        if self._stream is not None:
+            self._leaving.append(ref(kept))
+            while len(self._leaving) > _LEAVING:
+                oldest = self._leaving.popleft()()
+                if oldest is not None:
+                    oldest.leave()
         return kept
 
     def take_chunks(self, count: int) -> list[Tensor]:
@@ -54,11 +66,11 @@ class HostStore:
         self._held = [other for other in self._held if other() not in (None, kept)]
 
     def fetch_before(self, kept: Kept) -> None:
-        """Start bringing back what was put just before ``kept``."""
+        """Start bringing back what was put just before ``kept``: backwards come in the reverse order of forwards."""
         held = [other() for other in self._held]
         if kept in held:
             at = held.index(kept)
-            for other in reversed(held[max(0, at - _AHEAD) : at]):
+            for other in reversed(held[max(0, at - _COMING) : at]):
                 if other is not None:
                     other.fetch()
 
@@ -75,11 +87,11 @@ class Kept:
         self._store = store
         self._specs = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
         self._chunks: list[list[Tensor]] = []
-        self._back: list[Tensor] | None = None
-        self._ready: torch.cuda.Event | None = None
+        # What is on the GPU now: before it left, or since it is coming back.
+        self._here: list[Tensor] | None = list(tensors)
+        self._copied: torch.cuda.Event | None = None
         stream = store.stream
         if stream is None:
-            self._back = list(tensors)
             return
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
@@ -88,43 +100,56 @@ class Kept:
                 chunks = store.take_chunks(-(-data.numel() // _CHUNK))
                 for chunk, piece in zip(chunks, data.split(_CHUNK), strict=True):
                     chunk[: piece.numel()].copy_(piece, non_blocking=True)
-                tensor.record_stream(stream)
                 self._chunks.append(chunks)
+            self._copied = torch.cuda.Event()
+            self._copied.record(stream)
+
+    def leave(self) -> None:
+        """Give the GPU memory back; what is computed from here on waits for the copy."""
+        self._wait()
+        self._here = None
 
     def fetch(self) -> None:
-        """Start the copies back, if they have not been started."""
+        """Start the copies back, unless the tensors are here."""
         stream = self._store.stream
-        if self._back is not None or stream is None:
+        if self._here is not None or stream is None:
             return
+        # Memory of the computing stream, which may be in use by what was launched before now.
+        self._here = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self._specs]
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
-            self._back = []
-            for (shape, dtype, device), chunks in zip(self._specs, self._chunks, strict=True):
-                tensor = torch.empty(shape, dtype=dtype, device=device)
+            for tensor, chunks in zip(self._here, self._chunks, strict=True):
                 for chunk, piece in zip(chunks, tensor.view(-1).view(torch.uint8).split(_CHUNK), strict=True):
                     piece.copy_(chunk[: piece.numel()], non_blocking=True)
-                self._back.append(tensor)
-            self._ready = torch.cuda.Event()
-            self._ready.record(stream)
+            self._copied = torch.cuda.Event()
+            self._copied.record(stream)
 
     def get(self) -> list[Tensor]:
         """The tensors on their device, in order; the copies of earlier ones are started."""
+        assert self._here is not None or self._chunks, "taken once already"
         self.fetch()
         self._store.fetch_before(self)
-        tensors, self._back = self._back, None
-        assert tensors is not None, "taken once already"
-        if self._ready is not None:
-            current = torch.cuda.current_stream(tensors[0].device)
-            current.wait_event(self._ready)
-            for tensor in tensors:
-                tensor.record_stream(current)
-            # The chunks may be written again as soon as these copies are done, which the next copies out wait for:
-            # they run on the same stream.
-            self._ready = None
-        self._store.give_back(self, [chunk for chunks in self._chunks for chunk in chunks])
-        self._chunks = []
+        self._wait()
+        tensors, self._here = self._here or [], None
+        # The next copies into these chunks run on the same stream, so after the ones out of them.
+        self._release()
         return tensors
+
+    def _wait(self) -> None:
+        if self._copied is not None:
+            torch.cuda.current_stream(self._copied_on).wait_event(self._copied)
+            self._copied = None
+
+    @property
+    def _copied_on(self) -> torch.device:
+        return self._specs[0][2]
+
+    def _release(self) -> None:
+        chunks, self._chunks = self._chunks, []
+        self._store.give_back(self, [chunk for part in chunks for chunk in part])
 
     def __del__(self) -> None:
         # A graph that is dropped without a backward gives its memory back too.
         if self._chunks:
-            self._store.give_back(self, [chunk for chunks in self._chunks for chunk in chunks])
+            self._wait()
+            self._release()

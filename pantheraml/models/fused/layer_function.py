@@ -101,8 +101,7 @@ class FusedLayer(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradients of x and of the factors, in the order they were listed."""
         layer: LayerCall = ctx.layer
-        flat_dy = dy.reshape(-1, dy.shape[-1])
-        flat_dy = flat_dy if flat_dy.stride(1) == 1 else flat_dy.contiguous()
+        flat_dy = _flat_gradient(dy, layer)
         if layer.keep == "all":
             flat, attended, *rest = ctx.saved_tensors
             kept, heads, tail = rest[: ctx.num_kept], rest[ctx.num_kept : -7], rest[-7:]
@@ -131,7 +130,25 @@ class FusedLayer(torch.autograd.Function):
         del heads, dattended, attended
         residual = dx if ctx.needs_input_grad[0] else None
         grad, early = _project_in_backward(grads, residual, flat, layer, kept_in)
-        return None if grad is None else grad.view(dy.shape), None, *early, *late
+        if grad is None:
+            return None, None, *early, *late
+        dx = grad[:, : flat.shape[1]].view(dy.shape)
+        setattr(dx, _WIDENED, grad)
+        return dx, None, *early, *late
+
+
+# A gradient that a layer returns knows the wider memory it lies in, which the layer before it completes: see ``Stack``.
+_WIDENED = "_pantheraml_widened"
+
+
+def _flat_gradient(dy: Tensor, layer: LayerCall) -> Tensor:
+    """dy (B, S, H) as (T, H), or as (T, H + E) where the room for down's margin is there already."""
+    wide: Tensor | None = getattr(dy, _WIDENED, None)
+    size = (dy.shape[:-1].numel(), dy.shape[-1] + layer.mlp.down.room)
+    if wide is not None and wide.shape == size and wide.data_ptr() == dy.data_ptr():
+        return wide
+    flat = dy.reshape(-1, dy.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -205,18 +222,21 @@ def _project_in_backward(
     layer: LayerCall,
     kept: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor | None, Gradients]:
-    """The gradient of x and those of the factors of q, k and v; ``kept`` is raw and t."""
+    """The gradient of x, with room for the margin of the layer before (taken to be as this one's), and those of the
+    factors of q, k and v; ``kept`` is raw and t.
+    """
     dq, dk, dv = (grad.flatten(0, 1) for grad in grads)
-    dx, factors = [], []
+    wide = layer.mlp.down.widened(x, x.shape[1]) if residual is not None else x
+    factors = []
     for rows in layer.tiles(x.shape[0]):
-        grad, found = halves.project_in_backward(
+        found = halves.project_in_backward(
             (dq[rows], dk[rows], dv[rows]),
             None if residual is None else residual[rows],
             x[rows],
             layer.input,
             _rows_of(layer.rotary, rows),
             (None if kept[0] is None else kept[0][rows], None if kept[1] is None else kept[1][rows]),
+            wide[rows, : x.shape[1]],
         )
-        dx.append(grad)
         factors.append(found or [None] * (2 * len(layer.input.qkv.projections)))
-    return None if residual is None else _joined(dx), _summed(factors)
+    return None if residual is None else wide, _summed(factors)

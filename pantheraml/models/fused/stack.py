@@ -135,10 +135,11 @@ class BoundStack:
     ) -> None:
         self._buffer, self._table, self.projections, self.margin = buffer, table, projections, margin
         self.rows, self.cols = _sizes(projections)
+        self.room = margin  # columns that a widened tensor has beside its own
 
     def widened(self, like: Tensor, width: int) -> Tensor:
         """An empty (T, width + E) beside ``like`` (T, …): its first ``width`` columns are the caller's to fill."""
-        return like.new_empty(like.shape[0], width + self.margin)
+        return like.new_empty(like.shape[0], width + self.room)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Product:
         """``x W^T + bias`` with LoRA's share; a widened x is completed, and takes no bias."""
