@@ -48,7 +48,7 @@ def _tanh_near_zero(x):
 
 @jit
 def _exp(x):
-    """exp to 2 units in the last place of float32, at any size of x; ``tl.exp`` rounds x * log2(e), so it errs by |x|."""
+    """exp to 2 units in the last place of float32 at any x; ``tl.exp`` rounds x * log2(e), so it errs by |x|."""
     x = tl.where(x < -150.0, -150.0, x)  # 0 in float32, and free of inf - inf; a NaN stays one
     high = x * 1.4426950408889634
     low = tl.fma(x, 1.4426950408889634, -high) + x * 1.9259629911266175e-8

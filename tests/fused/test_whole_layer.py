@@ -9,8 +9,8 @@ from pantheraml.models.families import find_family
 from pantheraml.models.fused.attention import apply_attention
 from pantheraml.models.fused.decoder_layer import FusedDecoderLayer
 from pantheraml.models.fused.host_store import HostStore
-from pantheraml.models.fused.stack import BoundStack
 from pantheraml.models.fused.layer_function import FusedLayer
+from pantheraml.models.fused.stack import BoundStack
 from tests.fused.test_decoder_layer import ALL, DEVICE, FAMILIES, MIXTURES, assert_equal, build, run
 
 DENSE = tuple(family for family in FAMILIES if family not in MIXTURES)
