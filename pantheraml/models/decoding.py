@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from pantheraml.devices.memory import free_gpu_bytes
+from pantheraml.models.fused.decoder_layer import FusedDecoderLayer
 from pantheraml.models.fused.decoding_layer import apply_decoding_layers
 from pantheraml.models.patching import PatchSet
 from pantheraml.models.recorded_step import RecordedStep, Step, record_cuda_graph
@@ -112,12 +113,14 @@ def set_decoding(model: Any, on: bool) -> None:
     state = get_state(model)
     if state is None or state.kernels != "auto":
         return
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not on:
         state.decoding.revert()
-    elif not state.decoding.report():
-        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        if apply_decoding(base, state.decoding) is not None:
-            apply_decoding_layers(base, state.decoding)
+        for module in base.modules():
+            if isinstance(module, FusedDecoderLayer):
+                module.reader.release(trained_only=True)
+    elif not state.decoding.report() and apply_decoding(base, state.decoding) is not None:
+        apply_decoding_layers(base, state.decoding)
 
 
 def why_not_recorded(model: PreTrainedModel, *, on_cpu: bool = False) -> str | None:

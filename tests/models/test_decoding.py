@@ -20,6 +20,7 @@ from pantheraml.models.families import find_family
 from pantheraml.models.fused import apply_fused_parts, apply_layers, decoding_layer
 from pantheraml.models.fused.decoding_layer import apply_decoding_layers, attend_one
 from pantheraml.models.fused.functions import AttentionInput
+from pantheraml.models.fused.read_layer import LayerReader
 from pantheraml.models.patching import PatchSet
 from pantheraml.models.recorded_step import fingerprint, sort_inputs
 from pantheraml.models.state import get_state
@@ -302,6 +303,22 @@ def test_undoing_gives_the_model_back():
     pair.check(replays=0)
 
 
+def test_weights_that_would_be_trained_generate_by_fused_functions_too(monkeypatch):
+    """A model without an adapter is not frozen; its weights lie in stacks until it trains again."""
+    seen, few_rows = [], decoding_layer._few_rows
+    monkeypatch.setattr(decoding_layer, "_few_rows", lambda *a, **k: seen.append(a[0]) or few_rows(*a, **k))
+    pair = Pair(adapter=False)
+    assert pair.ours.lm_head.weight.requires_grad
+    pair.check()
+    assert len(set(seen)) == pair.ours.config.num_hidden_layers
+    projection = pair.ours.model.layers[0].self_attn.k_proj
+    assert projection.weight.untyped_storage().nbytes() > projection.weight.nbytes
+    pair.patches.revert()
+    for layer in pair.ours.model.layers:
+        layer.reader.release(trained_only=True)
+    assert projection.weight.untyped_storage().nbytes() == projection.weight.nbytes
+
+
 def test_copies_and_pickles_generate():
     pair = Pair(adapter=False)
     expected = pair.check()
@@ -382,7 +399,11 @@ def test_the_facade_switches(llama, monkeypatch):
         assert FastLanguageModel.for_inference(adapted) is adapted and "generate" in vars(model)
     assert len([c for c in get_state(adapted).decoding.report() if c.what == "generate() added"]) == 1
     pickle.loads(pickle.dumps(get_state(adapted).source))
+    released = []
+    apply_layers(model, find_family(model.config), PatchSet(), on_cpu=True)
+    monkeypatch.setattr(LayerReader, "release", lambda reader, **how: released.append(how))
     FastLanguageModel.for_training(adapted)
+    assert released == model.config.num_hidden_layers * [{"trained_only": True}]
     assert "generate" not in vars(model) and get_state(adapted).decoding.report() == []
     off, _ = FastLanguageModel.from_pretrained(
         str(llama), max_seq_length=64, load_in_4bit=False, device_map="cpu", kernels="off"

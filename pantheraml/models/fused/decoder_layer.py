@@ -110,8 +110,8 @@ class FusedDecoderLayer(nn.Module):
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         return self.keep_when_recomputing if recompute else "all"
 
-    def _parts(self, x: Tensor) -> LayerParts | None:
-        parts = self.reader.read(self)
+    def _parts(self, x: Tensor, *, trained: bool = False) -> LayerParts | None:
+        parts = self.reader.read(self, trained=trained)
         if isinstance(parts, str) or not computes_in(x.dtype, x.device) or x.dtype != parts.dtype:
             return None
         return parts

@@ -99,7 +99,7 @@ def _read(layer: FusedDecoderLayer, x: Tensor) -> LayerParts | None:
         return None
     # Weights may be moved now, and must not become tensors that training cannot use.
     with torch.inference_mode(False), torch.no_grad():
-        return layer._parts(x)
+        return layer._parts(x, trained=True)
 
 
 def _parts(

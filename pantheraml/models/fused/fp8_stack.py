@@ -48,6 +48,8 @@ class Fp8Stack:
             self._memory = Fp8Memory(projections, margin)
         return BoundFp8Stack(self._memory, projections, margin)
 
+    is_trained = False  # FP8 weights cannot be
+
     def release(self) -> None:
         """Give each Parameter memory of its own again."""
         memory, self._memory = self._memory, None
@@ -104,7 +106,7 @@ class Fp8Memory:
         storage = self.matrix.untyped_storage().data_ptr()
         for linear in self.linears:
             if linear.weight.untyped_storage().data_ptr() == storage:
-                linear.weight.data = linear.weight.data.contiguous()
+                linear.weight.data = linear.weight.data.clone(memory_format=torch.contiguous_format)
 
     def place(self, projections: tuple[Projection, ...]) -> None:
         """Write the factors to ``a``, ``b`` and the margin of ``matrix``, once for each tuple of projections."""

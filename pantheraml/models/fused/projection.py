@@ -69,16 +69,17 @@ class Projection(NamedTuple):
         unpack_4bit(packed.data, state, out)
 
 
-def read_projection(layer: nn.Module) -> Projection | str:
+def read_projection(layer: nn.Module, *, trained: bool = False) -> Projection | str:
     """The projection of ``layer``, or why it cannot be computed by a fused function.
 
-    Covered are frozen linears without adapter or with one plain LoRA adapter (rank-stabilised or not, any start).
+    Covered are frozen linears without adapter or with one plain LoRA adapter (rank-stabilised or not, any start); with
+    ``trained`` also linears that are trained, for who wants no gradients.
     """
     module: Any = layer
     base: Any = module.get_base_layer() if isinstance(layer, LoraLayer) else layer
     if not isinstance(base, nn.Linear):
         return f"{type(base).__name__} is no linear layer"
-    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+    if not trained and (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)):
         return "base weights are trained"
     kind = type(base).__name__
     if kind not in ("Linear", "Linear4bit", "Fp8Linear") or "forward" in vars(base):

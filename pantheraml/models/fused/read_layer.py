@@ -44,18 +44,25 @@ class LayerReader:
         self.family = family
         self._stacks: dict[str, Stack | Fp8Stack] = {}
 
-    def read(self, layer: nn.Module) -> LayerParts | str:
-        """The parts of ``layer``, or why it runs as transformers wrote it."""
+    def read(self, layer: nn.Module, *, trained: bool = False) -> LayerParts | str:
+        """The parts of ``layer``, or why it runs as transformers wrote it.
+
+        With ``trained``, also of layers whose own weights are trained, for who wants no gradients: they lie in stacks
+        then, until ``release``.
+        """
         family = self.family
         attention, mlp = layer.get_submodule(family.attention), layer.get_submodule(family.mlp)
-        norms = [norm for name in family.layer_norms if (norm := self._norm(layer, name))]
-        head_norms = [norm for name in family.head_norms if (norm := self._norm(attention, name))]
+        norms = [norm for name in family.layer_norms if (norm := self._norm(layer, name, trained))]
+        head_norms = [norm for name in family.head_norms if (norm := self._norm(attention, name, trained))]
         if len(norms) < len(family.layer_norms) or len(head_norms) < len(family.head_norms):
             return "norms are trained"
         if layer.training and _has_residual_dropout(layer):
             return "the residual has dropout"
         groups = _groups(family, attention, mlp)
-        found = {name: [read_projection(module) for module in modules] for name, modules in groups.items()}
+        found = {
+            name: [read_projection(module, trained=trained) for module in modules]
+            for name, modules in groups.items()
+        }
         for projections in found.values():
             for projection in projections:
                 if isinstance(projection, str):
@@ -84,10 +91,11 @@ class LayerReader:
             settings["s_aux"] = attention.sinks
         return settings
 
-    def release(self) -> None:
-        """Give the weights back their own memory."""
+    def release(self, *, trained_only: bool = False) -> None:
+        """Give the weights back their own memory; all of them, or those that are trained."""
         for stack in self._stacks.values():
-            stack.release()
+            if stack.is_trained or not trained_only:
+                stack.release()
 
     def _assemble(
         self,
@@ -114,10 +122,10 @@ class LayerReader:
             mlp = MLPPart(bound["gate_up"], bound["down"], norms[3] if sandwich else None, activation)
         return LayerParts(before, middle, mlp, bound["qkv"].projections[0].dtype)
 
-    def _norm(self, owner: nn.Module, name: str) -> RMSNorm | None:
+    def _norm(self, owner: nn.Module, name: str, trained: bool) -> RMSNorm | None:
         norm: Any = getattr(owner, name)
         kind = self.family.norm
-        if norm.weight.requires_grad:
+        if norm.weight.requires_grad and not trained:
             return None
         eps = getattr(norm, "eps", None) or getattr(norm, kind.eps_name)
         return RMSNorm(norm.weight, float(eps), kind.offset, kind.cast_first)

@@ -73,6 +73,12 @@ class Stack:
             self._buffer = _move_in(projections, margin)
         return BoundStack(self._buffer, self._table, projections, margin)
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether weights that are trained lie here."""
+        held = None if self._buffer is None else self._buffer.weights
+        return isinstance(held, tuple) and any(linear.weight.requires_grad for linear in held)
+
     def release(self) -> None:
         """Give each Parameter memory of its own again."""
         buffer, self._buffer = self._buffer, None
@@ -80,7 +86,7 @@ class Stack:
             return
         for linear in buffer.weights:
             if _lies_in(linear.weight, buffer.matrix):
-                linear.weight.data = linear.weight.data.contiguous()
+                linear.weight.data = linear.weight.data.clone(memory_format=torch.contiguous_format)
 
 
 def _sizes(projections: tuple[Projection, ...]) -> tuple[int, int]:
