@@ -22,8 +22,8 @@ HOST_SHARE = 0.7
 # What transformers' and PEFT's layers keep, beside what fused ones keep (measured: 240 against 92 KiB per token and
 # layer for the 8B Llama, 3.2 is assumed).
 _STOCK_FACTOR = 3.2
-# The layers that run last go backward first; fetching what they keep would be waited for.
-_ALWAYS_HERE = 2
+# Layers whose tensors are on the GPU while they lie in host memory, too: in use, leaving or coming back.
+_IN_FLIGHT = 3
 
 _KEPT_WORDS = {
     "projected": "q, k, v and attention's output",
@@ -71,7 +71,8 @@ class RecomputePlan:
             what = f"{self.layers} of {total} layers recompute all but {_KEPT_WORDS[self.keep]}"
         if self.stored:
             what += f", {self.stored} keep {self.host / GIB:.1f} GiB in host memory"
-        return f"{what} ({self.tokens} tokens at a time: {self.need / GIB:.1f} of {self.free / GIB:.1f} GiB free)"
+        free = f" of {self.free / GIB:.1f} GiB free" if self.free else " GiB stay on the GPU"
+        return f"{what} ({self.tokens} tokens at a time: {self.need / GIB:.1f}{free})"
 
 
 def kept_per_token(model: Any) -> Kept:
@@ -139,9 +140,9 @@ def plan_recompute(model: Any, tokens: int, free: int, host_free: int = 0) -> Re
     last_resorts: tuple[tuple[Keep, int], ...] = (("attended", attended), ("input", alone))
     for keep, size in last_resorts:
         over = total * size - room
-        stored = max(0, -(-over // size))
-        if (stored <= total - _ALWAYS_HERE and stored * size <= HOST_SHARE * host_free) or stored == 0:
-            need = (total - stored) * size
+        stored = -(-over // size) + _IN_FLIGHT if over > 0 else 0
+        if stored <= total and stored * size <= HOST_SHARE * host_free:
+            need = (total - stored + min(stored, _IN_FLIGHT)) * size
             return RecomputePlan(tokens, total, keep, stored, need, free, stored * size)
     # Nothing fits by the estimate: the least that can be tried.
     return RecomputePlan(tokens, total, "input", 0, total * alone, free)
@@ -160,12 +161,11 @@ def most_tokens(model: Any, free: int) -> int:
 
 
 def offload_plan(model: Any, tokens: int, host_free: int) -> RecomputePlan:
-    """Every layer recomputes and keeps what it keeps in host memory, but for the last two: as much as goes there."""
+    """Every layer recomputes and keeps what it keeps in host memory: as much as goes there."""
     total = model.config.get_text_config().num_hidden_layers
-    stored = max(0, total - _ALWAYS_HERE)
     kept = kept_per_token(model)
     choices: tuple[tuple[Keep, int], ...] = (("projected", kept.projected), ("attended", kept.attended))
-    fitting = (choice for choice in choices if stored * choice[1] * tokens <= HOST_SHARE * host_free)
+    fitting = (choice for choice in choices if total * choice[1] * tokens <= HOST_SHARE * host_free)
     keep, size = next(fitting, ("input", kept.input))
-    need = (total - stored) * size * tokens
-    return RecomputePlan(tokens, total, keep, stored, need, host=stored * size * tokens)
+    need = min(total, _IN_FLIGHT) * size * tokens
+    return RecomputePlan(tokens, total, keep, total, need, host=total * size * tokens)

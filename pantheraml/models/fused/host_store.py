@@ -18,8 +18,9 @@ from torch import Tensor
 
 # Host memory is pinned in pieces of this size: torch rounds each request up to a power of two.
 _CHUNK = 64 * 2**20
-# Sets on their way to the host while a forward goes on, and on their way back while a backward does.
-_LEAVING, _COMING = 2, 1
+# Sets on their way to the host while a forward goes on, and on their way back while a backward does. (The last ones of
+# a forward are still here when its backward begins, and are not copied back.)
+_LEAVING, _COMING = 1, 1
 
 
 class HostStore:
