@@ -26,7 +26,7 @@ _STOCK_FACTOR = 3.2
 _IN_FLIGHT = 3
 
 _KEPT_WORDS = {
-    "projected": "q, k, v and attention's output",
+    "projected": "q, k, v, attention's output and the sum after it",
     "attended": "attention's output",
     "input": "their inputs",
 }
@@ -94,8 +94,8 @@ def kept_per_token(model: Any) -> Kept:
     if not is_fused:
         return Kept(int(numbers * size * _STOCK_FACTOR), hidden * size, hidden * size, hidden * size)
     attended = (hidden + queries) * size + 4 * config.num_attention_heads
-    # Norms of q and k need what went into them too; LoRA's t is 64 numbers.
-    projected = attended + ((queries + 2 * keys) * (2 if _has_head_norms(model) else 1) + 64) * size
+    # Norms of q and k need what went into them too; LoRA's t is 64 numbers; the sum after the attention.
+    projected = attended + ((queries + 2 * keys) * (2 if _has_head_norms(model) else 1) + 64 + hidden) * size
     return Kept(numbers * size, projected, attended, hidden * size)
 
 

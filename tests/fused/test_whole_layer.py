@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from pantheraml.models.families import find_family
+from pantheraml.models.fused import decoder_layer
 from pantheraml.models.fused.attention import apply_attention
 from pantheraml.models.fused.decoder_layer import FusedDecoderLayer
 from pantheraml.models.fused.host_store import HostStore
@@ -140,3 +144,17 @@ def test_gradients_between_layers_have_room_for_the_margin_of_down(monkeypatch):
     assert_equal(again, plain)
     for hook in hooks:
         hook.remove()
+
+
+def test_layers_share_positions_that_are_not_kept_alive(monkeypatch):
+    made, before = [], decoder_layer.Rotary
+    monkeypatch.setattr(decoder_layer, "Rotary", lambda *a: made.append(before(*a)) or made[-1])
+    model, _ = build_whole("llama", "all")
+    for count in (1, 2):
+        with torch.no_grad():
+            model(input_ids=torch.arange(5, 9, device=DEVICE)[None])  # one row: its cos could be a view
+        assert len(made) == count
+    held = [weakref.ref(rotary.cos) for rotary in made]
+    made.clear()
+    gc.collect()
+    assert [ref() for ref in held] == [None, None]

@@ -192,12 +192,25 @@ class FusedDecoderLayer(nn.Module):
         self.reader.release()
 
 
+# cos, which all layers of a forward share, knows what was made of it for the first of them.
+_FLAT = "_pantheraml_flat"
+
+
 def _flat_rotary(position_embeddings: tuple[Tensor, Tensor], x: Tensor, part: InputPart) -> Rotary:
     """cos and sin for each of the (B * S) tokens."""
     batch, tokens, _ = x.shape
-    cos, sin = (p.expand(batch, -1, -1).reshape(batch * tokens, -1).contiguous() for p in position_embeddings)
-    width = cos.shape[-1]
-    return Rotary(cos, sin, width if not part.half_rotary else 2 * width)
+    made_for = batch, tokens, part.half_rotary
+    known = getattr(position_embeddings[0], _FLAT, None)
+    if known is None or known[0] is not position_embeddings[1] or known[1] != made_for:
+        # Always memory of its own: a view of cos that cos knows would keep both for ever.
+        cos, sin = (
+            p.new_empty(batch, tokens, p.shape[-1]).copy_(p).flatten(0, 1) for p in position_embeddings
+        )
+        width = cos.shape[-1]
+        rotary = Rotary(cos, sin, width if not part.half_rotary else 2 * width)
+        known = position_embeddings[1], made_for, rotary
+        setattr(position_embeddings[0], _FLAT, known)
+    return known[2]
 
 
 def _attention_call(

@@ -161,6 +161,10 @@ class BoundFp8Stack(BoundStack):
         y = multiply(rows, memory.matrix, memory.scales, x.dtype)
         return Product(y if bias is None else y.add_(bias), t)
 
+    def widened_product(self, x: Tensor) -> Product:
+        """``product``: nothing is widened."""
+        return self.product(x)
+
     def product_of_norm(self, x: Tensor, norm: RMSNorm) -> Product:
         """``product`` of the norm of x (T, K), which is never written in the dtype of x."""
         memory = self._memory

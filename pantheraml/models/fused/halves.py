@@ -164,19 +164,20 @@ class MLPGradient(NamedTuple):
 
 
 def mlp_backward(
-    dy: Tensor, gate_up: Tensor, raw: Tensor | None, t_down: Tensor | None, part: MLPPart
+    dy: Tensor, gate_up: Tensor, raw: Tensor | None, t_down: Tensor | None, part: MLPPart, *, in_place: bool
 ) -> MLPGradient:
     """The gradient of h; gate and up's factors follow from ``part.gate_up.factor_gradients`` once h is there again.
 
     dy is (T, H), or widened for ``part.down`` and completed here. ``t_down`` is computed anew where it is not given.
+    With ``in_place``, gate_up is widened, and their gradients take the place of gate and up.
     """
     ddown = dy
     if part.post is not None and raw is not None:
         ddown = part.down.widened(raw, raw.shape[1])
         norm_backward(dy[:, : raw.shape[1]], None, raw, part.post, ddown[:, : raw.shape[1]])
     dvalue, inner_down = part.down.input_gradient(ddown)
-    gate, up = gate_up.chunk(2, dim=1)
-    wide = part.gate_up.widened(dy, part.gate_up.rows)
+    gate, up = gate_up[:, : part.gate_up.rows].chunk(2, dim=1)
+    wide = gate_up if in_place else part.gate_up.widened(dy, part.gate_up.rows)
     dgate, dup = wide[:, : part.gate_up.rows].chunk(2, dim=1)
     # The value takes the place of its own gradient, which is read only here.
     glu_backward(dvalue, gate, up, part.activation, (dgate, dup, dvalue))
@@ -208,15 +209,39 @@ def tail(x: Tensor, attended: Tensor, middle: MiddlePart, part: MLPPart, out: Te
     return Tail(y, s, raw_o, t_o, gate_up, raw, t, t_down)
 
 
+def tail_again(
+    x: Tensor, attended: Tensor, s: Tensor | None, middle: MiddlePart, part: MLPPart, raw: Tensor | None
+) -> Sequence[Any]:
+    """What ``tail_backward`` reads, ``in_place``, of a tail that was not kept.
+
+    s is the sum after the attention, if that was kept; raw is down's product before its norm.
+    """
+    width = x.shape[1]
+    h = part.gate_up.widened(x, width)
+    if s is None:
+        s, h, raw_o, t_o = project_out(x, attended, middle, h)
+    else:
+        raw_o, t_o = None, middle.o.thin(attended)
+        rms_norm_into(h[:, :width], s, middle.norm)
+    gate_up, t = part.gate_up.widened_product(h)
+    return s, raw_o, t_o, gate_up, raw, t, None
+
+
 def tail_backward(
-    dy: Tensor, attended: Tensor, middle: MiddlePart, part: MLPPart, kept: Sequence[Any]
+    dy: Tensor,
+    attended: Tensor,
+    middle: MiddlePart,
+    part: MLPPart,
+    kept: Sequence[Any],
+    *,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Gradients of x and of what was attended, and of the factors of o, gate, up, down.
 
-    kept: a ``Tail`` without y; dy as in ``mlp_backward``.
+    kept: a ``Tail`` without y; dy and ``in_place`` as in ``mlp_backward``.
     """
     s, raw_o, t_o, gate_up, raw, t, t_down = kept
-    dh, wide, inner, down = mlp_backward(dy, gate_up, raw, t_down, part)
+    dh, wide, inner, down = mlp_backward(dy, gate_up, raw, t_down, part, in_place=in_place)
     h = None if t is None else torch.empty_like(s)
     dx, dattended, o = project_out_backward(dh, dy[:, : s.shape[1]], (s, raw_o, t_o), attended, middle, h)
     gate_up_factors = part.gate_up.factor_gradients(wide, inner, s if h is None else h, t)

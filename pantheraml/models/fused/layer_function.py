@@ -1,7 +1,8 @@
 """A whole decoder layer as one differentiable function, which decides what it keeps for its backward.
 
     "all"        everything: nothing is computed twice (92 KiB a token and layer for the 8B Llama)
-    "projected"  q, k and v beside what "attended" keeps (28 KiB): o, gate and up are computed again
+    "projected"  q, k, v and the sum after the attention beside what "attended" keeps (36 KiB): gate and up are computed
+                 again, and o where it has a norm of its own
     "attended"   the input, and the attention's output with its log-sum-exp (16 KiB): the products before the
                  attention, o, gate and up are computed again; attention and down are not
     "input"      the input alone (8 KiB): attention is computed again too
@@ -12,6 +13,7 @@ go through it in tiles and never hold an MLP's intermediates for all tokens at o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,11 +88,16 @@ class FusedLayer(torch.autograd.Function):
             ctx.has_heads = [part is not None for part in heads]
             saved += tuple(part for part in heads if part is not None)
         del heads
-        raws = []
+        tails, keep_sum = [], layer.keep == "projected" and layer.middle.post is None
         for rows in layer.tiles(flat.shape[0]):
             flat_attended = attended.flatten(2).flatten(0, 1)[rows]
-            raws.append(halves.tail(flat[rows], flat_attended, layer.middle, layer.mlp, out[rows]).raw)
-        raw = None if raws[0] is None else _joined(raws)
+            tail = halves.tail(flat[rows], flat_attended, layer.middle, layer.mlp, out[rows])
+            tails.append((tail.raw, tail.s if keep_sum else None))
+            del tail
+        raw, s = (None if found[0] is None else _joined(found) for found in zip(*tails, strict=True))
+        del tails
+        ctx.has_sum = s is not None
+        saved += () if s is None else (s,)
         if layer.store is not None:
             ctx.stored = layer.store.put(*saved)
             saved = ()
@@ -105,9 +112,10 @@ class FusedLayer(torch.autograd.Function):
         if layer.keep == "all":
             flat, attended, *rest = ctx.saved_tensors
             kept, heads, tail = rest[: ctx.num_kept], rest[ctx.num_kept : -7], rest[-7:]
-            raw = None
+            raw = s = None
         else:
             raw, *rest = ctx.saved_tensors
+            s = None
             flat, *rest = ctx.stored.get() if layer.store is not None else rest
             tail: list[Any] | None = None
             heads: Any = None
@@ -115,14 +123,16 @@ class FusedLayer(torch.autograd.Function):
                 heads = _project_in(flat, layer)
                 attended, kept = layer.attention.forward(*_split(heads[0], layer), layer.call)
             else:
+                if ctx.has_sum:
+                    s = rest.pop()
                 attended, *rest = rest
                 kept, rest = rest[: ctx.num_kept], iter(rest[ctx.num_kept :])
                 if layer.keep == "projected":
                     heads = tuple(next(rest) if there else None for there in ctx.has_heads)
         dx, dattended, late = _tail_backward(
-            flat_dy, flat, attended.flatten(2).flatten(0, 1), layer, tail, raw
+            flat_dy, flat, attended.flatten(2).flatten(0, 1), layer, tail, (raw, s)
         )
-        del tail
+        del tail, s
         heads = heads or _project_in(flat, layer)
         dout = dattended.view(attended.shape)
         grads = layer.attention.backward(dout, *_split(heads[0], layer), attended, tuple(kept), layer.call)
@@ -151,8 +161,8 @@ def _flat_gradient(dy: Tensor, layer: LayerCall) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _summed(parts: list[Gradients]) -> Gradients:
@@ -197,22 +207,24 @@ def _tail_backward(
     attended: Tensor,
     layer: LayerCall,
     tail: list[Tensor | None] | None,
-    raw: Tensor | None,
+    kept: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor, Tensor, Gradients]:
-    """Gradients of x (by the residual), of what was attended, and of the factors of o, gate, up and down."""
+    """Gradients of x (by the residual), of what was attended, and of the factors of o, gate, up and down.
+
+    Without a ``tail`` it is computed again, from what was ``kept`` of it: down's product before its norm, and s.
+    """
     if tail is not None:
         return halves.tail_backward(dy, attended, layer.middle, layer.mlp, tail)
     found = []
     for rows in layer.tiles(x.shape[0]):
-        h = layer.mlp.gate_up.widened(x[rows], x.shape[1])
-        s, h, raw_o, t_o = halves.project_out(x[rows], attended[rows], layer.middle, h)
-        gate_up, t = layer.mlp.gate_up.product(h)
-        again = [s, raw_o, t_o, gate_up, None if raw is None else raw[rows], t, None]
-        del h
-        found.append(halves.tail_backward(dy[rows], attended[rows], layer.middle, layer.mlp, again))
-        del again, gate_up
+        raw, s = (None if part is None else part[rows] for part in kept)
+        again = halves.tail_again(x[rows], attended[rows], s, layer.middle, layer.mlp, raw)
+        found.append(
+            halves.tail_backward(dy[rows], attended[rows], layer.middle, layer.mlp, again, in_place=True)
+        )
+        del again
     dx, dattended, grads = zip(*found, strict=True)
-    return _joined(list(dx)), _joined(list(dattended)), _summed(list(grads))
+    return _joined(dx), _joined(dattended), _summed(list(grads))
 
 
 def _project_in_backward(

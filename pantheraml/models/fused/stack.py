@@ -163,6 +163,17 @@ class BoundStack:
         y = torch.mm(t, b.T) if bias is None else torch.addmm(bias, t, b.T)
         return Product(y.addmm_(x, weight.T), t)
 
+    def widened_product(self, x: Tensor) -> Product:
+        """``product`` of a widened x, itself widened: y (T, N + E), whose margin is to be filled."""
+        if not self.margin:
+            return self.product(x)
+        matrix = self._matrix()
+        t = torch.mm(x[:, : self.cols], self._margins(matrix)[0].T)
+        x[:, self.cols :] = t
+        y = self.widened(x, self.rows)
+        torch.mm(x, matrix[: self.rows, : self.cols + self.margin].T, out=y[:, : self.rows])
+        return Product(y, t)
+
     def product_of_norm(self, x: Tensor, norm: RMSNorm) -> Product:
         """``product`` of the norm of x (T, K)."""
         h = self.widened(x, self.cols)
