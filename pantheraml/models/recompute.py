@@ -131,7 +131,7 @@ def apply_plan(model: Any, state: ModelState, plan: RecomputePlan) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     from pantheraml.models.fused import FusedDecoderLayer, HostStore
-    from pantheraml.models.fused.layer_function import SMALL_TILE, TILE
+    from pantheraml.models.fused.layer_function import TILE
 
     layers: list[Any] = [
         module
@@ -146,6 +146,6 @@ def apply_plan(model: Any, state: ModelState, plan: RecomputePlan) -> None:
         if isinstance(layer, FusedDecoderLayer):
             layer.keep_when_recomputing = plan.keep
             layer.store = state.store if index < plan.stored else None
-            layer.tile = SMALL_TILE if plan.stored else TILE
+            layer.tile = plan.tile or TILE
         elif index < plan.stored:
             say_once("Layers that are not fused recompute, but keep their inputs on the GPU.")

@@ -29,10 +29,8 @@ from pantheraml.models.fused.parts import InputPart, MiddlePart, MLPPart
 Keep = Literal["all", "projected", "attended", "input"]
 Gradients = list[Tensor | None]
 
-# Tokens computed at a time where not everything is kept: wide enough for full speed; and where memory is so short that
-# what is kept goes to the host.
+# Tokens computed at a time where not everything is kept: wide enough for full speed.
 TILE = 16384
-SMALL_TILE = 4096
 
 
 @dataclass(frozen=True)
