@@ -1,19 +1,15 @@
-"""Residual add with LoRA inside, and the RMSNorm that follows; and the norm's backward with both gradients in it.
+"""Residual add and the RMSNorm that follows; and the norm's backward with both gradients in it.
 
-Shapes: x, y, s, h (T, N), with stride 1 along a row and any stride between rows; weight (N,); the LoRA addend of y is
-``scale * t B^T``.
+Shapes: x, y, s, h (T, N), with stride 1 along a row and any stride between rows; weight (N,).
 
 Forward, in float32, s and h each rounded once:
-    s = x + y + lora
+    s = x + y
     h = s / rms(s) * (offset + weight)
 
 Backward of ``h`` with respect to s, given dh (T, N) and the gradient ds that comes by the residual:
     g  = dh * (offset + weight)
     dx = ds + rstd * (g - s_hat * mean(g * s_hat))
     h  is recomputed on the way when asked for, because the gradient of LoRA's A needs it
-
-In the forward a row does not fit into registers beside the factors of LoRA, so each program walks twice over the
-columns of a few rows; the second walk reads what the first one left in the cache.
 """
 
 from __future__ import annotations
@@ -22,45 +18,30 @@ import torch
 from torch import Tensor
 
 from pantheraml.kernels.launch import jit, launching_on, runs_triton, tl
-from pantheraml.kernels.low_rank import LowRank, low_rank_tile, padded_rank
 from pantheraml.kernels.rms_norm import RMSNorm
-
-_BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 256, "num_warps": 4}
+from pantheraml.kernels.row_tiles import row_tile
 
 
 @jit
 def _add_norm_kernel(
     x_ptr, y_ptr, s_ptr, h_ptr, w_ptr, x_stride, y_stride, s_stride, h_stride, rows, cols, eps, offset,
-    t_ptr, t_stride, b_ptr, rank, scale,
-    NORM: tl.constexpr, CAST_FIRST: tl.constexpr, LORA: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    CAST_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.arange(0, BLOCK_N)
+    there = (row < rows)[:, None] & (col < cols)[None, :]
     line = row.to(tl.int64)[:, None]
     element = s_ptr.dtype.element_ty
-    squares = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    for start in range(0, cols, BLOCK_N):
-        col = start + tl.arange(0, BLOCK_N)
-        there = (row < rows)[:, None] & (col < cols)[None, :]
-        s = tl.load(x_ptr + line * x_stride + col[None, :], mask=there, other=0.0).to(tl.float32)
-        s += tl.load(y_ptr + line * y_stride + col[None, :], mask=there, other=0.0).to(tl.float32)
-        if LORA:
-            s += low_rank_tile(t_ptr, t_stride, b_ptr, row, col, rows, cols, rank, scale, RANK)
-        rounded = tl.where(there, s, 0.0).to(element)
-        tl.store(s_ptr + line * s_stride + col[None, :], rounded, mask=there)
-        squares += tl.sum(rounded.to(tl.float32) * rounded.to(tl.float32), axis=1)
-    if NORM:
-        rstd = tl.rsqrt(squares / cols + eps)
-        tl.debug_barrier()
-        for start in range(0, cols, BLOCK_N):
-            col = start + tl.arange(0, BLOCK_N)
-            there = (row < rows)[:, None] & (col < cols)[None, :]
-            s = tl.load(s_ptr + line * s_stride + col[None, :], mask=there, other=0.0).to(tl.float32)
-            s_hat = s * rstd[:, None]
-            if CAST_FIRST:
-                s_hat = s_hat.to(element).to(tl.float32)
-            w = tl.load(w_ptr + col, mask=col < cols, other=0.0).to(tl.float32) + offset
-            tl.store(h_ptr + line * h_stride + col[None, :], (s_hat * w[None, :]).to(element), mask=there)
+    s = tl.load(x_ptr + line * x_stride + col[None, :], mask=there, other=0.0).to(tl.float32)
+    s += tl.load(y_ptr + line * y_stride + col[None, :], mask=there, other=0.0).to(tl.float32)
+    rounded = s.to(element)
+    tl.store(s_ptr + line * s_stride + col[None, :], rounded, mask=there)
+    s = rounded.to(tl.float32)
+    s_hat = s * tl.rsqrt(tl.sum(s * s, axis=1) / cols + eps)[:, None]
+    if CAST_FIRST:
+        s_hat = s_hat.to(element).to(tl.float32)
+    w = tl.load(w_ptr + col, mask=col < cols, other=0.0).to(tl.float32) + offset
+    tl.store(h_ptr + line * h_stride + col[None, :], (s_hat * w[None, :]).to(element), mask=there)
 
 
 @jit
@@ -88,28 +69,12 @@ def _norm_backward_kernel(
         tl.store(h_ptr + row * h_stride + col, (s_hat * w).to(element), mask=there)
 
 
-def _lora_arguments(lora: LowRank | None, stand_in: Tensor) -> tuple[tuple, dict]:
-    if lora is None:
-        return (stand_in, 0, stand_in, 0, 0.0), {"LORA": False, "RANK": 16}
-    rank = lora.b.shape[1]
-    return (lora.t, lora.t.stride(0), lora.b, rank, lora.scale), {"LORA": True, "RANK": padded_rank(rank)}
-
-
-def add(x: Tensor, y: Tensor, lora: LowRank | None, out: Tensor) -> Tensor:
-    """``x + y + lora``, written to ``out`` (T, N) in the dtype of x; arguments as ``add_norm``; returns out."""
-    if not runs_triton(x):
-        return out.copy_(_eager_add(x, y, lora))
-    _launch(x, y, lora, out, None, out)
-    return out
-
-
-def add_norm(x: Tensor, y: Tensor, lora: LowRank | None, norm: RMSNorm, out: Tensor) -> Tensor:
-    """``s = x + y + lora`` and its norm.
+def add_norm(x: Tensor, y: Tensor, norm: RMSNorm, out: Tensor) -> Tensor:
+    """``s = x + y`` and its norm.
 
     Args:
         x: (T, N): the residual.
         y: (T, N): what is added.
-        lora: the addend of y, or None.
         norm: the norm.
         out: (T, N) in the dtype of x: h is written here.
 
@@ -117,22 +82,18 @@ def add_norm(x: Tensor, y: Tensor, lora: LowRank | None, norm: RMSNorm, out: Ten
         s: (T, N), contiguous, in the dtype of x.
     """
     if not runs_triton(x):
-        s = _eager_add(x, y, lora)
+        s = torch.add(x, y)
         out.copy_(_eager_norm(s, norm)[2])
         return s
     s = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(x, y, lora, s, norm, out)
-    return s
-
-
-def _launch(x: Tensor, y: Tensor, lora: LowRank | None, s: Tensor, norm: RMSNorm | None, h: Tensor) -> None:
     rows, cols = x.shape
-    weight, eps, offset, cast_first = (x, 0.0, 0.0, True) if norm is None else norm
-    arguments, flags = _lora_arguments(lora, x)
-    _add_norm_kernel[(-(-rows // _BLOCKS["BLOCK_M"]),)](
-        x, y, s, h, weight, x.stride(0), y.stride(0), s.stride(0), h.stride(0), rows, cols, eps, offset, *arguments,
-        NORM=norm is not None, CAST_FIRST=cast_first, **flags, **_BLOCKS,
+    weight, eps, offset, cast_first = norm
+    blocks, tensors = row_tile(cols), (x, y, s, out)
+    _add_norm_kernel[(-(-rows // blocks["BLOCK_M"]),)](
+        *tensors, weight, *(tensor.stride(0) for tensor in tensors), rows, cols, eps, offset,
+        CAST_FIRST=cast_first, **blocks,
     )  # fmt: skip
+    return s
 
 
 def norm_backward(
@@ -174,13 +135,6 @@ def _eager_norm(s: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor]:
     return rstd, s_hat, scaled.to(s.dtype)
 
 
-def _eager_add(x: Tensor, y: Tensor, lora: LowRank | None) -> Tensor:
-    s = x.float() + y.float()
-    if lora is not None:
-        s = s + lora.dense().float()
-    return s.to(x.dtype)
-
-
 def _eager_backward(
     dh: Tensor, ds: Tensor | None, s: Tensor, norm: RMSNorm, out: Tensor, h: Tensor | None
 ) -> Tensor:
@@ -201,7 +155,7 @@ def _add_norm(
     """s and h."""
     h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with launching_on(x):
-        return add_norm(x, y, None, RMSNorm(weight, eps, offset, cast_first), h), h
+        return add_norm(x, y, RMSNorm(weight, eps, offset, cast_first), h), h
 
 
 @_add_norm.register_fake

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pantheraml.errors import ConfigError
+from pantheraml.kernels.elementary import exp, tanh
 from pantheraml.kernels.launch import jit, launching_on, runs_triton, tl
 
 IGNORE = -100
@@ -39,35 +40,14 @@ class RowScores(NamedTuple):
 
 
 @jit
-def _tanh_near_zero(x):
-    """tanh for |x| < 0.625 to 2e-8 of its value, where a quotient of exponentials would cancel; a fit in x^2."""
-    z = tl.minimum(x * x, 0.4)
-    series = -0.33333329 + z * (0.13332782 + z * (-0.0538525 + z * (0.02100364 - z * 0.00610495)))
-    return x + x * z * series
-
-
-@jit
-def _exp(x):
-    """exp to 2 units in the last place of float32 at any x; ``tl.exp`` rounds x * log2(e), so it errs by |x|."""
-    x = tl.where(x < -150.0, -150.0, x)  # 0 in float32, and free of inf - inf; a NaN stays one
-    high = x * 1.4426950408889634
-    low = tl.fma(x, 1.4426950408889634, -high) + x * 1.9259629911266175e-8
-    return tl.exp2(high) * (1.0 + low * 0.6931471805599453)
-
-
-@jit
 def _bent(z, scale, cap, CAP: tl.constexpr):
     """The logits a model means by its raw ones, and the slope from one to the other."""
     y = z * scale
     slope = scale
     if CAP:
-        x = y / cap
-        e = _exp(-2 * tl.abs(x))
-        near = tl.abs(x) < 0.625
-        tanh = tl.where(near, _tanh_near_zero(x), tl.where(x < 0, e - 1, 1 - e) / (1 + e))
-        y = cap * tanh
-        # 1 - tanh^2, exact also where tanh is close to 1
-        slope = scale * tl.where(near, 1 - tanh * tanh, 4 * e / ((1 + e) * (1 + e)))
+        value, rise = tanh(tl.div_rn(y, cap))
+        y = cap * value
+        slope = scale * rise
     return y, slope
 
 
@@ -91,8 +71,8 @@ def _score_kernel(
         y = tl.where(col < cols, _bent(z, scale, cap, CAP)[0], -float("inf"))
         top = tl.maximum(highest, tl.max(y, axis=0))
         base = tl.where(top == -float("inf"), 0.0, top)  # nothing but forbidden tokens so far
-        shrink = _exp(highest - base)
-        e = _exp(y - base)
+        shrink = exp(highest - base)
+        e = exp(y - base)
         total = total * shrink + tl.sum(e, axis=0)
         if FIGURES:
             weighted = weighted * shrink + tl.sum(e * tl.where(e > 0, y, 0.0), axis=0)
@@ -116,7 +96,7 @@ def _score_kernel(
             col = start + tl.arange(0, BLOCK)
             z = tl.load(z_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
             y, slope = _bent(z, scale, cap, CAP)
-            d = (tl.where(col == label, 1.0, 0.0) - _exp(y - highest - log_sum)) * slope
+            d = (tl.where(col == label, 1.0, 0.0) - exp(y - highest - log_sum)) * slope
             tl.store(z_ptr + col, tl.where(counts, d, 0.0).to(z_ptr.dtype.element_ty), mask=col < cols)
 
 
@@ -134,7 +114,7 @@ def _gradient_kernel(
     g = tl.load(g_ptr + row)
     z = tl.load(z_ptr + row * z_stride + col, mask=col < cols, other=0.0).to(tl.float32)
     y, slope = _bent(z, scale, cap, CAP)
-    d = g * (tl.where(col == label, 1.0, 0.0) - _exp(y - top - log_sum)) * slope
+    d = g * (tl.where(col == label, 1.0, 0.0) - exp(y - top - log_sum)) * slope
     d = tl.where(label != ignore, d, 0.0)
     tl.store(d_ptr + row * cols + col, d.to(d_ptr.dtype.element_ty), mask=col < cols)
 

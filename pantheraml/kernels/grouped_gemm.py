@@ -23,7 +23,6 @@ from torch import Tensor
 from pantheraml.kernels.expert_groups import Groups
 from pantheraml.kernels.grouped_outer import grouped_outer
 from pantheraml.kernels.launch import jit, tl, triton
-from pantheraml.kernels.low_rank import padded_rank
 
 # "triton" or "torch", by what is asked for: a plain product, or one with gathered rows, a bias or LoRA; the latter in
 # experts that have many rows each, so that a pass of its own costs less than a slower product. Milliseconds of a fused
@@ -35,6 +34,8 @@ MANY_ROWS = 1024
 TILES = {128: (256, 64, 8, 4), 64: (256, 64, 8, 4), 32: (128, 64, 4, 4), 16: (128, 64, 4, 4)}
 # For N of at most 128: LoRA's products with A and B.
 THIN_TILES = {128: (64, 4, 3), 64: (64, 4, 3), 32: (64, 4, 3), 16: (64, 4, 3)}  # without BLOCK_N
+# The widest adapter whose factors fit into registers beside a tile of y.
+MAX_RANK = 128
 # float32 is multiplied exactly, without tensor cores.
 FLOAT32_TILE = (64, 32, 4, 2)
 # Shared memory in bytes below which (sm_86, sm_89) tiles are narrower.
@@ -149,6 +150,11 @@ def _shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 2**18
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 2**16)
+
+
+def padded_rank(rank: int) -> int:
+    """The smallest power of two that holds ``rank`` and that a tensor core can multiply."""
+    return max(16, 1 << (rank - 1).bit_length())
 
 
 def tile_of(block: int, cols: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:

@@ -1,16 +1,16 @@
-"""Rotary positions for the heads of q and k, with bias, LoRA and the norm of a head inside.
+"""Rotary positions for the heads of q and k, with bias and the norm of a head inside.
 
 Shapes: x (T, heads * D), a projection's product; cos, sin (T, R) or (T, R / 2) as transformers makes them, where R <= D
 numbers of a head are turned (R / 2 pairs; where there are two halves of cos they are alike); bias (heads * D,); weight
 of the heads' norm (D,).
 
 Forward, per head, in float32, rounded once (x1, x2 are the halves of the turned part):
-    x  = x + bias + lora
+    x  = x + bias
     x  = x / rms(x) * (offset + weight)        only with a head norm (Qwen 3, Gemma 3); rounded as RMSNorm does
     y1 = x1 cos - x2 sin
     y2 = x2 cos + x1 sin                       heads of v and the rest of a head (D > R) are not turned
 
-Without a norm y takes the place of x. With one, x (bias and LoRA added) stays, because the backward needs it.
+Without a norm y takes the place of x. With one, x (bias added) stays, because the backward needs it.
 
 Backward turns the other way, dx1 = dy1 cos + dy2 sin, dx2 = dy2 cos - dy1 sin, and goes through the norm as that of
 RMSNorm does.
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from pantheraml.kernels.launch import jit, launching_on, runs_triton, tl
-from pantheraml.kernels.low_rank import LowRank, low_rank_tile, padded_rank
 from pantheraml.kernels.rms_norm import RMSNorm
 
 _BLOCK_M = 32
@@ -59,11 +58,10 @@ def _normalise(x1, x2, tail, w1, w2, w_tail, eps, width, element: tl.constexpr, 
 
 @jit
 def _rotate_kernel(
-    x_ptr, x_stride, y_ptr, y_stride, rows, cols, cos_ptr, sin_ptr, bias_ptr, w_ptr, eps, offset,
-    t_ptr, t_stride, b_ptr, rank, scale,
-    TURN: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, CAST_FIRST: tl.constexpr, LORA: tl.constexpr,
-    RANK: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr, TAIL: tl.constexpr, TAIL_LANES: tl.constexpr,
-    COS_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+    x_ptr, x_stride, y_ptr, y_stride, rows, cos_ptr, sin_ptr, bias_ptr, w_ptr, eps, offset,
+    TURN: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, CAST_FIRST: tl.constexpr, HALF: tl.constexpr,
+    LANES: tl.constexpr, TAIL: tl.constexpr, TAIL_LANES: tl.constexpr, COS_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = 2 * HALF + TAIL
     head = tl.program_id(0)
@@ -86,20 +84,12 @@ def _rotate_kernel(
         x2 += tl.load(bias_ptr + second, mask=lane < HALF, other=0.0).to(tl.float32)[None, :]
         if TAIL > 0:
             tail += tl.load(bias_ptr + third, mask=rest < TAIL, other=0.0).to(tl.float32)[None, :]
-    if LORA:  # lanes past the head take nothing
-        of_first = tl.where(lane < HALF, first, cols)
-        of_second = tl.where(lane < HALF, second, cols)
-        x1 += low_rank_tile(t_ptr, t_stride, b_ptr, row, of_first, rows, cols, rank, scale, RANK)
-        x2 += low_rank_tile(t_ptr, t_stride, b_ptr, row, of_second, rows, cols, rank, scale, RANK)
-        if TAIL > 0:
-            of_third = tl.where(rest < TAIL, third, cols)
-            tail += low_rank_tile(t_ptr, t_stride, b_ptr, row, of_third, rows, cols, rank, scale, RANK)
     element: tl.constexpr = x_ptr.dtype.element_ty
     if NORM:
         x1 = x1.to(element).to(tl.float32)
         x2 = x2.to(element).to(tl.float32)
         tail = tail.to(element).to(tl.float32)
-        if BIAS or LORA:
+        if BIAS:
             tl.store(x_ptr + line * x_stride + first[None, :], x1.to(element), mask=there)
             tl.store(x_ptr + line * x_stride + second[None, :], x2.to(element), mask=there)
             if TAIL > 0:
@@ -205,18 +195,16 @@ def rotate_(
     head_dim: int,
     rotary: Rotary | None,
     bias: Tensor | None = None,
-    lora: LowRank | None = None,
     norm: RMSNorm | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Add bias and LoRA to a projection's product, normalise its heads and turn them.
+    """Add a bias to a projection's product, normalise its heads and turn them.
 
     Args:
         x: (T, heads * D), stride 1 along the last dim; changed: it holds the result, or with ``norm`` the sum.
         head_dim: D.
         rotary: what turns; None turns nothing (v).
         bias: (heads * D,) or None.
-        lora: the addend, or None.
         norm: the heads' norm, or None.
         out: (T, heads * D), stride 1 along the last dim, for the result; needed with ``norm``.
 
@@ -224,18 +212,15 @@ def rotate_(
         the result.
     """
     if not runs_triton(x):
-        return _eager_forward(x, head_dim, rotary, bias, lora, norm, out)
+        return _eager_forward(x, head_dim, rotary, bias, norm, out)
     rows, cols = x.shape
     y = x if out is None else out
     turn = (x, x) if rotary is None else rotary[:2]
     weight, eps, offset, cast_first = (x, 0.0, 0.0, True) if norm is None else norm
-    t, b, scale = lora if lora is not None else (x, x, 0.0)
-    rank = 0 if lora is None else lora.b.shape[1]
     _rotate_kernel[(cols // head_dim, -(-rows // _BLOCK_M))](
-        x, x.stride(0), y, y.stride(0), rows, cols, *turn, x if bias is None else bias, weight, eps, offset,
-        t, t.stride(0), b, rank, scale,
+        x, x.stride(0), y, y.stride(0), rows, *turn, x if bias is None else bias, weight, eps, offset,
         TURN=rotary is not None, BIAS=bias is not None, NORM=norm is not None, CAST_FIRST=cast_first,
-        LORA=lora is not None, RANK=padded_rank(max(rank, 1)), **_shape(head_dim, rotary),
+        **_shape(head_dim, rotary),
     )  # fmt: skip
     return y
 
@@ -296,15 +281,12 @@ def _eager_forward(
     head_dim: int,
     rotary: Rotary | None,
     bias: Tensor | None,
-    lora: LowRank | None,
     norm: RMSNorm | None,
     out: Tensor | None,
 ) -> Tensor:
     y = x.float()
     if bias is not None:
         y = y + bias.float()
-    if lora is not None:
-        y = y + lora.dense().float()
     if norm is not None:
         x.copy_(y)
         y = _eager_norm(x.reshape(x.shape[0], -1, head_dim), norm)[2].float()

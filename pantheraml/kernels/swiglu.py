@@ -1,16 +1,14 @@
-"""SwiGLU and GeGLU with LoRA inside: ``act(g + lora_g) * (u + lora_u)``.
+"""SwiGLU and GeGLU: ``act(g) * u``.
 
-Shapes: g, u, y (T, N), each with stride 1 along a row and any stride between rows; each LoRA addend is
-``scale * t B^T`` with t (T, R) and B (N, R).
+Shapes: g, u, y (T, N), each with stride 1 along a row and any stride between rows.
 
 Forward, in float32 per tile, rounded once:
-    g' = g + lora_g,  u' = u + lora_u
-    y  = silu(g') * u'              (gelu_tanh(g') * u' for Gemma, gelu(g') * u' by the error function)
+    y  = silu(g) * u                (gelu_tanh(g) * u for Gemma, gelu(g) * u by the error function)
 
-Backward, with dy (T, N) and, for the LoRA of the product that follows (down_proj), dy' = dy + lora_dy:
-    dg = dy' * u' * act'(g')
-    du = dy' * act(g')
-    y  is recomputed on the way, because the gradient of down_proj's A needs it
+Backward, with dy (T, N):
+    dg = dy * u * act'(g)
+    du = dy * act(g)
+    y  is recomputed on the way, because the gradient of the next product's LoRA needs it
     silu'(g) = s + g s (1 - s) with s = sigmoid(g);  gelu'(g) = Phi(g) + g phi(g) of the normal distribution
 """
 
@@ -22,8 +20,8 @@ import torch
 from torch import Tensor
 
 from pantheraml.errors import ConfigError
+from pantheraml.kernels.elementary import exp
 from pantheraml.kernels.launch import jit, launching_on, runs_triton, tl
-from pantheraml.kernels.low_rank import LowRank, low_rank_tile, padded_rank
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
@@ -33,8 +31,8 @@ def _activate(g, ACTIVATION: tl.constexpr):
     """act(g) and act'(g) in float32; ACTIVATION counts in ACTIVATIONS."""
     if ACTIVATION == 1:
         # 0.5 (1 + tanh(x)) is s = sigmoid(2x), and 1 - s is e^(-2x) s: nothing is lost where tanh is close to 1 or -1
-        e = tl.exp(tl.minimum(-1.5957691216057308 * (g + 0.044715 * g * g * g), 80.0))
-        s = 1 / (1 + e)
+        e = exp(tl.minimum(-1.5957691216057308 * (g + 0.044715 * g * g * g), 80.0))
+        s = tl.div_rn(1.0, 1 + e)
         value = g * s
         slope = s + value * (e * s) * 1.5957691216057308 * (1 + 3 * 0.044715 * g * g)
     elif ACTIVATION == 2:
@@ -51,8 +49,7 @@ def _activate(g, ACTIVATION: tl.constexpr):
 @jit
 def _glu_forward_kernel(
     g_ptr, u_ptr, y_ptr, g_stride, u_stride, y_stride, rows, cols,
-    tg_ptr, tu_ptr, t_stride, bg_ptr, bu_ptr, rank, scale_g, scale_u,
-    ACTIVATION: tl.constexpr, LORA: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -60,9 +57,6 @@ def _glu_forward_kernel(
     there = (row < rows)[:, None] & (col < cols)[None, :]
     g = tl.load(g_ptr + line * g_stride + col[None, :], mask=there, other=0.0).to(tl.float32)
     u = tl.load(u_ptr + line * u_stride + col[None, :], mask=there, other=0.0).to(tl.float32)
-    if LORA:
-        g += low_rank_tile(tg_ptr, t_stride, bg_ptr, row, col, rows, cols, rank, scale_g, RANK)
-        u += low_rank_tile(tu_ptr, t_stride, bu_ptr, row, col, rows, cols, rank, scale_u, RANK)
     value, _ = _activate(g, ACTIVATION)
     tl.store(y_ptr + line * y_stride + col[None, :], (value * u).to(y_ptr.dtype.element_ty), mask=there)
 
@@ -70,10 +64,7 @@ def _glu_forward_kernel(
 @jit
 def _glu_backward_kernel(
     dy_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, y_ptr, dy_stride, g_stride, u_stride, dg_stride, du_stride, y_stride,
-    rows, cols, tg_ptr, tu_ptr, t_stride, bg_ptr, bu_ptr, rank,
-    scale_g, scale_u, td_ptr, td_stride, bd_ptr, rank_d, scale_d,
-    ACTIVATION: tl.constexpr, LORA: tl.constexpr, LORA_D: tl.constexpr, RANK: tl.constexpr, RANK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    rows, cols, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -82,11 +73,6 @@ def _glu_backward_kernel(
     g = tl.load(g_ptr + line * g_stride + col[None, :], mask=there, other=0.0).to(tl.float32)
     u = tl.load(u_ptr + line * u_stride + col[None, :], mask=there, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + line * dy_stride + col[None, :], mask=there, other=0.0).to(tl.float32)
-    if LORA:
-        g += low_rank_tile(tg_ptr, t_stride, bg_ptr, row, col, rows, cols, rank, scale_g, RANK)
-        u += low_rank_tile(tu_ptr, t_stride, bu_ptr, row, col, rows, cols, rank, scale_u, RANK)
-    if LORA_D:
-        dy += low_rank_tile(td_ptr, td_stride, bd_ptr, row, col, rows, cols, rank_d, scale_d, RANK_D)
     value, slope = _activate(g, ACTIVATION)
     element = dg_ptr.dtype.element_ty
     tl.store(dg_ptr + line * dg_stride + col[None, :], (dy * u * slope).to(element), mask=there)
@@ -103,102 +89,51 @@ def _grid(tensor: Tensor, blocks: dict[str, int]) -> tuple[int, int]:
     return (-(-cols // blocks["BLOCK_N"]), -(-rows // blocks["BLOCK_M"]))
 
 
-def glu_forward(
-    g: Tensor,
-    u: Tensor,
-    activation: str,
-    out: Tensor,
-    lora_g: LowRank | None = None,
-    lora_u: LowRank | None = None,
-) -> Tensor:
-    """``act(g + lora_g) * (u + lora_u)``.
+def glu_forward(g: Tensor, u: Tensor, activation: str, out: Tensor) -> Tensor:
+    """``act(g) * u``.
 
     Args:
         g: (T, N), stride 1 along a row; so are u and out.
         u: (T, N).
         activation: ``"silu"``, ``"gelu_tanh"`` or ``"gelu"``.
         out: (T, N) in the dtype of g; written.
-        lora_g: the addend of g; given together with ``lora_u`` and of the same rank, or neither.
-        lora_u: the addend of u.
 
     Returns:
         out.
     """
     if not runs_triton(g):
-        left, right = _with_lora(g, u, lora_g, lora_u)
-        return out.copy_(_eager_activation(left, activation)[0] * right)
-    lora, rank = _lora_arguments(g, lora_g, lora_u)
+        return out.copy_(_eager_activation(g.float(), activation)[0] * u.float())
+    tensors = (g, u, out)
     _glu_forward_kernel[_grid(g, _FORWARD)](
-        g,
-        u,
-        out,
-        g.stride(0),
-        u.stride(0),
-        out.stride(0),
-        *g.shape,
-        *lora,
-        ACTIVATION=ACTIVATIONS.index(activation),
-        LORA=lora_g is not None,
-        RANK=rank,
+        *tensors, *(tensor.stride(0) for tensor in tensors), *g.shape, ACTIVATION=ACTIVATIONS.index(activation),
         **_FORWARD,
-    )
+    )  # fmt: skip
     return out
 
 
 def glu_backward(
-    dy: Tensor,
-    g: Tensor,
-    u: Tensor,
-    activation: str,
-    out: tuple[Tensor, Tensor, Tensor],
-    lora_g: LowRank | None = None,
-    lora_u: LowRank | None = None,
-    lora_dy: LowRank | None = None,
+    dy: Tensor, g: Tensor, u: Tensor, activation: str, out: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     """Gradients of ``glu_forward`` and its value once more.
 
     Args:
         dy: (T, N), stride 1 along a row, as every tensor here.
-        g: as in the forward; so are u, activation, lora_g and lora_u.
+        g: as in the forward; so are u and activation.
         u: (T, N).
         activation: as in the forward.
         out: dg, du and y, (T, N) each; written. dy itself may be one of them.
-        lora_g: the addend of g.
-        lora_u: the addend of u.
-        lora_dy: what is added to dy, or None.
     """
     dg, du, y = out
     if not runs_triton(g):
-        grads = _eager_backward(dy, _with_lora(g, u, lora_g, lora_u), lora_dy, activation)
+        grads = _eager_backward(dy, g, u, activation)
         for target, value in zip(out, grads, strict=True):
             target.copy_(value)
         return
-    lora, rank = _lora_arguments(g, lora_g, lora_u)
-    down = (dy, 0, dy, 0, 0.0) if lora_dy is None else (
-        lora_dy.t, lora_dy.t.stride(0), lora_dy.b, lora_dy.b.shape[1], lora_dy.scale,
-    )  # fmt: skip
     tensors = (dy, g, u, dg, du, y)
     _glu_backward_kernel[_grid(g, _BACKWARD)](
-        *tensors, *(tensor.stride(0) for tensor in tensors), *g.shape, *lora, *down,
-        ACTIVATION=ACTIVATIONS.index(activation), LORA=lora_g is not None, LORA_D=lora_dy is not None, RANK=rank,
-        RANK_D=16 if lora_dy is None else padded_rank(lora_dy.b.shape[1]), **_BACKWARD,
+        *tensors, *(tensor.stride(0) for tensor in tensors), *g.shape, ACTIVATION=ACTIVATIONS.index(activation),
+        **_BACKWARD,
     )  # fmt: skip
-
-
-def _lora_arguments(g: Tensor, lora_g: LowRank | None, lora_u: LowRank | None) -> tuple[tuple, int]:
-    if lora_g is None or lora_u is None:
-        return (g, g, 0, g, g, 0, 0.0, 0.0), 16
-    rank = lora_g.b.shape[1]
-    return (
-        (lora_g.t, lora_u.t, lora_g.t.stride(0), lora_g.b, lora_u.b, rank, lora_g.scale, lora_u.scale),
-        padded_rank(rank),
-    )
-
-
-def _with_lora(g: Tensor, u: Tensor, lora_g: LowRank | None, lora_u: LowRank | None) -> tuple[Tensor, Tensor]:
-    pairs = ((g, lora_g), (u, lora_u))
-    left, right = (x.float() if lora is None else x.float() + lora.dense().float() for x, lora in pairs)
-    return left, right
 
 
 def _eager_activation(g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -215,11 +150,8 @@ def _eager_activation(g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return g * s, s + g * s * torch.sigmoid(-x) * outer * (1 + 3 * 0.044715 * g * g)
 
 
-def _eager_backward(
-    dy: Tensor, inputs: tuple[Tensor, Tensor], lora_dy: LowRank | None, activation: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    dy = dy.float() if lora_dy is None else dy.float() + lora_dy.dense().float()
-    g, u = inputs
+def _eager_backward(dy: Tensor, g: Tensor, u: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    dy, g, u = dy.float(), g.float(), u.float()
     value, slope = _eager_activation(g, activation)
     return dy * u * slope, dy * value, value * u
 

@@ -22,8 +22,8 @@ HOST_SHARE = 0.7
 # What transformers' and PEFT's layers keep, beside what fused ones keep (measured: 240 against 92 KiB per token and
 # layer for the 8B Llama, 3.2 is assumed).
 _STOCK_FACTOR = 3.2
-# Of the model's own bytes, what an MLP may take that is computed in tiles to save memory: 8,192 tokens of the 8B Llama in
-# 16 bits, 2,048 in 4 (3 % slower than 4,096, 0.2 GiB less).
+# Of the model's own bytes, what an MLP may take that is computed in tiles to save memory: 8,192 tokens of the 8B Llama
+# in 16 bits, 2,048 in 4 (3 % slower than 4,096, 0.2 GiB less).
 _TILE_SHARE = 1 / 16
 # Layers whose tensors are on the GPU while they lie in host memory, too: in use, leaving or coming back.
 _IN_FLIGHT = 3
@@ -173,7 +173,9 @@ def offload_plan(model: Any, tokens: int, host_free: int) -> RecomputePlan:
     fitting = (choice for choice in choices if total * choice[1] * tokens <= HOST_SHARE * host_free)
     keep, size = next(fitting, ("input", kept.input))
     need = min(total, _IN_FLIGHT) * size * tokens
-    return RecomputePlan(tokens, total, keep, total, need, host=total * size * tokens, tile=_small_tile(model))
+    return RecomputePlan(
+        tokens, total, keep, total, need, host=total * size * tokens, tile=_small_tile(model)
+    )
 
 
 def _small_tile(model: Any) -> int:

@@ -9,7 +9,7 @@ from pantheraml.kernels import rope, swiglu
 from pantheraml.kernels.launch import runs_triton
 from pantheraml.kernels.place_factors import Placement, Table
 from tests.kernels import layer_cases as cases
-from tests.kernels.layer_cases import RANKS, Maker, check_add_norm, check_glu, check_rotate
+from tests.kernels.layer_cases import Maker, check_add_norm, check_glu, check_rotate
 from tests.kernels.test_layer_kernels import makers
 
 # bfloat16 products are wrong in the interpreter
@@ -31,24 +31,11 @@ def test_rotary_positions(tokens, heads, head_dim, width, halves, norm, dtype):
     check_rotate(make, tokens, heads, head_dim, width, bias=True, norm=norm, halves=halves)
 
 
-@pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rotary_positions_with_lora(dtype, rank):
-    check_rotate(makers(dtype, strided=True), 5, 2, 24, 16, rank=rank)
-    check_rotate(makers(dtype), 5, 2, 16, 16, rank=rank, norm=(0.0, True))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", swiglu.ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "cols", "strided"), [(1, 7, False), (37, 130, True)])
 def test_gated_activations(rows, cols, strided, activation, dtype):
     check_glu(makers(dtype, strided, seeds=40 if rows == 1 else 4), rows, cols, activation)
-
-
-@pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gated_activations_with_lora(dtype, rank):
-    check_glu(makers(dtype, strided=True), 5, 33, "silu", rank=rank, rank_dy=rank)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,12 +44,6 @@ def test_gated_activations_with_lora(dtype, rank):
 def test_residual_and_norm(rows, cols, strided, norm, dtype):
     check_add_norm(makers(dtype, strided), rows, cols, norm=norm)
     check_add_norm(makers(dtype, strided, seeds=2), rows, cols, norm=norm, residual=False)
-
-
-@pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_residual_and_norm_with_lora(dtype, rank):
-    check_add_norm(makers(dtype, strided=True), 5, 33, rank=rank)
 
 
 def far(t):
@@ -74,22 +55,21 @@ def far(t):
 def test_offsets_past_2_to_the_31():
     make = Maker(torch.float16)
     x, y, z = (make(3, 32) for _ in range(3))
-    lora, norm = make.lora(3, 32, 4), make.norm(32, 0.0, True)
+    norm = make.norm(32, 0.0, True)
     rotary = rope.Rotary(make(3, 16), make(3, 16), 16)
 
-    def run(x, y, z, lora):
-        dg, du, value = cases.adapt_glu_back(x, y, z, "silu", None, None, lora)
+    def run(x, y, z):
+        dg, du, value = cases.adapt_glu_back(x, y, z, "silu")
         return (
-            cases.adapt_add(x, y, lora),
-            *cases.adapt_add_norm(x, y, lora, norm),
+            *cases.adapt_add_norm(x, y, norm),
             *cases.adapt_norm_back(x, y, z, norm),
-            swiglu.glu_forward(x, y, "gelu", torch.empty(3, 32, dtype=x.dtype), lora, lora),
+            swiglu.glu_forward(x, y, "gelu", torch.empty(3, 32, dtype=x.dtype)),
             *(t.clone() for t in (dg, du, value)),
-            rope.rotate_(x.clone() if x.is_contiguous() else far(x), 16, rotary, None, lora),
+            rope.rotate_(x.clone() if x.is_contiguous() else far(x), 16, rotary),
         )
 
-    near = run(x, y, z, lora)
-    spread = run(far(x), far(y), far(z), lora._replace(t=far(lora.t)))
+    near = run(x, y, z)
+    spread = run(far(x), far(y), far(z))
     for got, want in zip(spread, near, strict=True):
         assert torch.equal(got, want)
 

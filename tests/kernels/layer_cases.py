@@ -5,20 +5,19 @@ Each adapter below calls one kernel by its public function; a change of a signat
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.nn import functional
 
 from pantheraml.kernels import add_norm as add_norm_op
 from pantheraml.kernels import rope as rope_op
 from pantheraml.kernels import swiglu as glu_op
-from pantheraml.kernels.low_rank import LowRank
 from pantheraml.kernels.rms_norm import RMSNorm
 from tests.kernels.loss_cases import check_all, differentiate
 from tests.references import glu as glu_reference
 from tests.references import rms_norm as norm_reference
 from tests.references import rope as rope_reference
-
-RANKS = [None, 1, 7, 16, 128]
 
 
 class Maker:
@@ -36,24 +35,9 @@ class Maker:
         wide[..., 8 : 8 + shape[-1]] = t
         return wide[..., 8 : 8 + shape[-1]]
 
-    def lora(self, rows, cols, rank):
-        """An addend of about the size of what it is added to; None without a rank."""
-        if rank is None:
-            return None
-        b = torch.randn(cols, rank, generator=self.generator).to(self.device, self.dtype)
-        return LowRank(self(rows, rank), b, 0.5 / rank**0.5)
-
     def norm(self, width, offset, cast_first):
         weight = torch.rand(width, generator=self.generator).to(self.device, self.dtype) + 0.5
         return RMSNorm(weight, 1e-5, offset, cast_first)
-
-
-def exact_addend(lora):
-    return None if lora is None else (lora.t.double() @ lora.b.double().T) * lora.scale
-
-
-def with_addend(y, lora):
-    return y if lora is None else y + lora.dense()
 
 
 def stock_norm(x, norm):
@@ -68,13 +52,13 @@ def stock_norm(x, norm):
 # --- rotary positions --------------------------------------------------------------------------------------------
 
 
-def adapt_rotate(x, head_dim, rotary, bias, lora, norm):
+def adapt_rotate(x, head_dim, rotary, bias, norm):
     """y, and x as it is left for the backward."""
     x = x.clone() if x.is_contiguous() else torch.empty_strided(
         x.shape, x.stride(), dtype=x.dtype, device=x.device
     ).copy_(x)  # fmt: skip
     out = None if norm is None else torch.empty_like(x)
-    return rope_op.rotate_(x, head_dim, rotary, bias, lora, norm, out), x
+    return rope_op.rotate_(x, head_dim, rotary, bias, norm, out), x
 
 
 def adapt_rotate_back(dy, rotary, out, norm, raw):
@@ -82,16 +66,16 @@ def adapt_rotate_back(dy, rotary, out, norm, raw):
     return rope_op.rotate_back(dy, rotary, out, norm, raw)
 
 
-def check_rotate(make, tokens, heads, head_dim, width=None, *, rank=None, bias=False, norm=None, halves=2):
+def check_rotate(make, tokens, heads, head_dim, width=None, *, bias=False, norm=None, halves=2):
     """Forward and backward of one shape against the reference and stock PyTorch; ``norm`` is (offset, cast_first)."""
     check_all(("output", "dx"), [
-        _judge_rotate(m, tokens, heads, head_dim, width, rank, bias, norm, halves) for m in make
+        _judge_rotate(m, tokens, heads, head_dim, width, bias, norm, halves) for m in make
     ])  # fmt: skip
 
 
-def _judge_rotate(make, tokens, heads, head_dim, width, rank, bias, norm, halves):
+def _judge_rotate(make, tokens, heads, head_dim, width, bias, norm, halves):
     cols = heads * head_dim
-    x, lora = make(tokens, cols), make.lora(tokens, cols, rank)
+    x = make(tokens, cols)
     bias = make(cols) if bias else None
     norm = make.norm(head_dim, *norm) if norm else None
     dy = make(heads, tokens, head_dim).transpose(0, 1)
@@ -102,16 +86,16 @@ def _judge_rotate(make, tokens, heads, head_dim, width, rank, bias, norm, halves
         cos, sin = angle.cos().to(make.dtype), angle.sin().to(make.dtype)
         rotary = rope_op.Rotary(cos, sin, width)
 
-    y, raw = adapt_rotate(x, head_dim, rotary, bias, lora, norm)
+    y, raw = adapt_rotate(x, head_dim, rotary, bias, norm)
     assert (y is raw) == (norm is None)
     dx = adapt_rotate_back(dy, rotary, torch.empty_like(x), norm, raw if norm else None)
 
     def exact(x):
         settings = None if norm is None else norm[:3]
-        return rope_reference.rotate(x, cos, sin, width, head_dim, bias, exact_addend(lora), settings)
+        return rope_reference.rotate(x, cos, sin, width, head_dim, bias, settings)
 
     def stock(x):
-        y = with_addend(x if bias is None else x + bias, lora).unflatten(1, (-1, head_dim))
+        y = (x if bias is None else x + bias).unflatten(1, (-1, head_dim))
         y = y if norm is None else stock_norm(y, norm)
         if rotary is None:
             return y.flatten(1)
@@ -128,58 +112,46 @@ def _judge_rotate(make, tokens, heads, head_dim, width, rank, bias, norm, halves
 # --- gated activations -------------------------------------------------------------------------------------------
 
 
-def adapt_glu(g, u, activation, lora_g, lora_u):
-    return glu_op.glu_forward(g, u, activation, torch.empty_like(g), lora_g, lora_u)
+def adapt_glu(g, u, activation):
+    return glu_op.glu_forward(g, u, activation, torch.empty_like(g))
 
 
-def adapt_glu_back(dy, g, u, activation, lora_g, lora_u, lora_dy):
+def adapt_glu_back(dy, g, u, activation):
     """dg, du, and y once more."""
     out = tuple(torch.empty_like(g) for _ in range(3))
-    glu_op.glu_backward(dy, g, u, activation, out, lora_g, lora_u, lora_dy)
+    glu_op.glu_backward(dy, g, u, activation, out)
     return out
 
 
-def check_glu(make, rows, cols, activation, *, rank=None, rank_dy=None):
+def check_glu(make, rows, cols, activation):
     check_all(("output", "dg", "du", "output again"), [
-        _judge_glu(m, rows, cols, activation, rank, rank_dy) for m in make
+        _judge_glu(m, rows, cols, activation) for m in make
     ])  # fmt: skip
 
 
-def _judge_glu(make, rows, cols, activation, rank, rank_dy):
+def _judge_glu(make, rows, cols, activation):
     g, u, dy = (make(rows, cols) for _ in range(3))
-    lora_g, lora_u = make.lora(rows, cols, rank), make.lora(rows, cols, rank)
-    lora_dy = make.lora(rows, cols, rank_dy)
-    ours = adapt_glu(g, u, activation, lora_g, lora_u)
-    dg, du, again = adapt_glu_back(dy, g, u, activation, lora_g, lora_u, lora_dy)
-
-    def exact(g, u):
-        pairs = ((g, exact_addend(lora_g)), (u, exact_addend(lora_u)))
-        g, u = (x if addend is None else x + addend for x, addend in pairs)
-        return glu_reference.glu(g, u, activation)
+    ours = adapt_glu(g, u, activation)
+    dg, du, again = adapt_glu_back(dy, g, u, activation)
 
     def stock(g, u):
-        g, u = with_addend(g, lora_g), with_addend(u, lora_u)
         if activation == "silu":
             return functional.silu(g) * u
         return functional.gelu(g, approximate="tanh" if activation == "gelu_tanh" else "none") * u
 
-    exact_dy = dy.double() if lora_dy is None else dy.double() + exact_addend(lora_dy)
-    truth = differentiate(exact, (g.double(), u.double()), exact_dy)
-    other = differentiate(stock, (g, u), with_addend(dy, lora_dy))
+    exact = partial(glu_reference.glu, activation=activation)
+    truth = differentiate(exact, (g.double(), u.double()), dy.double())
+    other = differentiate(stock, (g, u), dy)
     return (ours, dg, du, again), (*other, other[0]), (*truth, truth[0])
 
 
 # --- residual and norm -------------------------------------------------------------------------------------------
 
 
-def adapt_add(x, y, lora):
-    return add_norm_op.add(x, y, lora, torch.empty_like(x))
-
-
-def adapt_add_norm(x, y, lora, norm):
+def adapt_add_norm(x, y, norm):
     """s and h."""
     h = torch.empty_like(x)
-    return add_norm_op.add_norm(x, y, lora, norm, h), h
+    return add_norm_op.add_norm(x, y, norm, h), h
 
 
 def adapt_norm_back(dh, ds, s, norm):
@@ -188,28 +160,27 @@ def adapt_norm_back(dh, ds, s, norm):
     return add_norm_op.norm_backward(dh, ds, s, norm, out, h), h
 
 
-def check_add_norm(make, rows, cols, *, rank=None, norm=(0.0, True), residual=True):
-    check_all(("sum", "s", "h", "dx", "h again"), [
-        _judge_add_norm(m, rows, cols, rank, norm, residual) for m in make
+def check_add_norm(make, rows, cols, *, norm=(0.0, True), residual=True):
+    check_all(("s", "h", "dx", "h again"), [
+        _judge_add_norm(m, rows, cols, norm, residual) for m in make
     ])  # fmt: skip
 
 
-def _judge_add_norm(make, rows, cols, rank, norm, residual):
+def _judge_add_norm(make, rows, cols, norm, residual):
     x, y, dh = (make(rows, cols) for _ in range(3))
     ds = make(rows, cols) if residual else None
-    lora, norm = make.lora(rows, cols, rank), make.norm(cols, *norm)
-    s, h = adapt_add_norm(x, y, lora, norm)
+    norm = make.norm(cols, *norm)
+    s, h = adapt_add_norm(x, y, norm)
     dx, again = adapt_norm_back(dh, ds, x, norm)
-    ours = (adapt_add(x, y, lora), s, h, dx, again)
+    ours = (s, h, dx, again)
 
-    addend = exact_addend(lora)
-    total = x.double() + y.double() + (0 if addend is None else addend)
+    total = x.double() + y.double()
     exact_norm = lambda x: norm_reference.rms_norm(x, norm.weight, norm.eps, norm.offset)  # noqa: E731
     of_x, exact_dx = differentiate(exact_norm, (x.double(),), dh.double())
     exact_dx = exact_dx if ds is None else exact_dx + ds.double()
-    truth = (total, total, exact_norm(total), exact_dx, of_x)
+    truth = (total, exact_norm(total), exact_dx, of_x)
 
-    other_s = with_addend(y, lora) + x
+    other_s = y + x
     stock_x, stock_dx = differentiate(lambda x: stock_norm(x, norm), (x,), dh)
     stock_dx = stock_dx if ds is None else stock_dx + ds
-    return ours, (other_s, other_s, stock_norm(other_s, norm), stock_dx, stock_x), truth
+    return ours, (other_s, stock_norm(other_s, norm), stock_dx, stock_x), truth

@@ -26,35 +26,35 @@ def makers(dtype, strided=False, seeds=6):
 )
 def test_rotary_positions(tokens, head_dim, width, halves, norm, dtype, strided):
     make = makers(dtype, strided, seeds=40 if tokens == 1 else 6)
-    check_rotate(make, tokens, 3, head_dim, width, rank=4, bias=True, norm=norm, halves=halves)
+    check_rotate(make, tokens, 3, head_dim, width, bias=True, norm=norm, halves=halves)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", swiglu.ACTIVATIONS)
-@pytest.mark.parametrize(("rows", "cols", "rank"), [(1, 7, None), (6, 33, 4)])
-def test_gated_activations(rows, cols, rank, activation, dtype):
+@pytest.mark.parametrize(("rows", "cols"), [(1, 7), (6, 33)])
+def test_gated_activations(rows, cols, activation, dtype):
     make = makers(dtype, strided=True, seeds=40 if rows == 1 else 6)
-    check_glu(make, rows, cols, activation, rank=rank, rank_dy=rank)
+    check_glu(make, rows, cols, activation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", [(0.0, True), (1.0, False)])
-@pytest.mark.parametrize(("rows", "cols", "rank"), [(1, 100, None), (6, 33, 4)])
-def test_residual_and_norm(rows, cols, rank, norm, dtype):
-    check_add_norm(makers(dtype, strided=True), rows, cols, rank=rank, norm=norm)
+@pytest.mark.parametrize(("rows", "cols"), [(1, 100), (6, 33)])
+def test_residual_and_norm(rows, cols, norm, dtype):
+    check_add_norm(makers(dtype, strided=True), rows, cols, norm=norm)
 
 
 def test_gradients_may_be_written_over_dy():
     make = Maker(torch.float32)
     g, u, dy = (make(5, 12) for _ in range(3))
-    dg, du, y = cases.adapt_glu_back(dy, g, u, "silu", None, None, None)
+    dg, du, y = cases.adapt_glu_back(dy, g, u, "silu")
     out = (torch.empty_like(g), torch.empty_like(g), dy)
     swiglu.glu_backward(dy, g, u, "silu", out)
     assert torch.equal(out[0], dg) and torch.equal(out[1], du) and torch.equal(dy, y)
 
 
 def turned_the_other_way(x, head_dim, rotary, *rest):
-    y = rope.rotate_(x.clone(), head_dim, rotary._replace(sin=-rotary.sin), *rest[:2])
+    y = rope.rotate_(x.clone(), head_dim, rotary._replace(sin=-rotary.sin), *rest[:1])
     return y, y
 
 
@@ -62,19 +62,19 @@ def without_norm_of_gradient(dy, rotary, out, norm, raw):
     return rope.rotate_back(dy, rotary, out)
 
 
-def other_gelu(g, u, activation, lora_g, lora_u):
-    return swiglu.glu_forward(g, u, "gelu_tanh", torch.empty_like(g), lora_g, lora_u)
+def other_gelu(g, u, activation):
+    return swiglu.glu_forward(g, u, "gelu_tanh", torch.empty_like(g))
 
 
-def without_addend_of_dy(dy, g, u, activation, lora_g, lora_u, lora_dy):
+def slope_of_another(dy, g, u, activation):
     out = tuple(torch.empty_like(g) for _ in range(3))
-    swiglu.glu_backward(dy, g, u, activation, out, lora_g, lora_u)
+    swiglu.glu_backward(dy, g, u, "gelu", out)
     return out
 
 
-def norm_before_the_sum(x, y, lora, norm):
+def norm_before_the_sum(x, y, norm):
     h = torch.empty_like(x)
-    return add_norm.add_norm(x, torch.zeros_like(y), lora, norm, h) + y, h
+    return add_norm.add_norm(x, torch.zeros_like(y), norm, h) + y, h
 
 
 def without_residual(dh, ds, s, norm):
@@ -89,7 +89,7 @@ def without_residual(dh, ds, s, norm):
         ("adapt_rotate_back", without_norm_of_gradient, "dx",
          lambda make: check_rotate(make, 6, 2, 16, 16, norm=(0.0, True))),
         ("adapt_glu", other_gelu, "output", lambda make: check_glu(make, 6, 33, "gelu")),
-        ("adapt_glu_back", without_addend_of_dy, "dg", lambda make: check_glu(make, 6, 33, "silu", rank_dy=4)),
+        ("adapt_glu_back", slope_of_another, "dg", lambda make: check_glu(make, 6, 33, "silu")),
         ("adapt_add_norm", norm_before_the_sum, "h", lambda make: check_add_norm(make, 6, 33)),
         ("adapt_norm_back", without_residual, "dx", lambda make: check_add_norm(make, 6, 33)),
     ],
@@ -110,7 +110,7 @@ def test_glu_is_an_op(activation):
     torch.library.opcheck(torch.ops.pantheraml.glu_backward, arguments)
     y = swiglu.glu(g.view(5, 3, 4), u.view(5, 3, 4), activation)
     dg, du = torch.autograd.grad(y, (g, u), dy.view(5, 3, 4))
-    again = cases.adapt_glu_back(*(t.detach() for t in (dy, g, u)), activation, None, None, None)
+    again = cases.adapt_glu_back(*(t.detach() for t in (dy, g, u)), activation)
     assert torch.equal(dg, again[0]) and torch.equal(du, again[1])
 
 

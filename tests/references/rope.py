@@ -1,15 +1,14 @@
-"""Rotary positions with bias, LoRA's addend and a head norm, in float64, without any rounding in between."""
+"""Rotary positions with bias and a head norm, in float64, without any rounding in between."""
 
 from __future__ import annotations
 
 import torch
 
 
-def rotate(x, cos, sin, width, head_dim, bias=None, addend=None, norm=None):
+def rotate(x, cos, sin, width, head_dim, bias=None, norm=None):
     """(T, heads * D) float64; differentiable; ``norm`` is (weight, eps, offset)."""
     y = x.double()
     y = y if bias is None else y + bias.double()
-    y = y if addend is None else y + addend
     y = y.unflatten(1, (-1, head_dim))
     if norm is not None:
         weight, eps, offset = norm

@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from pantheraml.kernels.expert_activation import Gate
-from pantheraml.kernels.low_rank import MAX_RANK
+from pantheraml.kernels.grouped_gemm import MAX_RANK
 
 # Experts of transformers whose forward is: gate and up in one product, activation, product.
 _CLASSES = ("MixtralExperts", "Qwen3MoeExperts", "GptOssExperts")

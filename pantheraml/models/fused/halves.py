@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.add_norm import add, add_norm, norm_backward
+from pantheraml.kernels.add_norm import add_norm, norm_backward
 from pantheraml.kernels.rms_norm import rms_norm_into
 from pantheraml.kernels.rope import Rotary, rotate_, rotate_back
 from pantheraml.kernels.swiglu import glu_backward, glu_forward
@@ -104,7 +104,7 @@ def project_out(x: Tensor, attended: Tensor, part: MiddlePart, h: Tensor) -> Mid
     raw = None
     if part.post is not None:
         raw, o = o, rms_norm_into(torch.empty_like(o), o, part.post)
-    return Middle(add_norm(x, o, None, part.norm, h[:, :width]), h, raw, t)
+    return Middle(add_norm(x, o, part.norm, h[:, :width]), h, raw, t)
 
 
 def project_out_backward(
@@ -151,7 +151,7 @@ def mlp(s: Tensor, h: Tensor, part: MLPPart, out: Tensor) -> MLPOutput:
     raw = None
     if part.post is not None:
         raw, down = down, rms_norm_into(torch.empty_like(down), down, part.post)
-    return MLPOutput(add(s, down, None, out), gate_up, raw, t, t_down)
+    return MLPOutput(torch.add(s, down, out=out), gate_up, raw, t, t_down)
 
 
 class MLPGradient(NamedTuple):
