@@ -61,7 +61,12 @@ def _addend(
         r = tl.arange(0, RANK)
         t = tl.load(t_ptr + row[:, None] * t_stride + r[None, :], mask=(r < rank)[None, :], other=0.0)
         at = b_ptr + expert * b_se + col[None, :] * b_sn + r[:, None] * b_sr
-        acc = tl.dot(t, tl.load(at, mask=(r < rank)[:, None], other=0.0), acc, input_precision="ieee")
+        b = tl.load(at, mask=(r < rank)[:, None], other=0.0)
+        if t_ptr.dtype.element_ty == tl.float32:
+            # A sum of its own rounds less; a bare one would be folded into the product's.
+            acc += tl.where(rank > 0, tl.dot(t, b, input_precision="ieee"), 0.0)
+        else:
+            acc = tl.dot(t, b, acc)
     if BIAS:
         acc += tl.load(bias_ptr + expert * cols + col).to(tl.float32)[None, :]
     return acc
