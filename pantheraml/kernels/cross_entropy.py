@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pantheraml.errors import ConfigError
-from pantheraml.kernels.elementary import exp, tanh
+from pantheraml.kernels.elementary import exp, log, tanh
 from pantheraml.kernels.launch import jit, launching_on, runs_triton, tl
 
 IGNORE = -100
@@ -40,12 +40,12 @@ class RowScores(NamedTuple):
 
 
 @jit
-def _bent(z, scale, cap, CAP: tl.constexpr):
+def _bent(z, scale, cap, CAP: tl.constexpr, EXACT: tl.constexpr):
     """The logits a model means by its raw ones, and the slope from one to the other."""
     y = z * scale
     slope = scale
     if CAP:
-        value, rise = tanh(tl.div_rn(y, cap))
+        value, rise = tanh(tl.div_rn(y, cap), EXACT)
         y = cap * value
         slope = scale * rise
     return y, slope
@@ -57,6 +57,7 @@ def _score_kernel(
     ignore, CAP: tl.constexpr, FIGURES: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The figures of a row; with GRADIENT, z is then overwritten by d logp / d z."""
+    EXACT: tl.constexpr = z_ptr.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * z_stride
     label = tl.load(label_ptr + row)
@@ -68,22 +69,22 @@ def _score_kernel(
     for start in range(0, length, BLOCK):
         col = start + tl.arange(0, BLOCK)
         z = tl.load(z_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
-        y = tl.where(col < cols, _bent(z, scale, cap, CAP)[0], -float("inf"))
+        y = tl.where(col < cols, _bent(z, scale, cap, CAP, EXACT)[0], -float("inf"))
         top = tl.maximum(highest, tl.max(y, axis=0))
         base = tl.where(top == -float("inf"), 0.0, top)  # nothing but forbidden tokens so far
-        shrink = exp(highest - base)
-        e = exp(y - base)
+        shrink = exp(highest - base, EXACT)
+        e = exp(y - base, EXACT)
         total = total * shrink + tl.sum(e, axis=0)
         if FIGURES:
             weighted = weighted * shrink + tl.sum(e * tl.where(e > 0, y, 0.0), axis=0)
         highest = top
     total = tl.where(total == 0, 1.0, total)
     highest = tl.where(counts, highest, 0.0)
-    log_sum = tl.log(total)
+    log_sum = log(total, EXACT)
     # A label that is no token must not be read; it makes the row NaN.
     known = (label >= 0) & (label < cols)
     raw = tl.load(z_ptr + label, mask=known, other=float("nan")).to(tl.float32)
-    of_label = _bent(raw, scale, cap, CAP)[0]
+    of_label = _bent(raw, scale, cap, CAP, EXACT)[0]
     tl.store(logp_ptr + row, tl.where(counts, of_label - highest - log_sum, 0.0))
     tl.store(top_ptr + row, highest)
     tl.store(log_sum_ptr + row, log_sum)
@@ -95,8 +96,8 @@ def _score_kernel(
         for start in range(0, cols, BLOCK):
             col = start + tl.arange(0, BLOCK)
             z = tl.load(z_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
-            y, slope = _bent(z, scale, cap, CAP)
-            d = (tl.where(col == label, 1.0, 0.0) - exp(y - highest - log_sum)) * slope
+            y, slope = _bent(z, scale, cap, CAP, EXACT)
+            d = (tl.where(col == label, 1.0, 0.0) - exp(y - highest - log_sum, EXACT)) * slope
             tl.store(z_ptr + col, tl.where(counts, d, 0.0).to(z_ptr.dtype.element_ty), mask=col < cols)
 
 
@@ -106,6 +107,7 @@ def _gradient_kernel(
     CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``g * d logp / d z``, into rows of their own or over z."""
+    EXACT: tl.constexpr = z_ptr.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     label = tl.load(label_ptr + row)
@@ -113,8 +115,8 @@ def _gradient_kernel(
     log_sum = tl.load(log_sum_ptr + row)
     g = tl.load(g_ptr + row)
     z = tl.load(z_ptr + row * z_stride + col, mask=col < cols, other=0.0).to(tl.float32)
-    y, slope = _bent(z, scale, cap, CAP)
-    d = g * (tl.where(col == label, 1.0, 0.0) - exp(y - top - log_sum)) * slope
+    y, slope = _bent(z, scale, cap, CAP, EXACT)
+    d = g * (tl.where(col == label, 1.0, 0.0) - exp(y - top - log_sum, EXACT)) * slope
     d = tl.where(label != ignore, d, 0.0)
     tl.store(d_ptr + row * cols + col, d.to(d_ptr.dtype.element_ty), mask=col < cols)
 

@@ -58,15 +58,22 @@ def _addend(
 ):  # fmt: skip
     """``acc + t b^T + bias`` for one tile of one expert; ``row`` and ``col`` are there."""
     if LORA:
-        r = tl.arange(0, RANK)
-        t = tl.load(t_ptr + row[:, None] * t_stride + r[None, :], mask=(r < rank)[None, :], other=0.0)
-        at = b_ptr + expert * b_se + col[None, :] * b_sn + r[:, None] * b_sr
-        b = tl.load(at, mask=(r < rank)[:, None], other=0.0)
-        if t_ptr.dtype.element_ty == tl.float32:
-            # A sum of its own rounds less; a bare one would be folded into the product's.
-            acc += tl.where(rank > 0, tl.dot(t, b, input_precision="ieee"), 0.0)
-        else:
-            acc = tl.dot(t, b, acc)
+        # float32 is summed in blocks of ranks, and then by itself, which rounds less; a bare sum would be folded into
+        # the product's own.
+        EXACT: tl.constexpr = t_ptr.dtype.element_ty == tl.float32
+        STEP: tl.constexpr = tl.constexpr(16) if EXACT else RANK
+        added = tl.zeros_like(acc)
+        for start in tl.static_range(0, RANK, STEP):
+            r = start + tl.arange(0, STEP)
+            t = tl.load(t_ptr + row[:, None] * t_stride + r[None, :], mask=(r < rank)[None, :], other=0.0)
+            at = b_ptr + expert * b_se + col[None, :] * b_sn + r[:, None] * b_sr
+            b = tl.load(at, mask=(r < rank)[:, None], other=0.0)
+            if EXACT:
+                added += tl.where(rank > start, tl.dot(t, b, input_precision="ieee"), 0.0)
+            else:
+                acc = tl.dot(t, b, acc)
+        if EXACT:
+            acc += added
     if BIAS:
         acc += tl.load(bias_ptr + expert * cols + col).to(tl.float32)[None, :]
     return acc

@@ -7,6 +7,7 @@ import torch
 from pantheraml.kernels.expert_activation import Gate
 from pantheraml.kernels.expert_groups import Groups
 from pantheraml.kernels.grouped_gemm import GroupedLowRank
+from tests.kernels.loss_cases import check_all
 from tests.references import experts as reference
 from tests.references.yardstick import assert_as_good_as
 
@@ -52,6 +53,11 @@ def make_rows(counts, n, k, dtype, *, stored="nk", indexed=False, bias=False, ra
 
 def check_rows(ours, arguments, scale=1.0, what="output"):
     """Hold a product against float64 and against PyTorch's own, expert by expert."""
+    check_all((what,), [judge_rows(ours, arguments, scale)])
+
+
+def judge_rows(ours, arguments, scale=1.0):
+    """A product of ours, PyTorch's and the exact one, for ``check_all``."""
     a = arguments
     t, b = a["low_rank"] or (None, None)
     ends = a["groups"].ends
@@ -65,7 +71,7 @@ def check_rows(ours, arguments, scale=1.0, what="output"):
         if a["bias"] is not None:
             part = part + a["bias"][expert]
         stock.append(part)
-    assert_as_good_as(ours, torch.cat(stock), exact, what)
+    return (ours,), (torch.cat(stock),), (exact,)
 
 
 def check_outer(ours, left, right, ends, what="output"):

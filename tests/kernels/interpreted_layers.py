@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from pantheraml.kernels import rope, swiglu
-from pantheraml.kernels.launch import runs_triton
+from pantheraml.kernels import elementary, rope, swiglu
+from pantheraml.kernels.launch import runs_triton, tl, triton
 from pantheraml.kernels.place_factors import Placement, Table
 from tests.kernels import layer_cases as cases
 from tests.kernels.layer_cases import Maker, check_add_norm, check_glu, check_rotate
@@ -85,6 +87,43 @@ def test_factors_are_placed(dtype):
         expected = torch.zeros_like(stack)
         expected[250:257, :64], expected[:200, 64:] = a, b * scale
         assert torch.equal(stack, expected)
+
+
+@triton.jit
+def _elementary_kernel(
+    x_ptr, exp_ptr, log_ptr, tanh_ptr, slope_ptr, EXACT: tl.constexpr, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at)
+    tl.store(exp_ptr + at, elementary.exp(x, EXACT))
+    tl.store(log_ptr + at, elementary.log(tl.abs(x) + 1.0, EXACT))
+    tanh, slope = elementary.tanh(x, EXACT)
+    tl.store(tanh_ptr + at, tanh)
+    tl.store(slope_ptr + at, slope)
+
+
+def test_elementary_functions():
+    x = torch.cat([torch.linspace(-86, 88, 4000), torch.linspace(-2, 2, 4000), torch.randn(192) * 1e-3])
+    exact = x.double()
+    # 4 exp(-2|x|) / (1 + exp(-2|x|))^2 cancels nowhere
+    e = torch.exp(-2 * exact.abs())
+    truth = (exact.exp(), (x.abs() + 1).double().log(), exact.tanh(), 4 * e / (1 + e) ** 2)
+    found = [torch.empty_like(x) for _ in truth]
+    _elementary_kernel[(8,)](x, *found, EXACT=True, BLOCK=1024)
+    for name, one, other in zip(("exp", "log", "tanh", "slope"), found, truth, strict=True):
+        # Exponentials below 1e-38 are 0; the logarithm of a sum is as good as the sum.
+        size = other.abs().clamp(min=1.0 if name == "log" else 1e-30)
+        error = ((one.double() - other).abs() / size).max().item()
+        assert error <= (4e-7 if name == "slope" else 2e-7), (name, error)
+    # The interpreter rounds within a fused multiply-add, hence the tolerance.
+    ends = torch.tensor([-200.0, 0.0, 80.0, float("nan")])
+    found = [torch.empty_like(ends) for _ in truth]
+    for exact_too in (True, False):
+        _elementary_kernel[(1,)](ends, *found, EXACT=exact_too, BLOCK=4)
+        assert (
+            found[0][:3].tolist() == [0.0, 1.0, pytest.approx(math.exp(80), rel=2e-6)] and found[0][3].isnan()
+        )
+        assert found[2][:3].tolist() == [-1.0, 0.0, 1.0]
 
 
 def test_a_wrong_kernel_is_seen(monkeypatch):
