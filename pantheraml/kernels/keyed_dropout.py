@@ -33,15 +33,12 @@ def _drop_kernel(
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     here = row < rows
-    if KEYED:
-        key = tl.load(keys_ptr + row, mask=here, other=0)
-    else:
-        key = row.to(tl.int64) + first_row
-    counter = (tl.program_id(1) * LANES + tl.arange(0, LANES)).to(tl.uint32)[None, :]
-    low, high = (key & 0xFFFFFFFF).to(tl.uint32)[:, None], (key >> 32).to(tl.uint32)[:, None]
-    counter, low = tl.broadcast(counter, low)
-    high = tl.broadcast_to(high, low.shape)
-    w0, w1, w2, w3 = tl.philox(seed, counter, low, high, tl.zeros_like(low), ROUNDS)
+    key = tl.load(keys_ptr + row, mask=here, other=0) if KEYED else row.to(tl.int64) + first_row
+    zero = tl.zeros((BLOCK_M, LANES), dtype=tl.uint32)
+    counter = zero + (tl.program_id(1) * LANES + tl.arange(0, LANES)).to(tl.uint32)[None, :]
+    low = zero + (key & 0xFFFFFFFF).to(tl.uint32)[:, None]
+    high = zero + (key >> 32).to(tl.uint32)[:, None]
+    w0, w1, w2, w3 = tl.philox(seed, counter, low, high, zero, ROUNDS)
 
     start = tl.program_id(1) * (LANES * 8)
     row = row.to(tl.int64)[:, None]  # rows x cols can pass 2^31
@@ -163,7 +160,7 @@ def dropped(
 def add_dropped(
     total: Tensor, x: Tensor, p: float, seed: int, first_row: int = 0, *, keys: Tensor | None = None
 ) -> Tensor:
-    """``total += dropped(x, …)``, summed in float32 and rounded once; arguments as ``dropped``; returns total (T, N)."""
+    """``total += dropped(x, …)``, summed in float32, rounded once; arguments as ``dropped``; returns total (T, N)."""
     _launch(total, x, p, seed, first_row, keys, True)
     return total
 
