@@ -8,7 +8,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from pantheraml.kernels.keyed_dropout import kept_values
-from pantheraml.models.fused.read_layer import LayerReader
+from pantheraml.models.fused.decoder_layer import FusedDecoderLayer
 
 
 class Masked(nn.Module):
@@ -25,24 +25,25 @@ class Masked(nn.Module):
 
 
 class Recorder:
-    """Sees what every fused layer reads; the latest share and seed of each adapter stay, by its base layer."""
+    """Sees what fused layers compute with; the latest share and seed of each adapter stay, by its base layer."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.layers = 0
         self.seeds: dict[int, tuple[float, int]] = {}
-        original = LayerReader.read
+        original = FusedDecoderLayer._parts
 
-        def read(reader, *args, **kwargs):
-            parts = original(reader, *args, **kwargs)
-            stacks = [] if isinstance(parts, str) else [parts.input.qkv, parts.middle.o]
-            if stacks and parts.mlp is not None:
-                stacks += [parts.mlp.gate_up, parts.mlp.down]
-            for stack in stacks:
-                for index, seed in stack.inputs.seeds.items():
-                    projection = stack.projections[index]
-                    self.seeds[id(projection.linear)] = projection.dropout, seed
+        def read(layer, *args, **kwargs):
+            parts = original(layer, *args, **kwargs)
+            if parts is not None:
+                self.layers += 1
+                mlp = [] if parts.mlp is None else [parts.mlp.gate_up, parts.mlp.down]
+                for stack in [parts.input.qkv, parts.middle.o, *mlp]:
+                    for index, seed in stack.inputs.seeds.items():
+                        projection = stack.projections[index]
+                        self.seeds[id(projection.linear)] = projection.dropout, seed
             return parts
 
-        monkeypatch.setattr(LayerReader, "read", read)
+        monkeypatch.setattr(FusedDecoderLayer, "_parts", read)
 
     def masks(self, model: nn.Module) -> dict[str, tuple[float, int]]:
         """Share and seed of each adapted layer of ``model``, by its name."""

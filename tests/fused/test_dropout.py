@@ -96,7 +96,7 @@ def in_4bit(model):
         new = bnb.nn.Linear4bit(
             module.in_features, module.out_features, module.bias is not None, quant_type="nf4"
         )
-        new.compute_dtype = new.weight.dtype
+        new.compute_dtype = module.weight.dtype
         new.weight = bnb.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4")
         new.bias = module.bias
         parent, _, name = path.rpartition(".")

@@ -89,6 +89,7 @@ def test_errors_are_at_most_twice_those_of_stock(family, packed, keep, lora, mon
             other = prepare(build(family, ALL, False, **lora)[0].train().to(torch.bfloat16))
             other = unpacked(other).to(dtype) if dtype == torch.float64 else other
             found.append(copied(run(apply_masks(other, masks) if masks else other, seed=seed)))
+    assert recorder.layers == 2 * len(SEEDS)
     mine, theirs = squared_errors(ours, exact), squared_errors(stock, exact)
     for name, (squares, size) in mine.items():
         if "k_proj.lora_B.default.bias" not in name:  # a sum that nearly cancels
@@ -127,5 +128,6 @@ def test_fp8_layers_err_as_stock_ones(family, lora, monkeypatch):
             exact, stock = apply_masks(exact, masks), apply_masks(stock, masks)
         exact, stock = run(exact, seed=seed), run(stock, seed=seed)
         squares.append([error(found[0].double(), exact[0]) ** 2 for found in (ours, stock)])
+    assert recorder.layers == 2 * len(SEEDS)
     mine, theirs = torch.tensor(squares).mean(0).sqrt().tolist()
-    assert mine <= 1.3 * theirs < 0.25
+    assert mine <= 1.4 * theirs < 0.25
