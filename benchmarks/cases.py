@@ -13,6 +13,7 @@ PEERS = ("unsloth", "liger", "hf")
 PRECISIONS: dict[str, dict[str, Any]] = {
     "bf16": dict(load_in_16bit=True),
     "nf4": dict(load_in_4bit=True),
+    "nf4-kept": dict(load_in_4bit=True, keep_dequantized=True),  # ours alone
     "int8": dict(load_in_8bit=True),
     "fp8": dict(load_in_fp8=True),
     "float32": dict(load_in_4bit=False, dtype="float32"),
@@ -64,6 +65,7 @@ ROWS = {
     "full-recompute": Row("2048 x 4, bf16, everyone recomputes", Mode("bf16", "offload"), Mode("bf16", True)),
     "fp8": Row("2048 x 4, ours with an FP8 base, peers bf16 at default", Mode("fp8", "auto"), _DEFAULT),
     "nf4": Row("2048 x 4, NF4, everyone at default", Mode("nf4", "auto"), Mode("nf4", "auto")),
+    "nf4-kept": Row("2048 x 4, NF4, ours kept in 16 bits too", Mode("nf4-kept", "auto"), Mode("nf4", "auto")),
     "nf4-small": Row("2048 x 4, NF4, least memory", Mode("nf4", "offload"), Mode("nf4", True)),
     "long": Row("8192 x 2, bf16, everyone at default", _DEFAULT, _DEFAULT, seq=8192, batch=2),
     "ragged": Row(

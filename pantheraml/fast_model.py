@@ -60,6 +60,7 @@ class FastLanguageModel:
         kernels: str = "auto",
         attn_implementation: str | None = None,
         num_labels: int | None = None,
+        keep_dequantized: bool = False,
         **unknown: Any,
     ) -> tuple[Any, PreTrainedTokenizerBase]:
         """Load a model and its tokenizer.
@@ -95,6 +96,8 @@ class FastLanguageModel:
             attn_implementation: transformers' name of an attention, or None.
             num_labels: build a sequence classifier (for reward models: 1) instead of a language model; None
                 builds what was saved.
+            keep_dequantized: hold 4-bit weights in 16 bits, too, in as many layers as there is memory for, so that
+                a step does not unpack them.
             unknown: anything else is an error that says what to use.
 
         Returns:
@@ -127,6 +130,7 @@ class FastLanguageModel:
             fix_tokenizer=fix_tokenizer,
             trust_remote_code=trust_remote_code,
             recompute=check_policy(use_gradient_checkpointing),
+            keep_dequantized=keep_dequantized,
             resize_model_vocab=resize_model_vocab,
             revision=revision,
             random_state=random_state,

@@ -72,6 +72,16 @@ def _precision(config: RunConfig) -> Iterator[Conflict]:
             "model.load_in_16bit is true and model.dtype is float32. Write load_in_4bit: false for float32 "
             "weights, or another dtype.",
         )
+    other = [path for path in loads if path != "model.load_in_4bit"]
+    other += ["model.full_finetuning"] if model.full_finetuning else []
+    other += ["model.kernels"] if model.kernels == "off" else []
+    other += ["model.load_in_4bit"] if model.load_in_4bit is False else []
+    if model.keep_dequantized and other:
+        yield Conflict(
+            ("model.keep_dequantized", *other),
+            f"model.keep_dequantized keeps what fused layers make of 4-bit weights, and {_and(other)} leaves none. "
+            "Drop one of them.",
+        )
     if config.trainer.fp16 and config.trainer.bf16:
         yield Conflict(
             ("trainer.fp16", "trainer.bf16"),

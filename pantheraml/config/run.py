@@ -70,8 +70,11 @@ class ModelSettings(Section):
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that comes with the checkpoint."
     )
-    use_gradient_checkpointing: bool | Literal["auto", "unsloth"] = Field(
+    use_gradient_checkpointing: bool | Literal["auto", "offload", "unsloth"] = Field(
         default="auto", description="Recompute activations in the backward pass to save memory."
+    )
+    keep_dequantized: bool = Field(
+        default=False, description="Hold 4-bit weights in 16 bits, too, where memory is free."
     )
     resize_model_vocab: Count | None = Field(default=None, description="New number of rows of the embedding.")
     revision: str | None = Field(default=None, description="Branch, tag or commit on the Hub.")

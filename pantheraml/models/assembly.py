@@ -12,7 +12,7 @@ from pantheraml.models import loading
 from pantheraml.models.families import find_family
 from pantheraml.models.patching import PatchSet
 from pantheraml.models.positions import extend_positions
-from pantheraml.models.precision import PrecisionFlags, check_precision, choose_precision
+from pantheraml.models.precision import PrecisionFlags, check_dequantized, check_precision, choose_precision
 from pantheraml.models.recompute import watch
 from pantheraml.models.saved_adapters import saved_vocabulary
 from pantheraml.models.source import resolve_source
@@ -38,6 +38,7 @@ class LoadRequest:
     fix_tokenizer: bool
     trust_remote_code: bool
     recompute: Recompute
+    keep_dequantized: bool
     resize_model_vocab: int | None
     revision: str | None
     random_state: int
@@ -74,6 +75,7 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
     stored = getattr(config, "quantization_config", None)
     precision = choose_precision(request.flags, request.dtype, device, stored)
     check_precision(precision, device)
+    check_dequantized(request.keep_dequantized, precision, request.kernels)
     extend_positions(config, request.max_seq_length, request.rope_scaling)
     tokenizer = load_tokenizer(source.tokenizer_folder, fix=request.fix_tokenizer, trust_remote_code=trust)
     num_labels = loading.choose_num_labels(request.num_labels, config, source.adapter)
@@ -97,6 +99,7 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
         max_seq_length=request.max_seq_length,
         precision=precision,
         recompute=request.recompute,
+        keep_dequantized=request.keep_dequantized,
         full_finetuning=request.flags.full_finetuning,
         family=find_family(config),
         kernels=request.kernels,

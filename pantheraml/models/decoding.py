@@ -119,7 +119,11 @@ def set_decoding(model: Any, on: bool) -> None:
         for module in base.modules():
             if isinstance(module, FusedDecoderLayer):
                 module.reader.release(trained_only=True)
-    elif not state.decoding.report() and apply_decoding(base, state.decoding) is not None:
+        return
+    for module in base.modules():
+        if isinstance(module, FusedDecoderLayer):
+            module.reader.keep_unpacked(False)  # training asks for it again; the cache needs the memory
+    if not state.decoding.report() and apply_decoding(base, state.decoding) is not None:
         apply_decoding_layers(base, state.decoding)
 
 

@@ -135,6 +135,26 @@ def check_precision(precision: Precision, device: torch.device) -> None:
         )
 
 
+def check_dequantized(keep: bool, precision: Precision, kernels: str) -> None:
+    """Refuse ``keep_dequantized`` where nothing is dequantised by us.
+
+    Raises:
+        ConfigError: weights that are not in 4 bits, or ``kernels="off"``.
+    """
+    if keep and precision.storage != "4bit":
+        raise ConfigError(
+            got=f"keep_dequantized=True was given for weights in {precision.storage} ({precision.dtype}).",
+            need="It keeps 4-bit weights in 16 bits, too, where memory is free.",
+            fix="Load with load_in_4bit=True, or drop keep_dequantized.",
+        )
+    if keep and kernels == "off":
+        raise ConfigError(
+            got='keep_dequantized=True and kernels="off" were given together.',
+            need="Fused layers keep their weights; the plain transformers model dequantises them in every pass.",
+            fix='Drop kernels="off", or drop keep_dequantized.',
+        )
+
+
 def _at_most_16bit(picked: torch.dtype, asked: str | torch.dtype | None) -> torch.dtype:
     """The 16-bit dtype for ``load_in_16bit=True``; bfloat16 where the hardware's own choice is float32."""
     import torch

@@ -22,7 +22,13 @@ from torch.utils.checkpoint import checkpoint
 from pantheraml.devices.memory import free_gpu_bytes
 from pantheraml.errors import ConfigError
 from pantheraml.log import say, say_once
-from pantheraml.models.recompute_plan import RecomputePlan, offload_plan, plan_recompute
+from pantheraml.models.recompute_plan import (
+    RecomputePlan,
+    offload_plan,
+    plan_recompute,
+    plan_unpacked,
+    unpacked_bytes,
+)
 
 if TYPE_CHECKING:
     from pantheraml.models.state import ModelState
@@ -99,9 +105,33 @@ def _num_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def _plan(model: Any, state: ModelState, tokens: int) -> RecomputePlan:
+    """What recomputes, and which 4-bit layers stay unpacked, from now on."""
+    is_new = state.planned_for != state.recompute or state.plan is None
+    before = state.plan
+    plan = _plan_recompute(model, state, tokens, is_new)
+    if state.keep_dequantized:
+        plan = plan_unpacked(model, plan, _free_bytes(model, state, is_new))
+        if before is None or plan.unpacked != before.unpacked:
+            why = (
+                ""
+                if any(map(unpacked_bytes, _fused_layers(model)))
+                else ": none is computed by fused functions"
+            )
+            say(f"keep_dequantized: {plan.unpacked} layers keep 16-bit weights beside their 4-bit ones{why}.")
+    return plan
+
+
+def _free_bytes(model: Any, state: ModelState, is_new: bool) -> int:
+    """What may be taken now: the optimizer's share is kept before the first step, unpacked layers may go."""
+    device = model.device
+    free = free_gpu_bytes(device) if device.type == "cuda" else psutil.virtual_memory().available
+    held = sum(unpacked_bytes(layer) for layer in _fused_layers(model) if layer.reader.keeps_unpacked)
+    return free + held - (optimizer_bytes(model) if is_new else 0)
+
+
+def _plan_recompute(model: Any, state: ModelState, tokens: int, is_new: bool) -> RecomputePlan:
     policy, device = state.recompute, model.device
     total = model.config.get_text_config().num_hidden_layers
-    is_new = state.planned_for != policy or state.plan is None
     state.planned_for = policy
     if policy in ("offload", "unsloth"):
         plan = offload_plan(model, tokens, psutil.virtual_memory().available)
@@ -114,7 +144,7 @@ def _plan(model: Any, state: ModelState, tokens: int) -> RecomputePlan:
     elif device.type != "cuda":
         plan = RecomputePlan(tokens, 0)
     else:
-        free = free_gpu_bytes(device) - (optimizer_bytes(model) if is_new else 0)
+        free = _free_bytes(model, state, is_new)
         plan = plan_recompute(model, tokens, free, psutil.virtual_memory().available)
         if state.plan is None or plan.layers != state.plan.layers or plan.stored != state.plan.stored:
             say(f"recompute: {plan.describe(total)}.")
@@ -126,18 +156,28 @@ def optimizer_bytes(model: nn.Module) -> int:
     return sum(p.numel() * (p.element_size() + 8) for p in model.parameters() if p.requires_grad)
 
 
-def apply_plan(model: Any, state: ModelState, plan: RecomputePlan) -> None:
-    """Set every layer's switch, and what it keeps and where."""
+def _layers(model: Any) -> list[Any]:
+    """The decoder layers of ``model``, fused ones and others, in order."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    from pantheraml.models.fused import FusedDecoderLayer
+
+    kinds = FusedDecoderLayer | GradientCheckpointingLayer
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def _fused_layers(model: Any) -> list[Any]:
+    from pantheraml.models.fused import FusedDecoderLayer
+
+    return [layer for layer in _layers(model) if isinstance(layer, FusedDecoderLayer)]
+
+
+def apply_plan(model: Any, state: ModelState, plan: RecomputePlan) -> None:
+    """Set every layer's switch, and what it keeps and where."""
     from pantheraml.models.fused import FusedDecoderLayer, HostStore
     from pantheraml.models.fused.layer_function import TILE
 
-    layers: list[Any] = [
-        module
-        for module in model.modules()
-        if isinstance(module, FusedDecoderLayer | GradientCheckpointingLayer)
-    ]
+    layers = _layers(model)
     if plan.stored and state.store is None:
         state.store = HostStore(model.device)
     for index, layer in enumerate(layers):
@@ -147,5 +187,6 @@ def apply_plan(model: Any, state: ModelState, plan: RecomputePlan) -> None:
             layer.keep_when_recomputing = plan.keep
             layer.store = state.store if index < plan.stored else None
             layer.tile = plan.tile or TILE
+            layer.reader.keep_unpacked(index < plan.unpacked)
         elif index < plan.stored:
             say_once("Layers that are not fused recompute, but keep their inputs on the GPU.")

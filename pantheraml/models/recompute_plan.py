@@ -7,12 +7,15 @@ everything; then all recompute; then what they keep moves to the host; then atte
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pantheraml.devices.memory import GIB
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from pantheraml.models.fused.layer_function import Keep
 
 # Of the free memory, what a step may take by these estimates; the rest is for the allocator's gaps.
@@ -57,6 +60,7 @@ class RecomputePlan:
         free: bytes that were free for it.
         host: bytes kept in host memory.
         tile: tokens computed at a time where layers recompute; 0 for the usual number.
+        unpacked: how many layers, counted from the first, keep their 4-bit weights in 16 bits, too.
     """
 
     tokens: int
@@ -67,6 +71,7 @@ class RecomputePlan:
     free: int = 0
     host: int = 0
     tile: int = 0
+    unpacked: int = 0
 
     def describe(self, total: int) -> str:
         """One clause for the log; ``total`` is the number of layers."""
@@ -176,6 +181,33 @@ def offload_plan(model: Any, tokens: int, host_free: int) -> RecomputePlan:
     return RecomputePlan(
         tokens, total, keep, total, need, host=total * size * tokens, tile=_small_tile(model)
     )
+
+
+def unpacked_bytes(layer: nn.Module) -> int:
+    """Bytes that the 4-bit weights of a fused layer take in 16 bits."""
+    states = (getattr(weight, "quant_state", None) for weight in layer.parameters())
+    return sum(math.prod(state.shape) * state.dtype.itemsize for state in states if state is not None)
+
+
+def plan_unpacked(model: Any, plan: RecomputePlan, free: int) -> RecomputePlan:
+    """``plan`` with as many layers kept unpacked as there is memory for beside what it needs.
+
+    Args:
+        model: as in ``plan_recompute``.
+        plan: what recomputes, and for how many tokens.
+        free: bytes free on the device, those of layers that are unpacked now included.
+    """
+    from pantheraml.models.fused import FusedDecoderLayer
+
+    sizes = [unpacked_bytes(layer) for layer in model.modules() if isinstance(layer, FusedDecoderLayer)]
+    if not any(sizes):
+        return plan
+    kept = kept_per_token(model)
+    there = plan.layers - plan.stored + min(plan.stored, _IN_FLIGHT)
+    need = (there * getattr(kept, plan.keep) + (len(sizes) - plan.layers) * kept.all) * plan.tokens
+    room = int(FREE_SHARE * free) - passing_bytes(model, plan.tokens) - need
+    # The margins of the factors are a few columns more than the weights.
+    return replace(plan, unpacked=min(len(sizes), max(0, int(room / (1.05 * max(sizes))))))
 
 
 def _small_tile(model: Any) -> int:

@@ -30,6 +30,7 @@ class ModelState:
         max_seq_length: longest training row, in tokens.
         precision: how its weights are held.
         recompute: the user's ``use_gradient_checkpointing``.
+        keep_dequantized: whether 4-bit weights may stay in 16 bits, too, where memory is free.
         full_finetuning: whether all weights are trained.
         family: its architecture as data, or None for the generic path.
         kernels: ``"auto"`` or ``"off"``.
@@ -44,6 +45,7 @@ class ModelState:
     max_seq_length: int
     precision: Precision
     recompute: Recompute
+    keep_dequantized: bool
     full_finetuning: bool
     family: ModelFamily | None
     kernels: str

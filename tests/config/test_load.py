@@ -223,6 +223,12 @@ def test_one_wrong_setting(write, override, says):
     assert any(line.startswith(f"override {override.partition('=')[0] or override}:") for line in lines)
 
 
+@pytest.mark.parametrize("policy", ["auto", "offload", "unsloth", True, False])
+def test_every_way_to_recompute_can_be_written(write, policy):
+    config = load_config(write(SMALL), overrides=[f"model.use_gradient_checkpointing={str(policy).lower()}"])
+    assert config.model.use_gradient_checkpointing == policy
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
@@ -231,6 +237,9 @@ def test_one_wrong_setting(write, override, says):
         (["model.full_finetuning=true", "model.load_in_8bit=true"], "model.load_in_8bit would quantise"),
         (["model.full_finetuning=true", "model.load_in_fp8=true"], "model.load_in_fp8 would quantise"),
         (["model.load_in_16bit=true", "model.dtype=fp32"], "is true and model.dtype is float32"),
+        (["model.keep_dequantized=true", "model.load_in_16bit=true"], "model.load_in_16bit leaves none"),
+        (["model.keep_dequantized=true", "model.load_in_4bit=false"], "model.load_in_4bit leaves none"),
+        (["model.keep_dequantized=true", "model.kernels=off"], "model.kernels leaves none"),
         (["lora=null"], "nothing would be trained"),
         (["trainer.fp16=true", "trainer.bf16=true"], "trainer.fp16 and trainer.bf16 are both true"),
         (["trainer.max_length=4096"], "longer than model.max_seq_length, which is 2048"),

@@ -38,7 +38,7 @@ def test_it_equals_stock_whatever_it_keeps(family, keep):
 
 
 def test_a_rank_that_fills_the_margin_leaves_room_for_the_bias(calls):
-    """Four ranks of 16 are 64 columns, and the biases of q, k and v three more."""
+    """Gate and up take 64 columns by their ranks, and one more by their biases."""
     ours, theirs = (run(build("llama", ALL, fused, r=32, **BIAS)[0]) for fused in (True, False))
     assert len(calls) == 2
     assert_equal(ours, theirs, CANCELS)

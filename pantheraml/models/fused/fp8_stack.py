@@ -38,6 +38,8 @@ _LEAST_B, _LEAST_A = 3.5, 1e-12
 class Fp8Stack:
     """As ``Stack``, for projections whose weights are in FP8."""
 
+    keeps_unpacked = False  # nothing is packed
+
     def __init__(self) -> None:
         self._memory: Fp8Memory | None = None
 

@@ -68,11 +68,6 @@ class Projection(NamedTuple):
         """R, 0 without an adapter."""
         return 0 if self.a is None else self.a.shape[0]
 
-    @property
-    def columns(self) -> int:
-        """How many columns of a stack's margin the adapter takes: R, and one for a bias."""
-        return self.rank + (self.lora_bias is not None)
-
     def unpack_into(self, out: Tensor) -> None:
         """Write the base weight (N, K) to ``out``, stride 1 along a row."""
         packed = self.linear.weight

@@ -43,12 +43,16 @@ class LayerParts(NamedTuple):
 class LayerReader:
     """Reads one layer of a family, and holds the memory its weights are stacked in.
 
+    Attributes:
+        keeps_unpacked: whether 4-bit weights stay unpacked between calls; set by ``keep_unpacked``.
+
     Args:
         family: the layer's architecture.
     """
 
     def __init__(self, family: ModelFamily) -> None:
         self.family = family
+        self.keeps_unpacked = False
         self._stacks: dict[str, Stack | Fp8Stack] = {}
 
     def read(self, layer: nn.Module, *, trained: bool = False) -> LayerParts | str:
@@ -87,6 +91,7 @@ class LayerReader:
     def _bind(self, name: str, projections: tuple[Projection, ...]) -> BoundStack:
         if name not in self._stacks:
             self._stacks[name] = Fp8Stack() if projections[0].is_fp8 else Stack()
+            self._stacks[name].keeps_unpacked = self.keeps_unpacked
         return self._stacks[name].bind(projections)
 
     def attention_settings(self, attention: Any) -> dict[str, Any]:
@@ -97,6 +102,15 @@ class LayerReader:
         if "attention_sinks" in self.family.deviations:
             settings["s_aux"] = attention.sinks
         return settings
+
+    def keep_unpacked(self, keep: bool) -> None:
+        """Let 4-bit weights stay unpacked between calls, or give that memory back."""
+        if keep == self.keeps_unpacked:
+            return
+        self.keeps_unpacked = keep
+        for stack in self._stacks.values():
+            stack.keeps_unpacked = keep
+            stack.release()
 
     def release(self, *, trained_only: bool = False) -> None:
         """Give the weights back their own memory; all of them, or those that are trained."""

@@ -11,7 +11,7 @@ more columns of an inner dimension of thousands: 5 to 36 us where the product of
 elementwise kernel, took 40 to 230 us (one H200, 8,192 tokens; decision 0002).
 
 16-bit weights move into such a buffer once, and the layers' Parameters become views of it. 4-bit weights are unpacked
-into one that all layers share.
+into one that all layers share, or, in layers that are to stay unpacked, into one of their own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pantheraml.kernels.place_factors import Table
 from pantheraml.kernels.rms_norm import RMSNorm, rms_norm_into
 from pantheraml.models.fused.adapter_inputs import AdapterInputs, transposed_product
 from pantheraml.models.fused.projection import Projection
-from pantheraml.models.fused.slots import layout, margin_of, ones_of, placements, slots
+from pantheraml.models.fused.slots import Slot, layout, margin_of, ones_of, placements, slots
 
 # Tensor cores take the inner dimension in steps of 64; narrower margins were measured slower.
 _STEP = 64
@@ -41,11 +41,12 @@ class Product(NamedTuple):
 
 
 class Buffer:
-    """The memory of a stack and whose weights and factors it holds."""
+    """The memory of a stack, whose weights and factors it holds, and which state of 4-bit weights was unpacked."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
-        self.weights: object = None
+        self.weights: tuple[Tensor, ...] = ()
+        self.unpacked: object = None
         self.factors: object = None
         self.layout: object = None
         self.ones: Tensor | None = None
@@ -60,7 +61,12 @@ class Stack:
 
     Held by a layer for as long as it lives; what changes from call to call (adapters, their scales) is given as
     ``projections``, always of the same linears.
+
+    Attributes:
+        keeps_unpacked: whether 4-bit weights get a buffer of their own and are unpacked once.
     """
+
+    keeps_unpacked = False
 
     def __init__(self) -> None:
         self._buffer: Buffer | None = None
@@ -70,7 +76,9 @@ class Stack:
     def bind(self, projections: tuple[Projection, ...]) -> BoundStack:
         """The stack as it computes with these adapters."""
         margin = margin_of(projections, _STEP)
-        if projections[0].is_packed:
+        if projections[0].is_packed and self.keeps_unpacked:
+            self._buffer = _own_buffer(projections, margin, self._buffer)
+        elif projections[0].is_packed:
             self._buffer = _shared_buffer(projections, margin)
         elif self._buffer is None or not _holds(self._buffer, projections, margin):
             self._buffer = _move_in(projections, margin)
@@ -79,17 +87,14 @@ class Stack:
     @property
     def is_trained(self) -> bool:
         """Whether weights that are trained lie here."""
-        held = None if self._buffer is None else self._buffer.weights
-        return isinstance(held, tuple) and any(linear.weight.requires_grad for linear in held)
+        return self._buffer is not None and any(weight.requires_grad for weight in self._buffer.weights)
 
     def release(self) -> None:
         """Give each Parameter memory of its own again."""
         buffer, self._buffer = self._buffer, None
-        if buffer is None or not isinstance(buffer.weights, tuple):
-            return
-        for linear in buffer.weights:
-            if _lies_in(linear.weight, buffer.matrix):
-                linear.weight.data = linear.weight.data.clone(memory_format=torch.contiguous_format)
+        for weight in () if buffer is None else buffer.weights:
+            if buffer is not None and _lies_in(weight, buffer.matrix):
+                weight.data = weight.data.clone(memory_format=torch.contiguous_format)
 
 
 def _sizes(projections: tuple[Projection, ...]) -> tuple[int, int]:
@@ -121,8 +126,20 @@ def _move_in(projections: tuple[Projection, ...], margin: int) -> Buffer:
         place.copy_(projection.linear.weight.detach())
         projection.linear.weight.data = place
         at += projection.features
-    buffer.weights = tuple(projection.linear for projection in projections)
+    buffer.weights = tuple(projection.linear.weight for projection in projections)
     return buffer
+
+
+def _own_buffer(projections: tuple[Projection, ...], margin: int, buffer: Buffer | None) -> Buffer:
+    """``buffer`` where that is for these weights, at this margin, alone; else a new one."""
+    rows, cols = _sizes(projections)
+    first = projections[0].linear.weight
+    kind = (rows + margin, cols + margin), projections[0].dtype, first.device
+    if buffer is not None and buffer not in _shared.values():
+        matrix = buffer.matrix
+        if (tuple(matrix.shape), matrix.dtype, matrix.device) == kind:
+            return buffer
+    return Buffer(torch.empty(kind[0], dtype=kind[1], device=kind[2]))
 
 
 def _shared_buffer(projections: tuple[Projection, ...], margin: int) -> Buffer:
@@ -228,11 +245,7 @@ class BoundStack:
         if inner is not None and t is not None:
             das = self.inputs.gradients_of_a(inner, x[:, : self.cols])
             for slot, da in zip(slots(self.projections), das, strict=True):
-                rank, scale = slot.projection.rank, slot.projection.scale
-                db = transposed_product(dy[:, slot.rows], t[:, slot.columns])
-                db = db if scale == 1.0 else db * scale
-                pairs = zip(slot.projection.factors, (da, db[:, :rank], db[:, -1]), strict=True)
-                found[slot.index] = [None if factor is None else g.to(factor.dtype) for factor, g in pairs]
+                found[slot.index] = _of_adapter(slot, da, dy[:, slot.rows], t[:, slot.ranks])
         return [gradient for of_one in found for gradient in of_one]
 
     def _margins(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,16 +256,23 @@ class BoundStack:
     def _matrix(self) -> Tensor:
         """The buffer with this stack's weights and factors in it."""
         buffer = self._buffer
-        linears = tuple(projection.linear for projection in self.projections)
-        if buffer.weights != linears:
-            row = 0
-            for projection in self.projections:
-                projection.unpack_into(buffer.matrix[row : row + projection.features, : self.cols])
-                row += projection.features
-            buffer.weights, buffer.factors = linears, None
+        if self.projections[0].is_packed:
+            self._unpack(buffer)
         if self.margin and buffer.factors is not self.projections:
             self._place_factors()
         return buffer.matrix
+
+    def _unpack(self, buffer: Buffer) -> None:
+        """Write 4-bit weights to the buffer, unless just these, as they are now, lie there."""
+        weights = tuple(projection.linear.weight for projection in self.projections)
+        state = tuple((id(weight), weight.data_ptr(), _version(weight)) for weight in weights)
+        if buffer.unpacked == state:
+            return
+        row = 0
+        for projection in self.projections:
+            projection.unpack_into(buffer.matrix[row : row + projection.features, : self.cols])
+            row += projection.features
+        buffer.weights, buffer.unpacked, buffer.factors = weights, state, None
 
     def _place_factors(self) -> None:
         buffer = self._buffer
@@ -266,3 +286,16 @@ class BoundStack:
         self._table.write(placements(self.projections, a, b))
         # This very tuple, made anew at every call: factors may change in ways that no version counter sees.
         buffer.factors = self.projections
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
+
+
+def _of_adapter(slot: Slot, da: Tensor, dy: Tensor, t: Tensor) -> list[Tensor | None]:
+    """Gradients of A, B and bias of one adapter; dy (T, N) and t (T, R) are its own."""
+    scale, bias = slot.projection.scale, slot.projection.lora_bias
+    db = transposed_product(dy, t)
+    db = db if scale == 1.0 else db * scale
+    dbias = None if bias is None else (dy.sum(0, dtype=db.dtype) * scale).to(bias.dtype)
+    return [da.to(slot.a.dtype), db.to(slot.b.dtype), dbias]
