@@ -107,15 +107,12 @@ def test_rank_stabilised_scales_and_recompute(calls):
     assert len(calls) == 4  # once more in the backward
 
 
-@pytest.mark.parametrize("lora", [dict(use_dora=True), dict(lora_dropout=0.5), dict(bias="all")])
+@pytest.mark.parametrize("lora", [dict(use_dora=True), dict(bias="all")])
 def test_what_it_does_not_cover_runs_the_stock_layer(lora, calls):
     model = build("llama", ALL, True, **lora)[0].train()
-    torch.manual_seed(3)
     ours = run(model)
     assert len(calls) == (2 if lora == dict(bias="all") else 0)
-    plain = build("llama", ALL, False, **lora)[0].train()
-    torch.manual_seed(3)
-    assert_equal(ours, run(plain))
+    assert_equal(ours, run(build("llama", ALL, False, **lora)[0].train()))
 
 
 def test_disabling_the_adapter_acts_at_once():

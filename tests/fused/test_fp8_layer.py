@@ -18,7 +18,8 @@ def in_fp8(model, keeps_turned=False):
         if type(module) is not nn.Linear or "lora_" in path or "lm_head" in path:
             continue
         parent, _, name = path.rpartition(".")
-        new = Fp8Linear(module.in_features, module.out_features, module.bias is not None)
+        sizes = module.in_features, module.out_features, module.bias is not None
+        new = Fp8Linear(*sizes, dtype=module.weight.dtype)
         new.to(module.weight.device)
         new.weight.data, new.bias = module.weight.data, module.bias
         new.keeps_turned = keeps_turned

@@ -11,7 +11,7 @@ from torch import nn
 from pantheraml.models.fp8 import Fp8Linear
 from pantheraml.models.fused.fp8_stack import Fp8Stack
 from pantheraml.models.fused.projection import Projection, read_projection
-from pantheraml.models.fused.stack import factors
+from pantheraml.models.fused.slots import factors
 from tests.kernels.fp8_cases import sqnr
 
 T, K, SIZES = 24, 256, (64, 16, 32)

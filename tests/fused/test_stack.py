@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from pantheraml.models.fused.projection import Projection
-from pantheraml.models.fused.stack import Stack, factors
+from pantheraml.models.fused.slots import factors
+from pantheraml.models.fused.stack import Stack
 from tests.fused.test_decoder_layer import ALL, build, run
 
 T, K, SIZES = 9, 24, (40, 8, 16)

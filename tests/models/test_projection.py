@@ -87,6 +87,12 @@ def turned():
     return lora
 
 
+def own_dropout():
+    lora = layer(lora_dropout=0.1)
+    lora.lora_dropout["default"] = nn.AlphaDropout(0.1)
+    return lora
+
+
 class Own(nn.Linear):
     """A linear layer of another library."""
 
@@ -101,12 +107,7 @@ class Own(nn.Linear):
         (own_forward, "Linear computes in a way of its own"),
         (two_adapters, "several adapters are active"),
         (lambda: layer(use_dora=True), "the adapter is a DoraLinearVariant"),
-        (lambda: layer(lora_dropout=0.1), "the adapter has dropout"),
-        pytest.param(
-            lambda: layer(lora_bias=True),
-            "the adapter has a bias",
-            marks=pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
-        ),
+        (own_dropout, "the adapter's input goes through AlphaDropout"),
         (turned, "the weight is stored turned"),
     ],
 )
@@ -115,7 +116,17 @@ def test_what_is_left_and_why(build, reason):
 
 
 def test_dropout_matters_in_training_alone():
-    assert isinstance(read_projection(layer(lora_dropout=0.1).eval()), Projection)
+    lora = layer(lora_dropout=0.1)
+    assert read_projection(lora).dropout == 0.1
+    assert read_projection(lora.eval()).dropout == 0.0
+    assert isinstance(read_projection(own_dropout().eval()), Projection)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_a_bias_is_the_third_factor():
+    lora = layer(lora_bias=True)
+    assert read_projection(lora).factors[2] is lora.lora_B["default"].bias
+    assert read_projection(layer()).factors[2] is None
 
 
 def test_autocast_may_change_the_dtype():

@@ -24,7 +24,7 @@ from pantheraml.models.fused.layer_function import TILE, FusedLayer, Keep, Layer
 from pantheraml.models.fused.parts import InputPart
 from pantheraml.models.fused.projection import computes_in
 from pantheraml.models.fused.read_layer import LayerParts, LayerReader
-from pantheraml.models.fused.stack import factors
+from pantheraml.models.fused.slots import factors
 from pantheraml.models.patching import PatchSet
 
 

@@ -23,10 +23,12 @@ from pantheraml.kernels.fp8_factor import Factor, split_factor
 from pantheraml.kernels.fp8_norm import norm_rows
 from pantheraml.kernels.fp8_product import multiply, turn
 from pantheraml.kernels.place_factors import Table
-from pantheraml.kernels.rms_norm import RMSNorm
+from pantheraml.kernels.rms_norm import RMSNorm, rms_norm_into
 from pantheraml.kernels.workspace import borrow
+from pantheraml.models.fused.adapter_inputs import AdapterInputs
 from pantheraml.models.fused.projection import Projection
-from pantheraml.models.fused.stack import BoundStack, Product, placements
+from pantheraml.models.fused.slots import layout, margin_of, ones_of, placements
+from pantheraml.models.fused.stack import BoundStack, Product
 
 _STEP = 16
 # An adapter that begins has a B near zero: below this share of its weight, t would have to fall below e4m3's range.
@@ -44,8 +46,7 @@ class Fp8Stack:
     @torch.inference_mode(False)  # memory that an evaluation asks for serves training too
     def bind(self, projections: tuple[Projection, ...]) -> BoundFp8Stack:
         """The stack as it computes with these adapters."""
-        ranks = sum(projection.rank for projection in projections)
-        margin = -(-ranks // _STEP) * _STEP
+        margin = margin_of(projections, _STEP)
         if self._memory is None or not self._memory.holds(projections, margin):
             self._memory = Fp8Memory(projections, margin)
         return BoundFp8Stack(self._memory, projections, margin)
@@ -67,6 +68,7 @@ class Fp8Memory:
         scales: (N,) float32, those of the weights.
         a: (E, K), the factors as they are multiplied.
         b: (N, E), scaled.
+        ones: (E,), what is added to t for biases, or None.
     """
 
     def __init__(self, projections: tuple[Projection, ...], margin: int) -> None:
@@ -78,6 +80,7 @@ class Fp8Memory:
         self.scales = torch.cat([linear.weight_scale for linear in linears])
         self.a = torch.zeros(margin, cols, dtype=dtype, device=device)
         self.b = torch.zeros(rows, margin, dtype=dtype, device=device)
+        self.ones: Tensor | None = None
         self.linears = tuple(linears)
         self._versions = [linear.weight_scale for linear in linears]
         self._table = Table()
@@ -114,11 +117,12 @@ class Fp8Memory:
         """Write the factors to ``a``, ``b`` and the margin of ``matrix``, once for each tuple of projections."""
         if not self.margin or self._factors is projections:
             return
-        layout = tuple(projection.rank for projection in projections)
-        if layout != self._layout:
+        wanted = layout(projections)
+        if wanted != self._layout:
             self.a.zero_()
             self.b.zero_()
-            self._layout = layout
+            self.ones = ones_of(projections, self.a)
+            self._layout = wanted
         self._table.write(placements(projections, self.a, self.b))
         factor = Factor(self.b, self.scales, _LEAST_B)
         self._largest["b"] = split_factor(factor, self.matrix[:, self.matrix.shape[1] - 3 * self.margin :])
@@ -153,6 +157,7 @@ class BoundFp8Stack(BoundStack):
 
     def __init__(self, memory: Fp8Memory, projections: tuple[Projection, ...], margin: int) -> None:
         self._memory, self.projections, self.margin = memory, projections, margin
+        self.inputs = AdapterInputs(projections)
         self.rows, self.cols = memory.matrix.shape[0], projections[0].linear.in_features
         self.room = 0  # FP8 rows and their margins are made inside the products
 
@@ -168,9 +173,11 @@ class BoundFp8Stack(BoundStack):
         return self.product(x)
 
     def product_of_norm(self, x: Tensor, norm: RMSNorm) -> Product:
-        """``product`` of the norm of x (T, K), which is never written in the dtype of x."""
+        """``product`` of the norm of x (T, K), which is written in the dtype of x for dropout and biases alone."""
         memory = self._memory
         memory.place(self.projections)
+        if self.inputs.drop or memory.ones is not None:  # t is no product of x then
+            return self.product(rms_norm_into(torch.empty_like(x), x, norm))
         raw = None
         if self.margin:
             weight = norm.weight if norm.offset == 0 else norm.weight + norm.offset
@@ -182,6 +189,9 @@ class BoundFp8Stack(BoundStack):
         """dX (T, K) with LoRA's share, and ``i = s dy B`` (T, E)."""
         memory, inner = self._memory, self.inner(dy)
         turned = memory.turned(self.projections)
+        if inner is not None and self.inputs.drop:
+            dx = multiply(quantise_rows(dy, memory.scales), turned[:, : self.rows], None, dy.dtype)
+            return self.inputs.add_input_gradient(dx, inner, memory.a), inner
         margin = None if inner is None else Margin(inner, memory.largest("a"), _LEAST_A)
         rows = quantise_rows(dy, memory.scales, margin)
         return multiply(rows, turned, None, dy.dtype), inner
@@ -191,7 +201,7 @@ class BoundFp8Stack(BoundStack):
         if not self.margin:
             return None
         self._memory.place(self.projections)
-        return torch.mm(x, self._memory.a.T)
+        return self.inputs.product(x, self._memory.a, self._memory.ones)
 
     def inner(self, dy: Tensor) -> Tensor | None:
         """``i = s dy B`` alone, where no gradient of x is wanted."""

@@ -52,7 +52,6 @@ class AttentionInput(torch.autograd.Function):
         factors = halves.project_in_backward(
             (dq, dk, dv), residual, flat, ctx.part, ctx.rotary, (raw, t), out
         )
-        factors = factors or [None] * (2 * len(ctx.part.qkv.projections))
         return None if residual is None else out.view(dx.shape), None, None, *factors
 
 

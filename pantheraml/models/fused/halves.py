@@ -85,7 +85,7 @@ def project_in_backward(
         dh, inner = part.qkv.input_gradient(dy)
         h = None if inner is None else torch.empty_like(dh)
         norm_backward(dh, residual, x, part.norm, out, h)
-    return [] if h is None else part.qkv.factor_gradients(dy, inner, h, t)
+    return part.qkv.factor_gradients(dy, inner, x if h is None else h, t)
 
 
 class Middle(NamedTuple):

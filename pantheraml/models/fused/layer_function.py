@@ -14,7 +14,7 @@ go through it in tiles and never hold an MLP's intermediates for all tokens at o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -59,11 +59,17 @@ class LayerCall:
     store: HostStore | None = None
     tile: int = TILE
 
-    def tiles(self, tokens: int) -> list[slice]:
-        """The rows computed at a time."""
+    def tiles(self, tokens: int) -> list[tuple[slice, LayerCall]]:
+        """The rows computed at a time, each with the call for them alone, whose parts know where they begin."""
         if self.keep == "all":
-            return [slice(0, tokens)]
-        return [slice(start, min(start + self.tile, tokens)) for start in range(0, tokens, self.tile)]
+            return [(slice(0, tokens), self)]
+        rows = [slice(start, min(start + self.tile, tokens)) for start in range(0, tokens, self.tile)]
+        return [(part, self._at(part)) for part in rows]
+
+    def _at(self, rows: slice) -> LayerCall:
+        rotary = Rotary(self.rotary.cos[rows], self.rotary.sin[rows], self.rotary.width)
+        parts = dict(input=self.input.at(rows.start), middle=self.middle.at(rows.start))
+        return replace(self, **parts, mlp=self.mlp.at(rows.start), rotary=rotary)
 
 
 class FusedLayer(torch.autograd.Function):
@@ -87,9 +93,9 @@ class FusedLayer(torch.autograd.Function):
             saved += tuple(part for part in heads if part is not None)
         del heads
         tails, keep_sum = [], layer.keep == "projected" and layer.middle.post is None
-        for rows in layer.tiles(flat.shape[0]):
+        for rows, part in layer.tiles(flat.shape[0]):
             flat_attended = attended.flatten(2).flatten(0, 1)[rows]
-            tail = halves.tail(flat[rows], flat_attended, layer.middle, layer.mlp, out[rows])
+            tail = halves.tail(flat[rows], flat_attended, part.middle, part.mlp, out[rows])
             tails.append((tail.raw, tail.s if keep_sum else None))
             del tail
         raw, s = (None if found[0] is None else _joined(found) for found in zip(*tails, strict=True))
@@ -173,20 +179,14 @@ def _summed(parts: list[Gradients]) -> Gradients:
 
 def _project_in(x: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """q, k and v side by side (T, …); the sums before the head norms; and t."""
-    parts = [
-        halves.project_in(x[rows], layer.input, _rows_of(layer.rotary, rows))
-        for rows in layer.tiles(x.shape[0])
-    ]
+    tiles = layer.tiles(x.shape[0])
+    parts = [halves.project_in(x[rows], part.input, part.rotary) for rows, part in tiles]
     if len(parts) == 1:
         found = parts[0]
         return found.qkv, found.raw, found.t
     raw = None if parts[0].raw is None else torch.cat([part.raw for part in parts if part.raw is not None])
     t = None if parts[0].t is None else torch.cat([part.t for part in parts if part.t is not None])
     return torch.cat([part.qkv for part in parts]), raw, t
-
-
-def _rows_of(rotary: Rotary, rows: slice) -> Rotary:
-    return Rotary(rotary.cos[rows], rotary.sin[rows], rotary.width)
 
 
 def _split(qkv: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,11 +214,11 @@ def _tail_backward(
     if tail is not None:
         return halves.tail_backward(dy, attended, layer.middle, layer.mlp, tail)
     found = []
-    for rows in layer.tiles(x.shape[0]):
-        raw, s = (None if part is None else part[rows] for part in kept)
-        again = halves.tail_again(x[rows], attended[rows], s, layer.middle, layer.mlp, raw)
+    for rows, part in layer.tiles(x.shape[0]):
+        raw, s = (None if tensor is None else tensor[rows] for tensor in kept)
+        again = halves.tail_again(x[rows], attended[rows], s, part.middle, part.mlp, raw)
         found.append(
-            halves.tail_backward(dy[rows], attended[rows], layer.middle, layer.mlp, again, in_place=True)
+            halves.tail_backward(dy[rows], attended[rows], part.middle, part.mlp, again, in_place=True)
         )
         del again
     dx, dattended, grads = zip(*found, strict=True)
@@ -238,15 +238,15 @@ def _project_in_backward(
     dq, dk, dv = (grad.flatten(0, 1) for grad in grads)
     wide = layer.mlp.down.widened(x, x.shape[1]) if residual is not None else x
     factors = []
-    for rows in layer.tiles(x.shape[0]):
+    for rows, part in layer.tiles(x.shape[0]):
         found = halves.project_in_backward(
             (dq[rows], dk[rows], dv[rows]),
             None if residual is None else residual[rows],
             x[rows],
-            layer.input,
-            _rows_of(layer.rotary, rows),
+            part.input,
+            part.rotary,
             (None if kept[0] is None else kept[0][rows], None if kept[1] is None else kept[1][rows]),
             wide[rows, : x.shape[1]],
         )
-        factors.append(found or [None] * (2 * len(layer.input.qkv.projections)))
+        factors.append(found)
     return None if residual is None else wide, _summed(factors)

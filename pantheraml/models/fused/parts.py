@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -34,6 +34,10 @@ class InputPart:
     k_norm: RMSNorm | None = None
     half_rotary: bool = False
 
+    def at(self, row: int) -> InputPart:
+        """For rows of the input that begin at ``row``."""
+        return replace(self, qkv=self.qkv.at(row))
+
     @property
     def widths(self) -> tuple[int, int, int]:
         """Columns of q, k and v in their product."""
@@ -62,6 +66,10 @@ class MiddlePart:
     post: RMSNorm | None
     norm: RMSNorm
 
+    def at(self, row: int) -> MiddlePart:
+        """For rows of the input that begin at ``row``."""
+        return replace(self, o=self.o.at(row))
+
 
 @dataclass(frozen=True)
 class MLPPart:
@@ -78,3 +86,7 @@ class MLPPart:
     down: BoundStack
     post: RMSNorm | None
     activation: str
+
+    def at(self, row: int) -> MLPPart:
+        """For rows of the input that begin at ``row``."""
+        return replace(self, gate_up=self.gate_up.at(row), down=self.down.at(row))

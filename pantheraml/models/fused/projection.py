@@ -17,19 +17,28 @@ from pantheraml.models.fp8 import Fp8Linear
 
 
 class Projection(NamedTuple):
-    """``y = x W^T + bias + scale * (x A^T) B^T``.
+    """``y = x W^T + bias + scale * (dropped(x) A^T B^T + lora_bias)``.
 
     Attributes:
         linear: the frozen base layer (nn.Linear, bitsandbytes' 4-bit one, or Fp8Linear).
         a: LoRA's A, (R, K), or None without an active adapter.
         b: LoRA's B, (N, R), or None.
         scale: the adapter's scale.
+        lora_bias: LoRA's own bias, (N,), or None.
+        dropout: the share of the adapter's input that is dropped at this call.
     """
 
     linear: nn.Linear
     a: Tensor | None
     b: Tensor | None
     scale: float
+    lora_bias: Tensor | None = None
+    dropout: float = 0.0
+
+    @property
+    def factors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What the adapter trains."""
+        return self.a, self.b, self.lora_bias
 
     @property
     def is_packed(self) -> bool:
@@ -72,8 +81,8 @@ class Projection(NamedTuple):
 def read_projection(layer: nn.Module, *, trained: bool = False) -> Projection | str:
     """The projection of ``layer``, or why it cannot be computed by a fused function.
 
-    Covered are frozen linears without adapter or with one plain LoRA adapter (rank-stabilised or not, any start); with
-    ``trained`` also linears that are trained, for who wants no gradients.
+    Covered are frozen linears without adapter or with one plain LoRA adapter (rank-stabilised or not, any start, with
+    dropout or a bias of its own); with ``trained`` also linears that are trained, for who wants no gradients.
     """
     module: Any = layer
     base: Any = module.get_base_layer() if isinstance(layer, LoraLayer) else layer
@@ -98,15 +107,14 @@ def read_projection(layer: nn.Module, *, trained: bool = False) -> Projection | 
     name = names[0]
     if name in module.lora_variant:
         return f"the adapter is a {type(module.lora_variant[name]).__name__}"
-    if module.training and not isinstance(module.lora_dropout[name], nn.Identity):
-        return "the adapter has dropout"
-    if module.lora_bias.get(name):
-        return "the adapter has a bias"
     if module.fan_in_fan_out:
         return "the weight is stored turned"
-    return Projection(
-        base, module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])
-    )
+    dropout = module.lora_dropout[name]
+    if dropout.training and type(dropout) not in (nn.Dropout, nn.Identity):
+        return f"the adapter's input goes through {type(dropout).__name__}"
+    p = float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
+    a, b = module.lora_A[name], module.lora_B[name]
+    return Projection(base, a.weight, b.weight, float(module.scaling[name]), b.bias, p)
 
 
 def computes_in(dtype: torch.dtype, device: torch.device) -> bool:

@@ -32,6 +32,13 @@ class LayerParts(NamedTuple):
     mlp: MLPPart | None
     dtype: torch.dtype
 
+    @property
+    def drop(self) -> bool:
+        """Whether an adapter drops values of its input."""
+        stacks = [self.input.qkv, self.middle.o]
+        stacks += [] if self.mlp is None else [self.mlp.gate_up, self.mlp.down]
+        return any(stack.inputs.drop for stack in stacks)
+
 
 class LayerReader:
     """Reads one layer of a family, and holds the memory its weights are stacked in.

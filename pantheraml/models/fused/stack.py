@@ -16,15 +16,18 @@ into one that all layers share, or, in layers that are to stay unpacked, into on
 
 from __future__ import annotations
 
+from copy import copy
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.place_factors import Placement, Table
+from pantheraml.kernels.place_factors import Table
 from pantheraml.kernels.rms_norm import RMSNorm, rms_norm_into
+from pantheraml.models.fused.adapter_inputs import AdapterInputs, transposed_product
 from pantheraml.models.fused.projection import Projection
+from pantheraml.models.fused.slots import Slot, layout, margin_of, ones_of, placements, slots
 
 # Tensor cores take the inner dimension in steps of 64; narrower margins were measured slower.
 _STEP = 64
@@ -46,6 +49,7 @@ class Buffer:
         self.unpacked: object = None
         self.factors: object = None
         self.layout: object = None
+        self.ones: Tensor | None = None
 
 
 # Buffers for unpacked weights, shared by all layers of the same sizes on a device: they hold one layer at a time.
@@ -71,8 +75,7 @@ class Stack:
     @torch.inference_mode(False)  # memory that an evaluation asks for serves training too
     def bind(self, projections: tuple[Projection, ...]) -> BoundStack:
         """The stack as it computes with these adapters."""
-        ranks = sum(projection.rank for projection in projections)
-        margin = -(-ranks // _STEP) * _STEP
+        margin = margin_of(projections, _STEP)
         if projections[0].is_packed and self.keeps_unpacked:
             self._buffer = _own_buffer(projections, margin, self._buffer)
         elif projections[0].is_packed:
@@ -157,8 +160,17 @@ class BoundStack:
         self, buffer: Buffer, table: Table, projections: tuple[Projection, ...], margin: int
     ) -> None:
         self._buffer, self._table, self.projections, self.margin = buffer, table, projections, margin
+        self.inputs = AdapterInputs(projections)
         self.rows, self.cols = _sizes(projections)
         self.room = margin  # columns that a widened tensor has beside its own
+
+    def at(self, row: int) -> BoundStack:
+        """The stack for a part of the layer's input that begins at ``row``."""
+        if not self.inputs.drop:
+            return self
+        part = copy(self)
+        part.inputs = self.inputs.at(row)
+        return part
 
     def widened(self, like: Tensor, width: int) -> Tensor:
         """An empty (T, width + E) beside ``like`` (T, …): its first ``width`` columns are the caller's to fill."""
@@ -171,11 +183,10 @@ class BoundStack:
         if not self.margin:
             return Product(x @ weight.T if bias is None else torch.addmm(bias, x, weight.T), None)
         a, b = self._margins(matrix)
+        t = self.inputs.product(x[:, : self.cols], a, self._buffer.ones)
         if wide:
-            t = torch.mm(x[:, : self.cols], a.T)
             x[:, self.cols :] = t
             return Product(x @ matrix[: self.rows, : self.cols + self.margin].T, t)
-        t = torch.mm(x, a.T)
         # The narrow product first and the wide one added to it: adding inside a product is nearly free.
         y = torch.mm(t, b.T) if bias is None else torch.addmm(bias, t, b.T)
         return Product(y.addmm_(x, weight.T), t)
@@ -185,7 +196,7 @@ class BoundStack:
         if not self.margin:
             return self.product(x)
         matrix = self._matrix()
-        t = torch.mm(x[:, : self.cols], self._margins(matrix)[0].T)
+        t = self.inputs.product(x[:, : self.cols], self._margins(matrix)[0], self._buffer.ones)
         x[:, self.cols :] = t
         y = self.widened(x, self.rows)
         torch.mm(x, matrix[: self.rows, : self.cols + self.margin].T, out=y[:, : self.rows])
@@ -204,6 +215,10 @@ class BoundStack:
         if not self.margin:
             return dy @ weight, None
         a, b = self._margins(matrix)
+        if self.inputs.drop:
+            dy = dy[:, : self.rows]
+            inner = dy @ b
+            return self.inputs.add_input_gradient(dy @ weight, inner, a), inner
         if wide:
             inner = dy[:, self.rows :]
             torch.mm(dy[:, : self.rows], b, out=inner)
@@ -213,7 +228,10 @@ class BoundStack:
 
     def thin(self, x: Tensor) -> Tensor | None:
         """``t = x A^T`` (T, E) alone; None without LoRA."""
-        return x[:, : self.cols] @ self._margins(self._matrix())[0].T if self.margin else None
+        if not self.margin:
+            return None
+        a, _ = self._margins(self._matrix())
+        return self.inputs.product(x[:, : self.cols], a, self._buffer.ones)
 
     def inner(self, dy: Tensor) -> Tensor | None:
         """``i = s dy B`` alone, where no gradient of x is wanted."""
@@ -222,23 +240,13 @@ class BoundStack:
     def factor_gradients(
         self, dy: Tensor, inner: Tensor | None, x: Tensor, t: Tensor | None
     ) -> list[Tensor | None]:
-        """Gradients of A and B of each projection, in the order of ``factors``; x (T, K) as in the product."""
-        if inner is None or t is None:
-            return [None] * (2 * len(self.projections))
-        da = _transposed_product(inner, x[:, : self.cols])
-        result: list[Tensor | None] = []
-        row = rank = 0
-        for projection in self.projections:
-            if projection.a is None or projection.b is None:
-                result += [None, None]
-            else:
-                ranks = slice(rank, rank + projection.rank)
-                db = _transposed_product(dy[:, row : row + projection.features], t[:, ranks])
-                db = db if projection.scale == 1.0 else db * projection.scale
-                result += [da[ranks].to(projection.a.dtype), db.to(projection.b.dtype)]
-                rank += projection.rank
-            row += projection.features
-        return result
+        """Gradients in the order of ``factors``; x (T, K) as in the product."""
+        found: list[list[Tensor | None]] = [[None] * len(p.factors) for p in self.projections]
+        if inner is not None and t is not None:
+            das = self.inputs.gradients_of_a(inner, x[:, : self.cols])
+            for slot, da in zip(slots(self.projections), das, strict=True):
+                found[slot.index] = _of_adapter(slot, da, dy[:, slot.rows], t[:, slot.ranks])
+        return [gradient for of_one in found for gradient in of_one]
 
     def _margins(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """The factors, (E, K) and (N, E); E may be less than the buffer has room for."""
@@ -268,12 +276,13 @@ class BoundStack:
 
     def _place_factors(self) -> None:
         buffer = self._buffer
-        layout = (self.margin, tuple(projection.rank for projection in self.projections))
+        wanted = self.margin, layout(self.projections)
         a, b = self._margins(buffer.matrix)
-        if buffer.layout != layout:
+        if buffer.layout != wanted:
             a.zero_()
             b.zero_()
-            buffer.layout = layout
+            buffer.ones = ones_of(self.projections, a)
+            buffer.layout = wanted
         self._table.write(placements(self.projections, a, b))
         # This very tuple, made anew at every call: factors may change in ways that no version counter sees.
         buffer.factors = self.projections
@@ -283,28 +292,10 @@ def _version(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
 
-def placements(projections: tuple[Projection, ...], a: Tensor, b: Tensor) -> list[Placement]:
-    """Where the factors go: A below one another in ``a`` (E, K), s B beside one another in its rows of ``b`` (N, E)."""
-    found: list[Placement] = []
-    row = rank = 0
-    for projection in projections:
-        if projection.a is not None and projection.b is not None:
-            ranks = slice(rank, rank + projection.rank)
-            target = b[row : row + projection.features, ranks]
-            found.append(Placement(projection.a.detach(), a[ranks], 1.0))
-            found.append(Placement(projection.b.detach(), target, projection.scale))
-            rank += projection.rank
-        row += projection.features
-    return found
-
-
-def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left^T right`` in float32; left (T, M), right (T, N), summed over T in float32."""
-    if left.device.type == "cuda" and left.dtype != torch.float32:
-        return torch.mm(left.T, right, out_dtype=torch.float32)
-    return left.T @ right
-
-
-def factors(*projections: Projection) -> list[Tensor | None]:
-    """A and B of each projection, in order: the trainable inputs of the functions that use a stack."""
-    return [factor for projection in projections for factor in (projection.a, projection.b)]
+def _of_adapter(slot: Slot, da: Tensor, dy: Tensor, t: Tensor) -> list[Tensor | None]:
+    """Gradients of A, B and bias of one adapter; dy (T, N) and t (T, R) are its own."""
+    scale, bias = slot.projection.scale, slot.projection.lora_bias
+    db = transposed_product(dy, t)
+    db = db if scale == 1.0 else db * scale
+    dbias = None if bias is None else (dy.sum(0, dtype=db.dtype) * scale).to(bias.dtype)
+    return [da.to(slot.a.dtype), db.to(slot.b.dtype), dbias]

@@ -1,0 +1,86 @@
+"""What the adapters of a stack read, x itself or x with values dropped, and the narrow products that follow from it.
+
+    t_j  = d_j(x) A_j^T                  dX += d_j(i_j A_j)                  dA_j = i_j^T d_j(x)
+
+d_j is the dropout in front of adapter j, a mask and a factor; i = s dy B. Without dropout one product serves all
+adapters, and dX takes i A from the margin of the wide product; so it is the backward alone that dropout makes slower.
+
+A mask is a function of a seed, drawn for each adapter and call of the layer, and of the row and column
+(``keyed_dropout``). Whoever computes some rows again, or rows of a part, gets the same mask: nothing is kept for it.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+
+import torch
+from torch import Tensor
+
+from pantheraml.kernels.keyed_dropout import add_dropped, draw_seeds, dropped
+from pantheraml.models.fused.projection import Projection
+from pantheraml.models.fused.slots import Slot, slots
+
+
+class AdapterInputs:
+    """The inputs of the adapters of one call.
+
+    Args:
+        projections: those of the stack; where one drops, seeds are drawn from torch's generator for the CPU.
+
+    Attributes:
+        drop: whether one of them drops.
+        seeds: of the masks, by index of the projection.
+    """
+
+    def __init__(self, projections: tuple[Projection, ...]) -> None:
+        self._slots = slots(projections)
+        self._first_row = 0
+        dropping = [slot.index for slot in self._slots if slot.projection.dropout]
+        self.drop = bool(dropping)
+        self.seeds = dict(zip(dropping, draw_seeds(len(dropping)), strict=True)) if dropping else {}
+
+    def at(self, row: int) -> AdapterInputs:
+        """The inputs of rows that begin at ``row`` of the layer's."""
+        part = copy(self)
+        part._first_row = row
+        return part
+
+    def product(self, x: Tensor, a: Tensor, ones: Tensor | None) -> Tensor:
+        """t (T, E) of x (T, K), a (E, K) and the ones of biases (E,)."""
+        if not self.drop:
+            return torch.mm(x, a.T) if ones is None else torch.addmm(ones, x, a.T)
+        t = x.new_zeros(x.shape[0], a.shape[0])
+        if ones is not None:
+            t += ones
+        for slot in self._slots:
+            torch.mm(self._read(slot, x), a[slot.ranks].T, out=t[:, slot.ranks])
+        return t
+
+    def add_input_gradient(self, dx: Tensor, inner: Tensor, a: Tensor) -> Tensor:
+        """``dX += d_j(i_j A_j)`` for every adapter; dx (T, K), inner (T, E), a (E, K); returns dx."""
+        for slot in self._slots:
+            share = torch.mm(inner[:, slot.ranks], a[slot.ranks])
+            seed, p = self.seeds.get(slot.index), slot.projection.dropout
+            if seed is None:
+                dx += share
+            else:
+                add_dropped(dx, share, p, seed, self._first_row)
+        return dx
+
+    def gradients_of_a(self, inner: Tensor, x: Tensor) -> list[Tensor]:
+        """dA (R, K) of each adapter in float32, of inner (T, E) and x (T, K) as in the product."""
+        if not self.drop:
+            whole = transposed_product(inner, x)
+            return [whole[slot.ranks] for slot in self._slots]
+        return [transposed_product(inner[:, slot.ranks], self._read(slot, x)) for slot in self._slots]
+
+    def _read(self, slot: Slot, x: Tensor) -> Tensor:
+        seed = self.seeds.get(slot.index)
+        return x if seed is None else dropped(x, slot.projection.dropout, seed, self._first_row)
+
+
+def transposed_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left^T right`` in float32; left (T, M), right (T, N), summed over T in float32."""
+    if left.device.type == "cuda" and left.dtype != torch.float32:
+        return torch.mm(left.T, right, out_dtype=torch.float32)
+    return left.T @ right

@@ -1,0 +1,133 @@
+"""Dropout and biases of adapters on a GPU: the kernel beside plain PyTorch, and layers beside stock ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pantheraml.kernels.keyed_dropout import add_dropped, dropped, kept_values
+from tests.fused.masks import Recorder, apply_masks
+from tests.fused.test_decoder_layer import ALL, build, run
+from tests.fused.test_dropout import DROP, in_4bit
+from tests.fused.test_fp8_layer import error, in_fp8
+from tests.fused.test_whole_layer import build_whole
+from tests.gpu.test_formats import needs_fp8
+from tests.kernels.dropout_cases import SEED, SHAPES, SHARES, expected, make
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")]
+
+SEEDS = range(4)
+
+
+@pytest.mark.parametrize("first_row", [0, 5, 2**33 + 7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("p", SHARES)
+@pytest.mark.parametrize("shape", [*SHAPES, (1000, 4096), (70, 14336)])
+def test_the_kernel_equals_plain_pytorch_bit_by_bit(shape, p, dtype, first_row):
+    x, total, whole = make(shape, dtype, "cuda")
+    keys = torch.arange(first_row, first_row + shape[0])
+    kept = kept_values(keys, shape[1], p, SEED).cuda()
+    assert torch.equal(dropped(x, p, SEED, first_row), expected(x, kept, p))
+    assert torch.equal(dropped(x, p, SEED, keys=keys.cuda()), expected(x, kept, p))
+    want, beside = expected(x, kept, p, total), whole[:, shape[1] :].clone()
+    assert torch.equal(add_dropped(total, x, p, SEED, first_row), want)
+    assert torch.equal(whole[:, shape[1] :], beside)
+
+
+def test_more_than_2_to_the_31_values():
+    rows, cols = 2**17 + 3, 2**14 + 8
+    x = torch.ones(rows, cols, dtype=torch.bfloat16, device="cuda")
+    out = dropped(x, 0.5, SEED, out=x)
+    for first in (0, rows - 5):
+        kept = kept_values(torch.arange(first, first + 5), cols, 0.5, SEED).cuda()
+        assert torch.equal(out[first : first + 5] != 0, kept)
+    assert abs(float((out != 0).float().mean()) - 0.5) < 5 * 0.5 / out.numel() ** 0.5 + 1e-7
+
+
+def test_the_operator():
+    x, total, _ = make((33, 300), torch.bfloat16, "cuda")
+    arguments = (total.clone(), x.clone(), 0.25, SEED, 3, None, True)
+    torch.library.opcheck(torch.ops.pantheraml.keyed_dropout, arguments)
+    torch.ops.pantheraml.keyed_dropout(*arguments)
+    assert torch.equal(arguments[0], add_dropped(total, x, 0.25, SEED, 3))
+
+
+def squared_errors(found, exact):
+    """Per tensor, the sum over batches of its squared error, and of its squared size."""
+    sums = {}
+    for (logits, gradients), (logits_64, gradients_64) in zip(found, exact, strict=True):
+        for name, truth in {"logits": logits_64, **gradients_64}.items():
+            value = logits if name == "logits" else gradients[name]
+            error, size = sums.get(name, (0.0, 0.0))
+            error += float((value.double() - truth).square().sum())
+            sums[name] = (error, size + float(truth.square().sum()))
+    return sums
+
+
+def copied(found):
+    return found[0], {name: gradient.clone() for name, gradient in found[1].items()}
+
+
+@pytest.mark.parametrize("lora", [DROP, {"lora_bias": True}, {"lora_bias": True, **DROP}])
+@pytest.mark.parametrize("keep", ["all", "attended"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+def test_errors_are_at_most_twice_those_of_stock(family, packed, keep, lora, monkeypatch):
+    """In bf16 and NF4, against float64 with the same masks."""
+    recorder = Recorder(monkeypatch)
+    prepare = in_4bit if packed else (lambda model: model)
+    model, layers = build_whole(family, keep, **lora)
+    model = prepare(model.to(torch.bfloat16))
+    for layer in layers:
+        layer.tile = 20
+    ours, stock, exact = [], [], []
+    for seed in SEEDS:
+        ours.append(copied(run(model, seed=seed)))
+        masks = recorder.masks(model)
+        assert bool(masks) == ("lora_dropout" in lora)
+        for found, dtype in ((stock, torch.bfloat16), (exact, torch.float64)):
+            other = prepare(build(family, ALL, False, **lora)[0].train().to(torch.bfloat16))
+            other = unpacked(other).to(dtype) if dtype == torch.float64 else other
+            found.append(copied(run(apply_masks(other, masks) if masks else other, seed=seed)))
+    assert recorder.layers == 2 * len(SEEDS)
+    mine, theirs = squared_errors(ours, exact), squared_errors(stock, exact)
+    for name, (squares, size) in mine.items():
+        if "k_proj.lora_B.default.bias" not in name:  # a sum that nearly cancels
+            assert squares <= 4 * theirs[name][0], name
+            assert squares < 0.3**2 * size, name
+
+
+def unpacked(model):
+    """``model`` with plain linears in the place of its 4-bit ones."""
+    import bitsandbytes as bnb
+
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, bnb.nn.Linear4bit):
+            continue
+        new = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None)
+        weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        new.weight = torch.nn.Parameter(weight, requires_grad=False)
+        new.bias = module.bias
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, new)
+    return model
+
+
+@needs_fp8
+@pytest.mark.parametrize("lora", [DROP, {"lora_bias": True}])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_fp8_layers_err_as_stock_ones(family, lora, monkeypatch):
+    recorder, squares = Recorder(monkeypatch), []
+    for seed in SEEDS:
+        model, _ = build_whole(family, "attended", **lora)
+        ours = copied(run(in_fp8(model.to(torch.bfloat16)), seed=seed))
+        masks = recorder.masks(model)
+        exact, stock = (build(family, ALL, False, **lora)[0].train() for _ in range(2))
+        exact, stock = exact.double(), in_fp8(stock.to(torch.bfloat16))
+        if masks:
+            exact, stock = apply_masks(exact, masks), apply_masks(stock, masks)
+        exact, stock = run(exact, seed=seed), run(stock, seed=seed)
+        squares.append([error(found[0].double(), exact[0]) ** 2 for found in (ours, stock)])
+    assert recorder.layers == 2 * len(SEEDS)
+    mine, theirs = torch.tensor(squares).mean(0).sqrt().tolist()
+    assert mine <= 1.4 * theirs < 0.25
