@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from pantheraml.kernels import add_norm, cross_entropy, layer_norm, place_factors, rope, swiglu
+from pantheraml.kernels import add_norm, cross_entropy, keyed_dropout, layer_norm, place_factors, rope, swiglu
 from pantheraml.kernels.row_tiles import row_tile
 from tests.kernels.test_triton_without_gpu import compile_for
 
@@ -121,3 +121,16 @@ def test_placing_factors_compiles():
         constants = {"SOURCE": source, "TARGET": target, "BLOCK": place_factors._BLOCK}
         types = {"table_ptr": "*i64", "scale_ptr": "*fp32"}
         assert compile_for(place_factors._place_kernel, types, constants, 80, 4).asm["cubin"]
+
+
+@pytest.mark.parametrize(("add", "keyed"), list(itertools.product(BOTH, BOTH)))
+@pytest.mark.parametrize(("capability", "dtype"), [(75, "fp16"), (80, "fp32"), (90, "bf16")])
+def test_dropping_compiles(capability, dtype, add, keyed):
+    blocks, warps = split(keyed_dropout._BLOCKS)
+    types = {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "keys_ptr": "*i64" if keyed else f"*{dtype}"}
+    types |= dict.fromkeys(("x_stride", "out_stride", "seed", "first_row"), "i64")
+    types |= dict.fromkeys(("rows", "cols", "threshold"), "i32") | {"scale": "fp32"}
+    constants = {"KEYED": keyed, "ADD": add, **blocks}
+    compiled = compile_for(keyed_dropout._drop_kernel, types, constants, capability, warps)
+    assert f"sm_{capability}" in compiled.asm["ptx"] and compiled.asm["cubin"]
+    assert compiled.metadata.shared == 0

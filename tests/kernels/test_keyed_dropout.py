@@ -10,7 +10,6 @@ import torch
 from pantheraml.kernels import keyed_dropout as op
 from pantheraml.kernels.keyed_dropout import add_dropped, draw_seeds, dropped, kept_values
 from tests.kernels.dropout_cases import SEED, SHAPES, SHARES, expected, make
-from tests.kernels.test_triton_without_gpu import compile_for
 
 
 @pytest.mark.parametrize(
@@ -101,17 +100,3 @@ def test_opcheck(keys, add):
     torch.ops.pantheraml.keyed_dropout(*arguments)
     kept = kept_values(torch.arange(9), 40, 0.25, SEED)
     assert torch.equal(arguments[0], expected(x, kept, 0.25, total if add else None))
-
-
-@pytest.mark.parametrize("keyed", [True, False])
-@pytest.mark.parametrize("add", [True, False])
-@pytest.mark.parametrize(("capability", "dtype"), [(75, "fp16"), (80, "fp32"), (90, "bf16")])
-def test_it_compiles(capability, dtype, add, keyed):
-    blocks = {name: size for name, size in op._BLOCKS.items() if name != "num_warps"}
-    types = {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "keys_ptr": "*i64" if keyed else f"*{dtype}"}
-    types |= dict.fromkeys(("x_stride", "out_stride", "seed", "first_row"), "i64")
-    types |= dict.fromkeys(("rows", "cols", "threshold"), "i32") | {"scale": "fp32"}
-    constants = {"KEYED": keyed, "ADD": add, **blocks}
-    compiled = compile_for(op._drop_kernel, types, constants, capability, op._BLOCKS["num_warps"])
-    assert f"sm_{capability}" in compiled.asm["ptx"] and compiled.asm["cubin"]
-    assert compiled.metadata.shared == 0
