@@ -113,6 +113,7 @@ class Case:
         memory_gib: pretend the GPU has no more than this.
         adapter: generate with a LoRA adapter attached.
         kernels: ours only: ``"auto"`` or ``"off"``.
+        lora_dropout: share of the adapters' input that is dropped, for ours and peers alike.
         profile: add the kernels of one step.
     """
 
@@ -131,6 +132,7 @@ class Case:
     memory_gib: float | None = None
     adapter: bool = False
     kernels: str = "auto"
+    lora_dropout: float = 0.0
     profile: bool = False
 
     @property

@@ -1,6 +1,6 @@
 """The model of one case, loaded and adapted the way each framework's own examples do it.
 
-Everyone gets LoRA r=16, alpha 16, no dropout, on the seven projections, over the same checkpoint. What a peer patches
+Everyone gets LoRA r=16, alpha 16, on the seven projections, over the same checkpoint. What a peer patches
 stays in the process of its case.
 """
 
@@ -12,7 +12,11 @@ from typing import Any, NamedTuple
 from benchmarks.cases import PRECISIONS, Case
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LORA: dict[str, Any] = dict(r=16, lora_alpha=16, lora_dropout=0.0, bias="none", target_modules=TARGETS)
+
+
+def lora_of(case: Case) -> dict[str, Any]:
+    """The adapter's settings."""
+    return dict(r=16, lora_alpha=16, lora_dropout=case.lora_dropout, bias="none", target_modules=TARGETS)
 
 
 class Built(NamedTuple):
@@ -61,7 +65,9 @@ def _ours(case: Case, adapter: bool) -> tuple[Any, Any]:
         case.model, max_seq_length=case.seq, kernels=case.kernels, **PRECISIONS[case.precision]
     )
     if adapter:
-        model = FastLanguageModel.get_peft_model(model, **LORA, use_gradient_checkpointing=case.recompute)
+        model = FastLanguageModel.get_peft_model(
+            model, **lora_of(case), use_gradient_checkpointing=case.recompute
+        )
     return model, tokenizer
 
 
@@ -93,7 +99,7 @@ def _unsloth(case: Case, adapter: bool) -> tuple[Any, Any]:
         # Its default recomputes and offloads, and that is also its least memory.
         way = "unsloth" if case.recompute is not False else False
         model = FastLanguageModel.get_peft_model(
-            model, **LORA, use_gradient_checkpointing=way, random_state=3407
+            model, **lora_of(case), use_gradient_checkpointing=way, random_state=3407
         )
         FastLanguageModel.for_training(model, use_gradient_checkpointing=case.recompute is not False)
     return model, tokenizer
@@ -140,7 +146,7 @@ def _transformers(case: Case, adapter: bool) -> tuple[Any, Any]:
     elif recompute:
         set_recompute(model, True)
         model.enable_input_require_grads()
-    model = get_peft_model(model, LoraConfig(**LORA, task_type="CAUSAL_LM"))
+    model = get_peft_model(model, LoraConfig(**lora_of(case), task_type="CAUSAL_LM"))
     return model.train(), tokenizer
 
 

@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--lora-dropout", type=float, default=0.0)
     parser.add_argument("--profile", action="store_true", help="print the kernels of the last step")
     options = parser.parse_args()
     if options.make:

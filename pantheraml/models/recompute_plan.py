@@ -28,6 +28,9 @@ _STOCK_FACTOR = 3.2
 # Of the model's own bytes, what an MLP may take that is computed in tiles to save memory: 8,192 tokens of the 8B Llama
 # in 16 bits, 2,048 in 4 (3 % slower than 4,096, 0.2 GiB less).
 _TILE_SHARE = 1 / 16
+# And of what is kept in host memory, what may be on the GPU on its way: q, k and v too of the 8B Llama in 16 bits (0.9
+# of 15 GiB for 8,192 tokens), but not in 4 (0.9 of 5.5).
+_FLIGHT_SHARE = 1 / 12
 # Layers whose tensors are on the GPU while they lie in host memory, too: in use, leaving or coming back.
 _IN_FLIGHT = 3
 
@@ -171,13 +174,17 @@ def most_tokens(model: Any, free: int) -> int:
 
 
 def offload_plan(model: Any, tokens: int, host_free: int) -> RecomputePlan:
-    """Every layer recomputes and keeps what it keeps in host memory: as much as goes there."""
+    """Every layer recomputes; what it keeps lies in host memory: as much as fits there and is little on its way."""
     total = model.config.get_text_config().num_hidden_layers
     kept = kept_per_token(model)
-    choices: tuple[tuple[Keep, int], ...] = (("projected", kept.projected), ("attended", kept.attended))
-    fitting = (choice for choice in choices if total * choice[1] * tokens <= HOST_SHARE * host_free)
-    keep, size = next(fitting, ("input", kept.input))
-    need = min(total, _IN_FLIGHT) * size * tokens
+    room, in_flight = HOST_SHARE * host_free, min(total, _IN_FLIGHT) * tokens
+    keep, size = "input", kept.input
+    if total * kept.attended * tokens <= room:
+        keep, size = "attended", kept.attended
+    small = in_flight * kept.projected <= _FLIGHT_SHARE * _model_bytes(model)
+    if small and total * kept.projected * tokens <= room:
+        keep, size = "projected", kept.projected
+    need = in_flight * size
     return RecomputePlan(
         tokens, total, keep, total, need, host=total * size * tokens, tile=_small_tile(model)
     )
@@ -210,12 +217,16 @@ def plan_unpacked(model: Any, plan: RecomputePlan, free: int) -> RecomputePlan:
     return replace(plan, unpacked=min(len(sizes), max(0, int(room / (1.05 * max(sizes))))))
 
 
+def _model_bytes(model: Any) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
 def _small_tile(model: Any) -> int:
     """Tokens of which an MLP's intermediates (gate, up, value and its gradient) are small beside the model."""
     from pantheraml.models.fused.layer_function import TILE
 
     config = model.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    room = _TILE_SHARE * sum(parameter.nbytes for parameter in model.parameters())
+    room = _TILE_SHARE * _model_bytes(model)
     tokens = int(room / (4 * inner * max(model.dtype.itemsize, 2)))
     return min(max(1 << tokens.bit_length() - 1 if tokens else 0, 1024), TILE)

@@ -101,6 +101,13 @@ def test_offload_moves_all_layers(fused, host, keep, stored):
     assert f"32 keep {stored} GiB in host memory" in plan.describe(32) and "GiB stay" in plan.describe(32)
 
 
+def test_what_is_on_its_way_to_the_host_is_small_beside_the_model(fused):
+    """q, k and v stay behind where three layers' would be more than a twelfth of the model, 15 GiB."""
+    assert [offload_plan(fused, tokens, 900 * GIB).keep for tokens in (8192, 11_000, 12_500, 100_000)] == [
+        "projected", "projected", "attended", "attended",
+    ]  # fmt: skip
+
+
 def test_offloading_computes_in_tiles_that_are_small_beside_the_model(fused):
     """8,192 tokens of 4 times 14,336 values in 16 bits are 0.9 GiB, the model is 15."""
     assert offload_plan(fused, TOKENS, 64 * GIB).tile == 8192
