@@ -1,0 +1,126 @@
+"""How a run is spread over GPUs: the dataclass that scripts pass around. It knows no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, cast
+
+from pantheraml.errors import ConfigError, NotYetError, did_you_mean
+
+Backend = Literal["nccl", "gloo", "mpi"]
+Strategy = Literal["auto", "ddp", "fsdp", "deepspeed", "tensor", "pipeline", "none"]
+
+_BACKENDS: tuple[Backend, ...] = ("nccl", "gloo", "mpi")
+_STRATEGIES: tuple[Strategy, ...] = ("auto", "ddp", "fsdp", "deepspeed", "tensor", "pipeline", "none")
+_POLICIES = (True, False, "auto", "offload", "unsloth")
+_LATER = ("fsdp", "deepspeed", "tensor", "pipeline")
+
+
+@dataclass(frozen=True)
+class MultiGPUConfig:
+    """Settings of a run on several GPUs.
+
+    Attributes:
+        backend: how ranks talk: ``"nccl"`` between GPUs, ``"gloo"`` between CPUs (and what ``"nccl"`` means where ranks
+            have no GPU), ``"mpi"`` where torch was built with it.
+        timeout_minutes: how long a collective may wait for a rank before the run ends.
+        auto_device_map: let the library place the model; False keeps it whole on each rank's GPU.
+        tensor_parallel: not in this version.
+        pipeline_parallel: not in this version.
+        use_gradient_checkpointing: as in ``FastLanguageModel.from_pretrained``, for the model of the trainer.
+        find_unused_parameters: look after every backward for trained weights that took no part; needed by models of
+            which parts are skipped, slower for all others.
+        strategy: how the work is spread. ``"auto"`` and ``"ddp"``: every rank has the model and rows of its own;
+            ``"none"``: one process, however many GPUs there are.
+        num_processes: ranks on this machine; None is one for each visible GPU. Without GPUs they run on the CPU.
+        max_memory: not in this version.
+        micro_batches: not in this version.
+
+    Raises:
+        ConfigError: a value that cannot be.
+        NotYetError: a strategy that this version does not have.
+    """
+
+    backend: Backend = "nccl"
+    timeout_minutes: float = 30
+    auto_device_map: bool = True
+    tensor_parallel: bool | int = False
+    pipeline_parallel: bool | int = False
+    use_gradient_checkpointing: bool | str = "auto"
+    find_unused_parameters: bool = False
+    strategy: Strategy = "auto"
+    num_processes: int | None = None
+    max_memory: Mapping[int | str, int | str] | None = None
+    micro_batches: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("backend", self.backend, _BACKENDS)
+        _one_of("strategy", self.strategy, _STRATEGIES)
+        _one_of("use_gradient_checkpointing", self.use_gradient_checkpointing, _POLICIES)
+        for name in ("auto_device_map", "find_unused_parameters"):
+            _one_of(name, getattr(self, name), (True, False))
+        _positive("timeout_minutes", self.timeout_minutes, (int, float))
+        for name in ("num_processes", "micro_batches"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name), (int,))
+        self._refuse_later()
+
+    def _refuse_later(self) -> None:
+        asked = [name for name in ("tensor_parallel", "pipeline_parallel") if getattr(self, name)]
+        asked += [name for name in ("max_memory", "micro_batches") if getattr(self, name) is not None]
+        asked += ["strategy"] if self.strategy in _LATER else []
+        if asked:
+            raise NotYetError(
+                got=" and ".join(f"MultiGPUConfig({name}={getattr(self, name)!r})" for name in asked)
+                + " was given.",
+                need="This version copies the model to every GPU (DDP); splitting it comes in a later one.",
+                fix=f"Leave {' and '.join(asked)} out; load_in_4bit=True takes the least memory on each GPU.",
+            )
+
+
+def config_of(value: object) -> MultiGPUConfig:
+    """A config from what scripts pass as one: the dataclass, a mapping of its fields, True, or None.
+
+    Raises:
+        ConfigError: anything else, or an unknown field.
+    """
+    if isinstance(value, MultiGPUConfig):
+        return value
+    if value is None or value is True:
+        return MultiGPUConfig()
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            got=f"{value!r} was given as the settings for several GPUs.",
+            need="They are a MultiGPUConfig.",
+            fix="Write MultiGPUConfig(num_processes=2), for example, or leave it out.",
+        )
+    settings = {str(name): one for name, one in cast("Mapping[Any, Any]", value).items()}
+    known = [field.name for field in fields(MultiGPUConfig)]
+    for name in settings:
+        if name not in known:
+            raise ConfigError(
+                got=f"{name!r} was given as a field of MultiGPUConfig.",
+                need=f"Its fields are {', '.join(known)}.",
+                fix=did_you_mean(name, known) or "Remove it.",
+            )
+    return MultiGPUConfig(**settings)
+
+
+def _one_of(name: str, value: object, known: tuple[object, ...]) -> None:
+    if not any(value is one or (isinstance(value, str) and value == one) for one in known):
+        raise ConfigError(
+            got=f"MultiGPUConfig({name}={value!r}) was given.",
+            need=f"It is one of {', '.join(map(repr, known))}.",
+            fix=did_you_mean(str(value), [str(one) for one in known]) or "Leave it out for the default.",
+        )
+
+
+def _positive(name: str, value: object, kinds: tuple[type, ...]) -> None:
+    if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:  # pyright: ignore[reportOperatorIssue]
+        what = "a whole number of 1 or more" if kinds == (int,) else "a number above 0"
+        raise ConfigError(
+            got=f"MultiGPUConfig({name}={value!r}) was given.",
+            need=f"It is {what}.",
+            fix="Leave it out for the default.",
+        )
