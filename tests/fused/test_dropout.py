@@ -60,9 +60,8 @@ def test_it_equals_the_stock_layer_with_the_same_masks(family, targets, calls, r
 @pytest.mark.parametrize("family", DENSE)
 def test_the_same_whatever_is_kept_in_however_many_tiles(family, recorder):
     found = []
-    settings = [("all", 20, False)]
-    settings += [(keep, tile, False) for keep in ("projected", "attended", "input") for tile in (20, 48)]
-    for keep, tile, stored in [*settings, ("attended", 7, True)]:
+    settings = [("all", 20, False), ("projected", 20, False), ("input", 20, False), ("input", 48, False)]
+    for keep, tile, stored in [*settings, ("attended", 13, True)]:
         model, layers = build_whole(family, keep, **DROP)
         for layer in layers:
             layer.tile = tile
