@@ -39,7 +39,7 @@ unit: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile tests/families tests/fused tests/training tests/models tests/data tests/export tests/facade
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile tests/families tests/fused tests/training tests/distributed tests/models tests/data tests/export tests/facade
 
 # On a machine with a CUDA GPU, with whatever environment is active.
 test-gpu:

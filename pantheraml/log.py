@@ -13,6 +13,13 @@ from typing import TextIO
 logger = logging.getLogger("pantheraml")
 
 _said: set[str] = set()
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Say nothing in this process: ranks beside the main one would say the same again."""
+    global _quiet  # noqa: PLW0603
+    _quiet = quiet
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
@@ -36,12 +43,16 @@ def _ensure_handler() -> None:
 
 def say(message: str) -> None:
     """Tell the user something they should know now (level INFO)."""
+    if _quiet:
+        return
     _ensure_handler()
     logger.info(message)
 
 
 def warn(message: str) -> None:
     """Tell the user something that may be wrong (level WARNING)."""
+    if _quiet:
+        return
     _ensure_handler()
     logger.warning(message)
 

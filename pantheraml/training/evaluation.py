@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch.distributed as dist
+
 
 @dataclass
 class TokenSums:
@@ -25,6 +27,18 @@ class TokenSums:
         self.loss += mean_loss * tokens
         self.correct += accuracy * tokens
         self.tokens += tokens
+
+    def of_all_ranks(self) -> TokenSums:
+        """These sums and those of the other ranks."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        found: list[TokenSums] = [self] * dist.get_world_size()
+        dist.all_gather_object(found, self)
+        return TokenSums(
+            sum(one.loss for one in found),
+            sum(one.correct for one in found),
+            sum(one.tokens for one in found),
+        )
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """``{prefix}_loss`` (nats per token), ``{prefix}_perplexity`` and ``{prefix}_mean_token_accuracy``."""

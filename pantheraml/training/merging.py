@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import RemoveColumnsCollator
-from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pantheraml.devices.memory import free_gpu_bytes
@@ -25,6 +24,7 @@ from pantheraml.models.packed_rows import documents_mix
 from pantheraml.models.recompute import optimizer_bytes
 from pantheraml.models.recompute_plan import most_tokens
 from pantheraml.models.state import get_state
+from pantheraml.training.rank_batches import RankedRows
 
 # Tokens beyond which a pass is no faster per token (H200, 8B: 8,192 tokens keep the GPU busy; twice that, to be sure).
 MOST_TOKENS = 16384
@@ -79,7 +79,11 @@ def _empty(batch: Batch) -> Batch:
 
 
 def _joined(group: list[Batch]) -> Batch:
-    """One batch as the model takes it: (documents, length) where all have one length, which is faster; else one row."""
+    """One batch as the model takes it: (documents, length) where all have one length, which is faster; else one row.
+
+    What has no labels is left out, as long as something stays: a rank without any batch would hold up the others.
+    """
+    group = [batch for batch in group if (batch["labels"] != -100).any()] or group[:1]
     lengths = [length for batch in group for length in batch["lengths"]]
     tokens = {name: torch.cat([batch[name] for batch in group], dim=1) for name in _PER_TOKEN}
     if len(set(lengths)) == 1:
@@ -92,7 +96,7 @@ def _joined(group: list[Batch]) -> Batch:
     return tokens | {"cu_seq_lens_q": torch.cat(offsets), "max_length_q": max(lengths)}
 
 
-class MergedSteps(SFTTrainer):
+class MergedSteps(RankedRows):
     """The part of the trainer that merges micro-batches; ``merge_micro_batches`` of the arguments says whether."""
 
     _most_tokens = 0

@@ -6,8 +6,25 @@ the backward. Here they are kept as tensors and read once per log line.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+
+class Figures(NamedTuple):
+    """Means over the label tokens of some steps, of all ranks, and their tokens.
+
+    Attributes:
+        entropy: in nats.
+        accuracy: share of label tokens that were the most likely ones.
+        tokens: that are not padding.
+    """
+
+    entropy: float
+    accuracy: float
+    tokens: int
 
 
 class StepFigures:
@@ -29,12 +46,14 @@ class StepFigures:
         figures.append(torch.as_tensor(tokens, device=entropy.device))
         self._rows.append(torch.stack([figure.to(torch.float64) for figure in figures]))
 
-    def take(self) -> tuple[list[float], list[float], int]:
-        """Mean entropy and accuracy of each micro-batch, and the tokens of all; reading waits for the device."""
+    def take(self) -> Figures | None:
+        """The figures of all ranks since the last time, or None; reading waits for the device and the other ranks."""
         if not self._rows:
-            return [], [], 0
-        rows = torch.stack(self._rows).tolist()
+            return None
+        sums = torch.stack(self._rows).sum(0)
         self._rows.clear()
-        entropies = [entropy / labels if labels else 0.0 for entropy, _, labels, _ in rows]
-        accuracies = [correct / labels if labels else 0.0 for _, correct, labels, _ in rows]
-        return entropies, accuracies, int(sum(tokens for *_, tokens in rows))
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+        entropy, correct, labels, tokens = sums.tolist()
+        count = max(labels, 1)
+        return Figures(entropy / count, correct / count, int(tokens))

@@ -15,9 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from trl import SFTConfig
 
 from pantheraml.checkpoint.partial import removed_on_failure
+from pantheraml.config.multi_gpu import MultiGPUConfig
 from pantheraml.data.masking import check_labels
 from pantheraml.data.preview import describe_sample
 from pantheraml.devices.memory import format_memory_stats, get_memory_stats
+from pantheraml.distributed.strategies import ddp
 from pantheraml.errors import ConfigError, DataError
 from pantheraml.log import say
 from pantheraml.models.adapters import count_parameters
@@ -72,6 +74,8 @@ class PantheraMLTrainer(MergedSteps):
         ConfigError: arguments that contradict each other.
         DataError: rows that cannot be recognised, are empty, or leave nothing to train on.
     """
+
+    _multi_gpu: MultiGPUConfig | None = None
 
     def __init__(
         self,
@@ -138,6 +142,8 @@ class PantheraMLTrainer(MergedSteps):
                 formatting_func=formatting_func,
                 **kwargs,
             )
+        if config.world_size > 1:
+            ddp.configure(self.accelerator, config, cast(torch.nn.Module, self.model), self._multi_gpu)
         self._place_head(fused=state is not None and state.kernels == "auto")
         self._check_rows()
 
@@ -260,27 +266,31 @@ class PantheraMLTrainer(MergedSteps):
         labels = output.label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
         tokens = mask.sum() if mask is not None else ids.numel() if ids is not None else 0
+        tokens = tokens * output.label_mask.any()  # the row without labels of a rank that has run out of rows
         self._figures.add(output.entropy, output.is_top1, output.label_mask, tokens)
-        return -output.log_probs.sum() / torch.as_tensor(labels).clamp(min=1)
+        loss = -output.log_probs.sum() / torch.as_tensor(labels).clamp(min=1)
+        # The label tokens are those of all ranks, whose gradients are averaged.
+        together = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        return loss * self.args.world_size if together else loss
 
     def _loss_is_plain(self) -> bool:
-        """Whether the loss of this step is the plain negative log-likelihood in one process."""
+        """Whether the loss of this step is the plain negative log-likelihood."""
         model = cast(torch.nn.Module, self.model)
         is_nll = (
             cast(SFTConfig, self.args).loss_type == "nll"
             and self.compute_loss_func is None
             and self.label_smoother is None
         )
-        return model.training and is_nll and not self.aux_loss_enabled and self.accelerator.num_processes == 1
+        return model.training and is_nll and not self.aux_loss_enabled
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as TRL does, with the figures of the steps since the last line."""
-        entropies, accuracies, tokens = self._figures.take()
-        if entropies:
-            self._total_train_tokens += tokens
+        found = self._figures.take()
+        if found is not None:
+            self._total_train_tokens += found.tokens
             figures = self._metrics["train"]
-            figures["entropy"] += entropies
-            figures["mean_token_accuracy"] += accuracies
+            figures["entropy"] = [found.entropy]
+            figures["mean_token_accuracy"] = [found.accuracy]
             figures["num_tokens"] = [self._total_train_tokens]
         super().log(logs, start_time)
 
@@ -295,7 +305,8 @@ class PantheraMLTrainer(MergedSteps):
             if self.aux_loss_enabled and metrics["aux_loss"]:
                 loss -= self.router_aux_loss_coef * metrics["aux_loss"][-1]
             tokens = int((inputs["labels"][:, 1:] != -100).sum())
-            self._eval_sums.add(loss, metrics["mean_token_accuracy"][-1], tokens)
+            if tokens:
+                self._eval_sums.add(loss, metrics["mean_token_accuracy"][-1], tokens)
         return result
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
@@ -303,7 +314,7 @@ class PantheraMLTrainer(MergedSteps):
         self._eval_sums = TokenSums()
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            sums = self._eval_sums
+            sums = self._eval_sums.of_all_ranks()
         finally:
             self._eval_sums = None
         if output.metrics is not None and sums.tokens:

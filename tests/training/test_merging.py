@@ -84,19 +84,27 @@ def test_what_merging_needs(train):
 
 def test_merged_batches():
     collate = FlatCollator(collator())
-    batches = [collate([{"input_ids": [7] * n} for n in sizes]) for sizes in ((2, 3), (4,), (1, 1), (9,))]
+    batches = [collate([{"input_ids": [7] * n} for n in sizes]) for sizes in ((2, 3), (4,), (2, 1), (9,))]
     assert batches[0]["cu_seq_lens_q"].tolist() == [0, 2, 5] and batches[0]["lengths"] == [2, 3]
-    merged = merge_batches(batches, 11)
-    assert [batch["input_ids"].numel() for batch in merged] == [0, 0, 11, 9]
-    assert merged[2]["cu_seq_lens_q"].tolist() == [0, 2, 5, 9, 10, 11] and merged[2]["max_length_q"] == 4
-    assert merged[2]["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1, 2, 3, 0, 0]]
-    assert merged[2]["labels"][0, [0, 2, 5, 9, 10]].tolist() == [-100] * 5
+    merged = merge_batches(batches, 12)
+    assert [batch["input_ids"].numel() for batch in merged] == [0, 0, 12, 9]
+    assert merged[2]["cu_seq_lens_q"].tolist() == [0, 2, 5, 9, 11, 12] and merged[2]["max_length_q"] == 4
+    assert merged[2]["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1, 2, 3, 0, 1, 0]]
+    assert merged[2]["labels"][0, [0, 2, 5, 9, 11]].tolist() == [-100] * 5
     alone = merge_batches(batches, 1)[1]
     assert alone["input_ids"].shape == (1, 4), "one that is too large goes alone"
     even = merge_batches([collate([{"input_ids": [7, 8, 9]}] * 2) for _ in range(2)], 99)[1]
     assert even["input_ids"].tolist() == [[7, 8, 9]] * 4 and even["labels"].tolist() == [[-100, 8, 9]] * 4
     assert set(even) == {"input_ids", "labels"}
     assert merge_batches([], 8) == []
+
+
+def test_what_has_no_labels_is_left_out_while_something_stays():
+    collate = FlatCollator(collator())
+    none, some = (collate([{"input_ids": [7] * n}]) for n in (1, 3))
+    joined = merge_batches([none, some, none], 99)
+    assert [batch["input_ids"].numel() for batch in joined] == [0, 0, 3]
+    assert merge_batches([none, none], 99)[1]["input_ids"].numel() == 1
 
 
 def collator():

@@ -1,0 +1,1 @@
+"""Ways to spread a run over ranks, one file each."""

@@ -1,0 +1,96 @@
+"""The same training on 1, 2 and 4 ranks, with any accumulation: losses and gradient norms in float32."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from datasets import Dataset
+
+from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments
+from tests import tiny
+from tests.distributed.ranks import run_ranks
+
+# 29 rows: uneven for every layout below.
+ROWS = 29
+
+
+def rows():
+    """Ragged rows with masked prompts; one of them has a single label."""
+    generator = torch.Generator().manual_seed(11)
+    found = []
+    for index in range(ROWS):
+        length = int(torch.randint(4, 28, (1,), generator=generator))
+        ids = torch.randint(5, 400, (length,), generator=generator).tolist()
+        masked = length - 1 if index == 7 else index % 3
+        found.append({"input_ids": ids, "labels": [-100] * masked + ids[masked:]})
+    return Dataset.from_list(found)
+
+
+def train(folder, output, per_device, accumulation, settings):
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=64, load_in_4bit=False, device_map="cpu"
+    )
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    args = PantheraMLTrainingArguments(
+        output_dir=str(output), per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation,
+        num_train_epochs=3, learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none",
+        disable_tqdm=True, max_grad_norm=0.5, **settings,
+    )  # fmt: skip
+    trainer = PantheraMLTrainer(model, args, train_dataset=rows(), eval_dataset=rows(), tokenizer=tokenizer)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    figures = trainer.evaluate()
+    weights = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    return {
+        "logs": [
+            {
+                name: entry[name]
+                for name in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens")
+            }
+            for entry in logs
+        ],
+        "eval": {name: figures[name] for name in ("eval_loss", "eval_mean_token_accuracy")},
+        "weights": [weight.numpy() for weight in weights],
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@functools.cache
+def reference(folder, output):
+    return train(folder, output, 8, 1, {})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "per_device", "accumulation", "settings"),
+    [
+        (1, 2, 4, {}),
+        (1, 4, 2, dict(merge_micro_batches=True)),
+        (2, 4, 1, {}),
+        (2, 1, 4, {}),
+        (2, 2, 2, dict(merge_micro_batches=True)),
+        (4, 2, 1, dict(dataloader_num_workers=1)),
+        (4, 1, 2, {}),
+    ],
+)
+def test_any_number_of_ranks_trains_the_same(
+    folder, tmp_path_factory, ranks, per_device, accumulation, settings
+):
+    output = tmp_path_factory.getbasetemp()
+    want = reference(folder, output)
+    assert len(want["logs"]) == 12
+    found = run_ranks(ranks, train, folder, output, per_device, accumulation, settings)
+    for one in found:
+        for step, (mine, theirs) in enumerate(zip(one["logs"], want["logs"], strict=True)):
+            for name in ("loss", "grad_norm", "entropy"):
+                assert mine[name] == pytest.approx(theirs[name], rel=1e-6, abs=1e-7), (step, name)
+            assert mine["mean_token_accuracy"] == pytest.approx(theirs["mean_token_accuracy"], abs=1e-6)
+            assert mine["num_tokens"] == theirs["num_tokens"]
+        assert one["eval"] == pytest.approx(want["eval"], rel=1e-5)
+        for mine, theirs in zip(one["weights"], found[0]["weights"], strict=True):
+            assert (mine == theirs).all()
