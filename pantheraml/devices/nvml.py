@@ -1,0 +1,122 @@
+"""What NVIDIA's driver tells about GPUs, without CUDA: asking it creates no context and takes no memory.
+
+NVML (``libnvidia-ml.so.1``) comes with the driver; its C interface is stable. GPUs are named by UUID here, because NVML
+counts all GPUs of a machine, and CUDA the visible ones.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, byref, c_char, c_int, c_uint, c_ulonglong, c_void_p
+from dataclasses import dataclass
+from functools import lru_cache
+
+GIB = 1024**3
+_TEMPERATURE_OF_GPU = 0
+_OK, _INSUFFICIENT_SIZE = 0, 7
+
+
+@dataclass(frozen=True)
+class GPUState:
+    """A GPU at a moment; what the driver does not tell is None.
+
+    Attributes:
+        used: GiB taken by all processes.
+        total: GiB.
+        power: W.
+        temperature: degrees Celsius.
+        processes: GiB of each process, by its number.
+    """
+
+    used: float
+    total: float
+    power: float | None
+    temperature: int | None
+    processes: dict[int, float]
+
+
+class _Memory(Structure):
+    _fields_ = [("total", c_ulonglong), ("free", c_ulonglong), ("used", c_ulonglong)]
+
+
+class _Process(Structure):
+    _fields_ = [
+        ("pid", c_uint),
+        ("used", c_ulonglong),
+        ("gpu_instance", c_uint),
+        ("compute_instance", c_uint),
+    ]
+
+
+class NVML:
+    """The library, opened and started.
+
+    Args:
+        name: file name of the library.
+
+    Raises:
+        OSError: it is not there, or the driver does not run.
+    """
+
+    def __init__(self, name: str = "libnvidia-ml.so.1") -> None:
+        self._library = ctypes.CDLL(name)
+        if self._library.nvmlInit_v2() != _OK:
+            raise OSError(f"{name} did not start: the NVIDIA driver does not run")
+
+    def uuids(self) -> list[str]:
+        """Of all GPUs of the machine, in the order of their PCI addresses."""
+        count = c_uint()
+        if self._library.nvmlDeviceGetCount_v2(byref(count)) != _OK:
+            return []
+        return [self._uuid(index) for index in range(count.value)]
+
+    def state(self, uuid: str) -> GPUState | None:
+        """The GPU as it is now, or None where NVML does not know it."""
+        device = c_void_p()
+        if self._library.nvmlDeviceGetHandleByUUID(uuid.encode(), byref(device)) != _OK:
+            return None
+        memory = _Memory()
+        if self._library.nvmlDeviceGetMemoryInfo(device, byref(memory)) != _OK:
+            return None
+        power = self._number("nvmlDeviceGetPowerUsage", device)
+        temperature = c_uint()
+        known = self._library.nvmlDeviceGetTemperature(device, c_int(_TEMPERATURE_OF_GPU), byref(temperature))
+        return GPUState(
+            used=memory.used / GIB,
+            total=memory.total / GIB,
+            power=None if power is None else power / 1000,
+            temperature=temperature.value if known == _OK else None,
+            processes=self._processes(device),
+        )
+
+    def _uuid(self, index: int) -> str:
+        device, name = c_void_p(), (c_char * 96)()
+        if self._library.nvmlDeviceGetHandleByIndex_v2(c_uint(index), byref(device)) != _OK:
+            return ""
+        self._library.nvmlDeviceGetUUID(device, name, c_uint(len(name)))
+        return name.value.decode()
+
+    def _number(self, function: str, device: c_void_p) -> int | None:
+        value = c_uint()
+        return value.value if getattr(self._library, function)(device, byref(value)) == _OK else None
+
+    def _processes(self, device: c_void_p) -> dict[int, float]:
+        count = c_uint(0)
+        ask = self._library.nvmlDeviceGetComputeRunningProcesses_v3
+        if ask(device, byref(count), POINTER(_Process)()) not in (_OK, _INSUFFICIENT_SIZE) or not count.value:
+            return {}
+        count = c_uint(count.value + 8)  # some may start in between
+        found = (_Process * count.value)()
+        if ask(device, byref(count), found) != _OK:
+            return {}
+        unknown = 2**64 - 1  # where the driver does not say, as in some containers
+        return {one.pid: one.used / GIB for one in found[: count.value] if one.used != unknown}
+
+
+@lru_cache(maxsize=1)
+def open_nvml() -> NVML | None:
+    """NVML, or None on a machine without a running NVIDIA driver."""
+    try:
+        return NVML()
+    except OSError:
+        return None

@@ -1,0 +1,40 @@
+"""NVML by its C interface, against a library that is compiled here."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pantheraml.devices.nvml import NVML, open_nvml
+
+COMPILER = shutil.which("cc")
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory):
+    """Path of the compiled stand-in."""
+    if COMPILER is None:
+        pytest.skip("there is no C compiler")
+    library = tmp_path_factory.mktemp("nvml") / "libnvml-stand-in.so"
+    source = Path(__file__).with_name("nvml.c")
+    subprocess.run([COMPILER, "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    return str(library)
+
+
+def test_gpus_as_the_driver_tells(stand_in):
+    nvml = NVML(stand_in)
+    assert nvml.uuids() == ["GPU-aaaa1111-0000", "GPU-bbbb2222-0000"]
+    first, second = (nvml.state(uuid) for uuid in nvml.uuids())
+    assert (first.used, first.total, first.power, first.temperature) == (3.0, 8.0, 250.5, 61)
+    assert first.processes == {100: 2.0}, "one of two does not say how much it holds"
+    assert second.power is None and second.processes == {}
+    assert nvml.state("GPU-cccc") is None
+
+
+def test_a_machine_without_a_driver():
+    with pytest.raises(OSError, match="libnvidia-not-there"):
+        NVML("libnvidia-not-there.so.1")
+    assert open_nvml() is open_nvml()
