@@ -14,12 +14,26 @@ from pantheraml.version import __version__
 _EXPORTS: dict[str, str] = {
     "FastLanguageModel": "fast_model",
     "FastModel": "fast_model",
+    "MultiGPUConfig": "config.multi_gpu",
+    "PantheraMLDistributedTrainer": "training.distributed",
     "PantheraMLTrainer": "training.trainer",
     "PantheraMLTrainingArguments": "training.arguments",
+    "UnslothDistributedTrainer": "training.distributed",
     "UnslothTrainer": "training.trainer",
     "UnslothTrainingArguments": "training.arguments",
+    "all_reduce_scalar": "distributed.process_group",
+    "barrier": "distributed.process_group",
+    "broadcast_object": "distributed.process_group",
+    "cleanup_multi_gpu": "distributed.process_group",
+    "distributed_context": "distributed.process_group",
     "get_chat_template": "data.chat_templates",
+    "get_local_rank": "distributed.process_group",
+    "get_rank": "distributed.process_group",
+    "get_world_size": "distributed.process_group",
     "is_bfloat16_supported": "devices.inventory",
+    "is_distributed_available": "distributed.process_group",
+    "is_main_process": "distributed.process_group",
+    "setup_multi_gpu": "distributed.process_group",
     "standardize_data_formats": "data.conversations",
     "standardize_sharegpt": "data.conversations",
     "to_sharegpt": "data.conversations",
@@ -27,24 +41,53 @@ _EXPORTS: dict[str, str] = {
 }
 
 if TYPE_CHECKING:
+    from pantheraml.config.multi_gpu import MultiGPUConfig
     from pantheraml.data.chat_templates import get_chat_template
     from pantheraml.data.conversations import standardize_data_formats, standardize_sharegpt, to_sharegpt
     from pantheraml.data.masking import train_on_responses_only
     from pantheraml.devices.inventory import is_bfloat16_supported
+    from pantheraml.distributed.process_group import (
+        all_reduce_scalar,
+        barrier,
+        broadcast_object,
+        cleanup_multi_gpu,
+        distributed_context,
+        get_local_rank,
+        get_rank,
+        get_world_size,
+        is_distributed_available,
+        is_main_process,
+        setup_multi_gpu,
+    )
     from pantheraml.fast_model import FastLanguageModel, FastModel
     from pantheraml.training.arguments import PantheraMLTrainingArguments, UnslothTrainingArguments
+    from pantheraml.training.distributed import PantheraMLDistributedTrainer, UnslothDistributedTrainer
     from pantheraml.training.trainer import PantheraMLTrainer, UnslothTrainer
 
 __all__ = [
     "FastLanguageModel",
     "FastModel",
+    "MultiGPUConfig",
+    "PantheraMLDistributedTrainer",
     "PantheraMLTrainer",
     "PantheraMLTrainingArguments",
+    "UnslothDistributedTrainer",
     "UnslothTrainer",
     "UnslothTrainingArguments",
     "__version__",
+    "all_reduce_scalar",
+    "barrier",
+    "broadcast_object",
+    "cleanup_multi_gpu",
+    "distributed_context",
     "get_chat_template",
+    "get_local_rank",
+    "get_rank",
+    "get_world_size",
     "is_bfloat16_supported",
+    "is_distributed_available",
+    "is_main_process",
+    "setup_multi_gpu",
     "standardize_data_formats",
     "standardize_sharegpt",
     "to_sharegpt",

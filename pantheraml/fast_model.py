@@ -14,12 +14,15 @@ from pantheraml.checkpoint.publish import recover
 from pantheraml.errors import AdapterError, ConfigError, NotYetError, did_you_mean
 from pantheraml.export.adapter import check_adapter_matches
 from pantheraml.export.binding import bind_saving
-from pantheraml.log import say, say_once
+from pantheraml.log import say
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+    from pantheraml.config.multi_gpu import MultiGPUConfig
+    from pantheraml.models.assembly import LoadRequest
 
 # Arguments of other frameworks' from_pretrained, and what to do here instead.
 _ELSEWHERE = {
@@ -55,7 +58,7 @@ class FastLanguageModel:
         resize_model_vocab: int | None = None,
         revision: str | None = None,
         random_state: int = 3407,
-        use_multi_gpu: bool | None = None,
+        use_multi_gpu: bool | MultiGPUConfig | None = None,
         auto_device_map: bool = False,
         kernels: str = "auto",
         attn_implementation: str | None = None,
@@ -90,7 +93,9 @@ class FastLanguageModel:
             resize_model_vocab: number of embedding rows to grow or shrink to.
             revision: branch, tag or commit on the hub.
             random_state: seed of whatever starts random (new embedding rows, a classification head).
-            use_multi_gpu: True is refused on a machine with several GPUs in this version.
+            use_multi_gpu: True, or a ``MultiGPUConfig``, trains on every visible GPU: a script that was started by
+                plain ``python`` starts one rank for each, which run it from the beginning. None joins ranks that
+                torchrun, accelerate or srun started, and else uses one GPU. False keeps this process to itself.
             auto_device_map: same as ``device_map="auto"``.
             kernels: ``"auto"`` swaps in fused parts where they run; ``"off"`` gives the plain transformers model.
             attn_implementation: transformers' name of an attention, or None.
@@ -110,15 +115,16 @@ class FastLanguageModel:
             HardwareError: FP8 on a GPU that cannot multiply it.
             NotYetError: a promised flag that this version does not have.
         """
+        _refuse_unknown(unknown)
+        _check_length(max_seq_length)
+        _check_kernels(kernels)
+        _check_multi_gpu(auto_device_map, device_map, max_memory)
+        _join_ranks(use_multi_gpu, device_map)
         from pantheraml.models.assembly import LoadRequest, assemble
         from pantheraml.models.precision import PrecisionFlags
         from pantheraml.models.recompute import check_policy
         from pantheraml.models.saved_adapters import load_adapter
 
-        _refuse_unknown(unknown)
-        _check_length(max_seq_length)
-        _check_kernels(kernels)
-        _check_multi_gpu(use_multi_gpu, auto_device_map, device_map, max_memory)
         request = LoadRequest(
             model_name=model_name,
             max_seq_length=max_seq_length,
@@ -140,6 +146,7 @@ class FastLanguageModel:
         )
         if Path(model_name).is_dir():
             recover(model_name)  # a save there that was killed between two renames is finished first
+        _download_once(request)
         model, tokenizer, state = assemble(request)
         bind_saving(model, state.patches)
         if state.source.adapter is None:
@@ -329,11 +336,7 @@ def _check_kernels(kernels: str) -> None:
         )
 
 
-def _check_multi_gpu(
-    use_multi_gpu: bool | None, auto_device_map: bool, device_map: Any, max_memory: dict[Any, Any] | None
-) -> None:
-    import torch
-
+def _check_multi_gpu(auto_device_map: bool, device_map: Any, max_memory: dict[Any, Any] | None) -> None:
     if auto_device_map and device_map not in (None, "auto"):
         raise ConfigError(
             got=f"auto_device_map=True and device_map={device_map!r} were given together.",
@@ -346,12 +349,41 @@ def _check_multi_gpu(
             need="Limits per GPU are kept by the placement planner, which is not in this version.",
             fix="Leave max_memory out; load_in_4bit=True needs the least memory.",
         )
-    count = torch.cuda.device_count()
-    if use_multi_gpu and count > 1:  # pragma: no cover - needs several GPUs
-        raise NotYetError(
-            got=f"use_multi_gpu=True was given on a machine with {count} GPUs.",
-            need="This version trains on one GPU.",
-            fix="Drop use_multi_gpu to train on the first one, or pick one with device_map='cuda:1'.",
+
+
+def _join_ranks(use_multi_gpu: bool | MultiGPUConfig | None, device_map: Any) -> None:
+    """Be a rank, or start the ranks and never come back, as ``use_multi_gpu`` says."""
+    from pantheraml.launch.environment import LaunchEnvironment
+    from pantheraml.launch.start import say_what_is_idle
+
+    if use_multi_gpu is False:
+        return
+    if use_multi_gpu is None and not LaunchEnvironment.detect().is_rank:
+        say_what_is_idle()
+        return
+    from pantheraml.config.multi_gpu import config_of
+    from pantheraml.distributed.process_group import get_world_size, setup_multi_gpu
+
+    setup_multi_gpu(config_of(use_multi_gpu))
+    named = device_map if isinstance(device_map, int) else str(device_map).startswith("cuda:")
+    if get_world_size() > 1 and named is not False:
+        raise ConfigError(
+            got=f"device_map={device_map!r} was given to {get_world_size()} ranks.",
+            need="Each rank has a GPU of its own, and this would put all of them on one.",
+            fix="Leave device_map out; CUDA_VISIBLE_DEVICES says which GPUs are used.",
         )
-    if count > 1 and use_multi_gpu is None:  # pragma: no cover - needs several GPUs
-        say_once(f"{count} GPUs are visible; this version trains on one of them.")
+
+
+def _download_once(request: LoadRequest) -> None:
+    """Let one rank of each machine fetch the files before the others look for them."""
+    from pantheraml.distributed.process_group import is_distributed_available, main_process_first
+    from pantheraml.models.source import resolve_source
+
+    if is_distributed_available():
+        with main_process_first():
+            resolve_source(
+                request.model_name,
+                revision=request.revision,
+                token=request.token,
+                trust_remote_code=request.trust_remote_code,
+            )

@@ -153,6 +153,28 @@ def pin_device(config: SFTConfig, device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def join_ranks(config: SFTConfig, ranks: int) -> None:
+    """Let arguments that were made for one process be those of a rank.
+
+    Args:
+        config: changed in place.
+        ranks: of the process group; 1 without one.
+
+    Raises:
+        ConfigError: they are those of one process still, so that each rank would train a model of its own.
+    """
+    if ranks > 1 and config.world_size == 1 and num_gpus() == 0:
+        # Without use_cpu=True, accelerate takes each of several ranks on CPUs for a run of its own.
+        config.use_cpu = True
+        config.__dict__.pop("_setup_devices", None)
+    if ranks > 1 and config.device is not None and config.world_size == 1:
+        raise ConfigError(
+            got=f"The training arguments are those of one process, and this is one of {ranks} ranks.",
+            need="Arguments that are made before the ranks know of one another train each rank alone.",
+            fix="Call FastLanguageModel.from_pretrained or setup_multi_gpu before making the arguments.",
+        )
+
+
 def resolve_max_length(config: SFTConfig, model_length: int | None) -> int | None:
     """Longest row in tokens.
 

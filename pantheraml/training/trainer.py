@@ -19,8 +19,9 @@ from pantheraml.config.multi_gpu import MultiGPUConfig
 from pantheraml.data.masking import check_labels
 from pantheraml.data.preview import describe_sample
 from pantheraml.devices.memory import format_memory_stats, get_memory_stats
+from pantheraml.distributed.process_group import get_world_size
 from pantheraml.distributed.strategies import ddp
-from pantheraml.errors import ConfigError, DataError
+from pantheraml.errors import DataError
 from pantheraml.log import say
 from pantheraml.models.adapters import count_parameters
 from pantheraml.models.packed_rows import keep_documents_apart
@@ -29,6 +30,7 @@ from pantheraml.models.recompute import is_recompute_forced, plan_ahead
 from pantheraml.models.state import get_state
 from pantheraml.training.arguments import (
     PantheraMLTrainingArguments,
+    join_ranks,
     pin_device,
     resolve_max_length,
     set_recompute_argument,
@@ -36,6 +38,7 @@ from pantheraml.training.arguments import (
     written_recompute,
 )
 from pantheraml.training.evaluation import TokenSums
+from pantheraml.training.given import one_tokenizer, refuse_name
 from pantheraml.training.head import bind_cpu_head, bind_head, needs_cpu_head, why_not_fused
 from pantheraml.training.merging import MergedSteps
 from pantheraml.training.optimizer import embedding_parameters, split_embedding_group
@@ -93,8 +96,8 @@ class PantheraMLTrainer(MergedSteps):
         dataset_num_proc: int | None = None,
         **kwargs: Any,
     ) -> None:
-        processing_class = _one_tokenizer(processing_class, tokenizer)
-        _refuse_name(model)
+        processing_class = one_tokenizer(processing_class, tokenizer)
+        refuse_name(model)
         train_dataset = given_rows(train_dataset)
         config = to_sft_config(
             args, dataset_text_field=dataset_text_field, packing=packing, dataset_num_proc=dataset_num_proc
@@ -113,6 +116,7 @@ class PantheraMLTrainer(MergedSteps):
                     eval_dataset, processing_class, config.dataset_text_field, "evaluation"
                 )
 
+        join_ranks(config, get_world_size())
         state = get_state(model)
         written = written_recompute(args)
         if state is not None:
@@ -292,7 +296,12 @@ class PantheraMLTrainer(MergedSteps):
             figures["entropy"] = [found.entropy]
             figures["mean_token_accuracy"] = [found.accuracy]
             figures["num_tokens"] = [self._total_train_tokens]
+            logs.update(self.figures(self._total_train_tokens, logs))
         super().log(logs, start_time)
+
+    def figures(self, tokens: int, logs: dict[str, float]) -> dict[str, float]:
+        """What is logged beside the figures of the loss, after ``tokens`` of all ranks; nothing here."""
+        return {}
 
     # --- evaluation -----------------------------------------------------------------------------------------
 
@@ -334,34 +343,6 @@ class PantheraMLTrainer(MergedSteps):
 
 
 UnslothTrainer = PantheraMLTrainer
-
-
-def _refuse_name(model: object) -> None:
-    if isinstance(model, str):
-        raise ConfigError(
-            got=f"model={model!r} was given to the trainer.",
-            need="The trainer takes a loaded model.",
-            fix=f"Write model, tokenizer = FastLanguageModel.from_pretrained({model!r}).",
-        )
-
-
-def _one_tokenizer(
-    processing_class: PreTrainedTokenizerBase | None, tokenizer: PreTrainedTokenizerBase | None
-) -> PreTrainedTokenizerBase:
-    if processing_class is not None and tokenizer is not None and processing_class is not tokenizer:
-        raise ConfigError(
-            got="tokenizer= and processing_class= were given, and they differ.",
-            need="They are two names of the same argument.",
-            fix="Keep one.",
-        )
-    chosen = processing_class if processing_class is not None else tokenizer
-    if chosen is None:
-        raise ConfigError(
-            got="The trainer got no tokenizer.",
-            need="Rows are formatted and tokenised by the tokenizer that came with the model.",
-            fix="Pass tokenizer=tokenizer, the second value of FastLanguageModel.from_pretrained.",
-        )
-    return chosen
 
 
 def _ensure_adapter(model: Any) -> Any:

@@ -1,0 +1,227 @@
+"""The process group of a run: made once, whoever started the ranks, and destroyed at the end.
+
+Every function here is right without a group too: one process is rank 0 of 1.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import count
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
+from pantheraml.errors import ConfigError
+from pantheraml.launch.environment import LaunchEnvironment
+from pantheraml.launch.start import ensure_ranks
+from pantheraml.log import say_once
+
+T = TypeVar("T")
+_REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+def setup_multi_gpu(config: MultiGPUConfig | None = None) -> MultiGPUConfig:
+    """Make this process one of the ranks of a run, and let the ranks talk to one another.
+
+    Started by plain ``python``, the process starts one rank for each GPU, which run the script from its beginning, and
+    does not come back from here. A second call does nothing.
+
+    Args:
+        config: settings; None takes the defaults.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ConfigError: the script cannot be started again, or its surroundings contradict the settings.
+    """
+    config = config_of(config)
+    environment = ensure_ranks(config)
+    if environment.world_size > 1 and not dist.is_initialized():
+        _create(config, environment)
+    elif dist.is_initialized() and not _made:
+        say_once("the ranks talk already, through a process group with a backend and a timeout of its own.")
+    return config
+
+
+def cleanup_multi_gpu() -> None:
+    """Destroy the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def distributed_context(config: MultiGPUConfig | None = None) -> Iterator[MultiGPUConfig]:
+    """``setup_multi_gpu`` for a block; the process group that it made is destroyed at its end, also by an exception."""
+    existed = dist.is_initialized()
+    try:
+        yield setup_multi_gpu(config)
+    finally:
+        if not existed:
+            cleanup_multi_gpu()
+
+
+def rank_device() -> torch.device:
+    """The device of this rank: the GPU of its number on this machine, or the only one it sees; the CPU without one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", get_local_rank() % torch.cuda.device_count())
+
+
+def is_distributed_available() -> bool:
+    """Whether this process is a member of a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_world_size() -> int:
+    """Number of ranks: of the process group, or of what started this process; 1 otherwise."""
+    return dist.get_world_size() if is_distributed_available() else LaunchEnvironment.detect().world_size
+
+
+def get_rank() -> int:
+    """Number of this rank among all, from 0."""
+    return dist.get_rank() if is_distributed_available() else LaunchEnvironment.detect().rank
+
+
+def get_local_rank() -> int:
+    """Number of this rank among those of its machine, from 0."""
+    return LaunchEnvironment.detect().local_rank
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0."""
+    return get_rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if is_distributed_available():
+        all_reduce_scalar(0.0)
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """What rank ``source`` passed, on every rank; any object that can be pickled."""
+    if not is_distributed_available():
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=source, device=_device())
+    return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """What each rank passed, by rank, on every rank."""
+    if not is_distributed_available():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def all_reduce_scalar(value: float, op: Literal["sum", "mean", "max", "min"] = "sum") -> float:
+    """``value`` of all ranks, summed in float64 (or their mean, largest or smallest); the same on every rank.
+
+    Raises:
+        ConfigError: another ``op``.
+    """
+    if op != "mean" and op not in _REDUCTIONS:
+        raise ConfigError(
+            got=f"all_reduce_scalar(op={op!r}) was called.",
+            need=f"It is one of {', '.join(map(repr, ('mean', *_REDUCTIONS)))}.",
+            fix="Leave it out for the sum.",
+        )
+    if not is_distributed_available():
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=_device())
+    dist.all_reduce(total, _REDUCTIONS.get(op, dist.ReduceOp.SUM))
+    return total.item() / (dist.get_world_size() if op == "mean" else 1)
+
+
+def _create(config: MultiGPUConfig, environment: LaunchEnvironment) -> None:
+    device = rank_device()
+    backend: str = config.backend
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        if backend == "nccl":
+            backend = "cpu:gloo,cuda:nccl"  # small things are said between CPUs, without waiting for a GPU
+    elif backend == "nccl":
+        say_once("there is no GPU, so the ranks talk through gloo.")
+        backend = "gloo"
+    if backend == "mpi" and not dist.is_mpi_available():
+        raise ConfigError(
+            got="MultiGPUConfig(backend='mpi') was given.",
+            need="This torch was built without MPI.",
+            fix="Leave backend out for NCCL between GPUs, or write backend='gloo'.",
+        )
+    global _made  # noqa: PLW0603
+    _made = True
+    timeout = timedelta(minutes=config.timeout_minutes)
+    store, _, _ = next(dist.rendezvous("env://", environment.rank, environment.world_size, timeout=timeout))
+    dist.init_process_group(
+        backend,
+        # An agent's store outlives the group and remembers where the ranks of the last one listened.
+        store=PrefixStore(f"group_{next(_groups)}", store),
+        timeout=timeout,
+        rank=environment.rank,
+        world_size=environment.world_size,
+        device_id=device if device.type == "cuda" else None,
+    )
+    atexit.register(cleanup_multi_gpu)
+
+
+def _device() -> torch.device:
+    """Where small tensors are reduced: on the CPU, if the group can."""
+    if "gloo" in dist.get_backend_config():
+        return torch.device("cpu")
+    return rank_device()
+
+
+@contextmanager
+def main_process_first(local: bool = True) -> Iterator[None]:
+    """Rank 0 (of each machine) goes through the block before the others begin it, however long it takes.
+
+    The others wait for a key of the run's store, so no collective runs into its timeout. If the block fails on the
+    first rank, they fail too.
+
+    Args:
+        local: the first rank of each machine goes first; False: rank 0 alone.
+    """
+    if not is_distributed_available():
+        yield
+        return
+    environment = LaunchEnvironment.detect()
+    first = environment.local_rank == 0 if local else environment.rank == 0
+    key = f"first/{next(_turns)}/{environment.node_rank if local else 0}"
+    store = connect_store()
+    if not first:
+        store.wait([key], timedelta(days=7))
+        said = store.get(key).decode()
+        if said:
+            raise RuntimeError(f"The first rank failed where this one waited for it: {said}")
+        yield
+        return
+    said = ""
+    try:
+        yield
+    except BaseException as error:
+        said = repr(error)
+        raise
+    finally:
+        store.set(key, said)
+
+
+# Ranks take the same turns in the same order, so their keys agree.
+_turns, _groups = count(), count()
+_made = False  # whether a process group was made here
+
+
+def connect_store() -> Store:
+    """A connection of its own to the store at which the ranks met, under names of ours."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return PrefixStore("pantheraml", TCPStore(host, port, is_master=False))

@@ -1,0 +1,178 @@
+"""The process that starts the ranks of this machine and ends with them: torch elastic's agent, entered by its API.
+
+The ranks run what this process was started with, argument for argument: ``python -u train.py --n 3`` becomes several
+``python -u train.py --n 3``, in the folder that it was started in. (torchrun's command line is not used: it takes
+options such as ``--n`` of a script for abbreviations of its own.)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from pantheraml.errors import ConfigError
+from pantheraml.launch.ranks import AGENT
+from pantheraml.log import say, warn
+
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which ranks one agent starts.
+
+    Attributes:
+        here: ranks on this machine.
+        nodes: machines.
+        node_rank: of this one.
+        host: of node 0; ``"localhost"`` where there is one node.
+        port: where the agents of several nodes meet; 0 takes a free one, for one node.
+        run_id: the same on all nodes.
+        variables: added to the ranks' environment.
+    """
+
+    here: int
+    nodes: int = 1
+    node_rank: int = 0
+    host: str = "localhost"
+    port: int = 0
+    run_id: str = "pantheraml"
+    variables: tuple[tuple[str, str], ...] = ()
+
+
+_became_agent = False
+
+
+def become_agent(ranks: Ranks) -> NoReturn:
+    """Start the ranks, wait for them, and leave this process with their exit code.
+
+    Args:
+        ranks: what to start.
+
+    Raises:
+        ConfigError: what this process was started with cannot be started again.
+        SystemExit: always; the code of the first rank that failed, 128 + n where a signal n ended it or us, else 0.
+    """
+    global _became_agent  # noqa: PLW0603
+    if _became_agent:  # the script caught SystemExit and goes on; it must not start ranks for ever
+        os._exit(1)
+    command = command_again()
+    _became_agent = True
+    code = _run(command, ranks)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def command_again() -> list[str]:
+    """What this process was started with; the working directory is the one of that moment again.
+
+    Raises:
+        ConfigError: the program came from standard input or was typed.
+    """
+    arguments = sys.orig_argv[1:]
+    main = sys.modules["__main__"]
+    file = getattr(main, "__file__", None)
+    if "-c" not in arguments and (file is None or not Path(file).is_file()):
+        raise ConfigError(
+            got="The program did not come from a file, so it cannot be started again for each GPU.",
+            need="Each GPU is trained by a process of its own, which runs your script from the start.",
+            fix="Save it as a file and run python FILE, or use torchrun --nproc_per_node=N FILE.",
+        )
+    if file is not None and getattr(main, "__spec__", None) is None:
+        _return_to_start(file, arguments)
+    return [sys.executable, *arguments]
+
+
+def _return_to_start(file: str, arguments: list[str]) -> None:
+    """Undo ``os.chdir`` calls that the script made: its path was relative to where it was started."""
+    for word in arguments:
+        path = Path(word)
+        if not path.is_absolute() and file.endswith(os.sep + os.path.normpath(word)):
+            os.chdir(file.removesuffix(os.path.normpath(word)))
+            return
+
+
+def _run(command: list[str], ranks: Ranks) -> int:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # its lines would stand beside ours and say the same
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    say(_describe(ranks))
+    with tempfile.TemporaryDirectory(prefix="pantheraml-") as folder:
+        os.environ.update(_variables(ranks, folder))
+        try:
+            elastic_launch(_elastic_config(ranks), command[0])(*command[1:])
+        except ChildFailedError as error:
+            codes = {int(rank): int(failure.exitcode) for rank, failure in error.failures.items()}
+            return _report(codes, int(error.get_first_failure()[0]), Path(folder))
+        except SignalException as error:
+            name = signal.Signals(error.sigval).name
+            warn(f"{name}: all ranks were ended.")
+            return 128 + int(error.sigval)
+    return 0
+
+
+def _describe(ranks: Ranks) -> str:
+    if ranks.nodes == 1:
+        return f"starting {ranks.here} ranks of this script, one for each device."
+    where = f"node {ranks.node_rank} of {ranks.nodes}, met at {ranks.host}:{ranks.port}"
+    return f"starting {ranks.here} ranks of this script on {socket.gethostname()} ({where})."
+
+
+def _variables(ranks: Ranks, folder: str) -> dict[str, str]:
+    found = {AGENT: folder, **dict(ranks.variables)}
+    if "OMP_NUM_THREADS" not in os.environ:
+        # As many threads as the rank's share of the cores: each would take all of them.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        found["OMP_NUM_THREADS"] = str(max(1, cores // ranks.here))
+    return found
+
+
+def _elastic_config(ranks: Ranks) -> LaunchConfig:
+    from torch.distributed.launcher.api import LaunchConfig
+
+    several = ranks.nodes > 1
+    return LaunchConfig(
+        min_nodes=ranks.nodes,
+        max_nodes=ranks.nodes,
+        nproc_per_node=ranks.here,
+        run_id=ranks.run_id,
+        # Several nodes know who is first; one node takes any free port.
+        rdzv_backend="static" if several else "c10d",
+        rdzv_endpoint=f"{ranks.host}:{ranks.port}",
+        rdzv_configs={"rank": ranks.node_rank, "timeout": 900} if several else {"timeout": 900},
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+
+
+def _report(codes: dict[int, int], earliest: int, folder: Path) -> int:
+    """Say which rank failed first and how; its traceback was printed when it failed.
+
+    Ranks that lose one of them fail, too, often before its process has ended. Who left without a traceback, by an exit
+    or a signal that was not ours, is the cause; else who printed one first.
+    """
+    told = {int(file.stem.removeprefix("rank_")) for file in folder.glob("rank_*.txt")}
+    silent = [rank for rank, code in codes.items() if rank not in told and code != -signal.SIGTERM]
+    first = folder / "first"
+    rank = silent[0] if silent else int(first.read_text()) if first.exists() else earliest
+    code = codes.get(rank, 1)
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = " (often the machine ran out of memory)" if name == "SIGKILL" else ""
+        warn(f"rank {rank} was ended by {name}{hint}; the other ranks were ended.")
+        return 128 - code
+    also = f"; {len(told - {rank})} of them had failed, too" if told - {rank} else ""
+    warn(f"rank {rank} ended with exit code {code}; the other ranks were ended{also}.")
+    return code

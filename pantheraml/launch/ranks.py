@@ -1,0 +1,100 @@
+"""What a process does when it is a rank: torch's variables, one traceback, one progress bar."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from pantheraml.log import set_quiet
+
+if TYPE_CHECKING:
+    from pantheraml.launch.environment import LaunchEnvironment
+
+Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
+
+# Set by our agent for the ranks that it starts: the folder they share on their machine.
+AGENT = "PANTHERAML_AGENT"
+
+_joined = False
+
+
+def join(environment: LaunchEnvironment) -> None:
+    """Be the rank that ``environment`` describes; more than once is the same as once.
+
+    SLURM's tasks get the variables that torch and accelerate read. Ranks of our agent print the traceback of the first
+    of them that fails, and no other. Ranks beside the main one are quiet.
+    """
+    global _joined  # noqa: PLW0603
+    if _joined or not environment.is_rank:
+        return
+    _joined = True
+    if environment.kind == "slurm-gpu":
+        os.environ.update(
+            RANK=str(environment.rank),
+            WORLD_SIZE=str(environment.world_size),
+            LOCAL_RANK=str(environment.local_rank),
+            LOCAL_WORLD_SIZE=str(environment.local_world_size),
+            MASTER_ADDR=str(environment.master_addr),
+            MASTER_PORT=str(environment.master_port),
+        )
+    if AGENT in os.environ:
+        atexit.register(_leave_in_peace)
+        sys.excepthook = FirstTraceback(environment, Path(os.environ[AGENT]), sys.excepthook)
+    if environment.rank > 0:
+        set_quiet(True)
+        _hide_progress()
+
+
+class FirstTraceback:
+    """An excepthook that shows the first failure among the ranks of a machine, and keeps the others in files.
+
+    Args:
+        environment: of this rank.
+        folder: shared by the ranks of the machine.
+        show: the excepthook that was there.
+    """
+
+    def __init__(self, environment: LaunchEnvironment, folder: Path, show: Hook) -> None:
+        self._environment, self._folder, self._show = environment, folder, show
+
+    def __call__(self, kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+        """Show it, if no other rank was faster."""
+        if issubclass(kind, KeyboardInterrupt):  # the agent says so, once
+            return
+        rank, count = self._environment.rank, self._environment.world_size
+        text = "".join(traceback.format_exception(kind, value, trace))
+        (self._folder / f"rank_{rank}.txt").write_text(text)
+        try:
+            with (self._folder / "first").open("x") as file:
+                file.write(str(rank))
+        except FileExistsError:
+            return
+        print(f"PantheraML: rank {rank} of {count} on {socket.gethostname()} failed:", file=sys.stderr)  # noqa: T201
+        self._show(kind, value, trace)
+
+
+def _leave_in_peace() -> None:
+    """Let this process end with its own exit code: the agent ends all ranks as soon as the first of them has."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _hide_progress() -> None:
+    """No progress bars of the libraries that draw one in every rank; a library that is not imported yet is left so."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    for name, function in (
+        ("transformers.utils.logging", "disable_progress_bar"),
+        ("datasets.utils", "disable_progress_bars"),
+        ("huggingface_hub.utils", "disable_progress_bars"),
+    ):
+        module = sys.modules.get(name)
+        if module is not None:
+            getattr(module, function)()

@@ -1,0 +1,143 @@
+"""What a run does to its GPUs, once a logging step: tokens per second, share of the peak, memory, power.
+
+    console     one line, from rank 0
+    report_to   ``tokens_per_second``, ``mfu`` and ``peak_allocated_gib``, beside the loss, to the trackers of the run
+    file        ``telemetry.jsonl`` in the output folder: one line for each logging step, with every rank's devices
+
+Measuring is a few reads of counters on each rank and one exchange of some hundred bytes between CPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pantheraml.devices.memory import get_memory_stats
+from pantheraml.devices.nvml import open_nvml
+from pantheraml.devices.peaks import peak_tflops
+from pantheraml.distributed.process_group import gather_objects, is_main_process
+from pantheraml.errors import first_line
+from pantheraml.log import say, say_once
+
+Stats = dict[str, dict[str, float]]
+
+
+def operations_per_token(model: nn.Module) -> int:
+    """Floating-point operations of a training step for one token: products with weights alone, without attention's own.
+
+    Two for each number of a weight forward, two for the gradient of its input, and two more where it is trained.
+    """
+    total = 0
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Embedding) or not isinstance(weight, torch.Tensor) or weight.dim() < 2:
+            continue
+        state = getattr(weight, "quant_state", None)
+        numbers = weight.numel() if state is None else math.prod(state.shape)
+        total += numbers * (6 if weight.requires_grad else 4)
+    return total
+
+
+def device_stats() -> Stats:
+    """The devices of this process, each with what the driver tells beside; see ``get_memory_stats``."""
+    stats = get_memory_stats()
+    nvml = open_nvml()
+    for name, row in stats.items():
+        if nvml is None or not name.startswith("gpu_"):
+            continue
+        uuid = f"GPU-{torch.cuda.get_device_properties(int(name[4:])).uuid}"
+        state = nvml.state(uuid)
+        if state is not None:
+            told = {"used_by_all": state.used, "power": state.power, "temperature": state.temperature}
+            row.update({key: float(value) for key, value in told.items() if value is not None})
+    return stats
+
+
+class Telemetry:
+    """The figures of one run.
+
+    Args:
+        folder: of the run; ``telemetry.jsonl`` is written there by rank 0, and added to when a run is resumed.
+        model: what is trained.
+        device: of this rank.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, device: torch.device) -> None:
+        self._file = folder / "telemetry.jsonl"
+        self._operations = operations_per_token(model)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self._peak = peak_tflops(name)
+        self._began = time.perf_counter()
+        self._tokens: float | None = None
+
+    def begin(self) -> None:
+        """The first step comes next."""
+        self._began, self._tokens = time.perf_counter(), None
+
+    def measure(self, step: int, tokens: float, logs: dict[str, float]) -> dict[str, float]:
+        """The figures since the last call, said and written by rank 0; every rank calls this.
+
+        Args:
+            step: optimizer steps so far.
+            tokens: of all ranks since the run began, without padding.
+            logs: what is logged beside.
+
+        Returns:
+            What belongs beside the loss.
+        """
+        now = time.perf_counter()
+        passed, new = now - self._began, tokens - (self._tokens or 0)
+        self._began, self._tokens = now, tokens
+        devices = number_devices(gather_objects(device_stats()))
+        figures = {"tokens_per_second": new / passed}
+        if self._peak is not None:
+            gpus = sum(name.startswith("gpu_") for name in devices)
+            figures["mfu"] = figures["tokens_per_second"] * self._operations / (gpus * self._peak * 1e12)
+        peaks = [row["peak_allocated"] for row in devices.values() if "peak_allocated" in row]
+        if peaks:
+            figures["peak_allocated_gib"] = max(peaks)
+        if is_main_process():
+            say(_line(step, figures, devices))
+            self._write({"step": step, "time": time.time(), **logs, **figures, "devices": devices})
+        return figures
+
+    def _write(self, line: dict[str, Any]) -> None:
+        """A disk that is full does not end a run."""
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            say_once(f"telemetry is not written to {self._file}: {first_line(error)}.")
+
+
+def number_devices(by_rank: list[Stats]) -> Stats:
+    """The devices of all ranks under names of their own: the GPU of rank 3 is ``gpu_3``; CPUs are told once."""
+    if len(by_rank) == 1:
+        return by_rank[0]
+    found: Stats = {}
+    for rank, stats in enumerate(by_rank):
+        for name, row in stats.items():
+            kind = name.split("_")[0]
+            found[f"{kind}_{rank}"] = row
+    return found
+
+
+def _line(step: int, figures: dict[str, float], devices: Stats) -> str:
+    words = [f"step {step}", f"{figures['tokens_per_second']:,.0f} tokens/s"]
+    if "mfu" in figures:
+        words.append(f"{100 * figures['mfu']:.0f} % of the peak")
+    for name, row in devices.items():
+        if "allocated" not in row:
+            continue
+        text = f"{name} {row['allocated']:.1f} GiB (peak {row['peak_allocated']:.1f}, free {row['free']:.1f})"
+        text += f" {row['power']:.0f} W" if "power" in row else ""
+        text += f" {row['temperature']:.0f} °C" if "temperature" in row else ""
+        words.append(text)
+    return ", ".join(words)

@@ -1,0 +1,56 @@
+"""A training script without the training: started in every way, it says what it found and fails as it is told."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+where = Path.cwd()
+if "--chdir" in sys.argv:
+    os.chdir("/")
+
+from pantheraml.config.multi_gpu import MultiGPUConfig  # noqa: E402
+from pantheraml.distributed import process_group as group  # noqa: E402
+
+count = int(sys.argv[1])
+end = sys.argv[-1]
+
+
+def tell(text):
+    """One write, so that ranks do not mix their lines."""
+    os.write(1, f"{text}\n".encode())
+
+
+def main():
+    group.setup_multi_gpu(MultiGPUConfig(num_processes=count))
+    rank = group.get_rank()
+    total = group.all_reduce_scalar(rank + 1)
+    tell(
+        f"rank {rank}/{group.get_world_size()} total={total} cwd={where} argv={sys.argv[1:]} flags={sys.flags.optimize}"
+    )
+    if end == "raise" and rank == 1:
+        raise ValueError("the second rank fails")
+    if end == "all":
+        raise ValueError("every rank fails")
+    if end == "exit" and rank == 1:
+        sys.exit(3)
+    if end == "kill" and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if end == "wait":
+        Path(os.environ["READY"]).joinpath(str(rank)).touch()
+        time.sleep(100)
+    if end == "first":
+        with group.main_process_first():
+            tell(f"in {rank}")
+            time.sleep(0.3 if rank == 0 else 0)
+    if end == "second":
+        group.setup_multi_gpu()
+        group.cleanup_multi_gpu()
+        with group.distributed_context() as config:
+            tell(f"again {group.broadcast_object(rank)} {config.backend}")
+    group.barrier()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Plain python starts the ranks: real processes, their output, exit codes and signals."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("script.py")
+ROOT = SCRIPT.parents[2]
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def environment(**more):
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def run(*words, cwd=None, stdin=None):
+    """Exit code, standard output and standard error of ``python words``."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, cwd=cwd, env=environment(), input=stdin,
+        timeout=100, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_plain_script_becomes_several_ranks(tmp_path):
+    """With its arguments (also those that torchrun takes for its own), its flags and its folder."""
+    (tmp_path / "below").mkdir()
+    copy = tmp_path / "below" / "train.py"
+    copy.write_text(SCRIPT.read_text())
+    code, out, err = run("-O", "below/train.py", 2, "--n", "--log", "x", "--chdir", "end", cwd=tmp_path)
+    lines = sorted(line for line in out.splitlines() if line.startswith("rank"))
+    assert code == 0, err
+    assert lines == [
+        f"rank {rank}/2 total=3.0 cwd={tmp_path} argv=['2', '--n', '--log', 'x', '--chdir', 'end'] flags=1"
+        for rank in range(2)
+    ]
+    assert err.count("starting 2 ranks") == 1
+
+
+def test_a_module_becomes_several_ranks():
+    code, out, err = run("-m", "tests.launch.script", 2, "second", cwd=ROOT)
+    assert code == 0, err
+    assert len(re.findall(r"rank [01]/2", out)) == 2 and out.count("again 0 nccl") == 2
+
+
+def test_one_process_stays_one():
+    code, out, err = run(SCRIPT, 1, "end")
+    assert code == 0 and "rank 0/1 total=1" in out and "starting" not in err
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "says", "tracebacks"),
+    [
+        ("raise", 1, "rank 1 ended with exit code 1", 1),
+        ("all", 1, "ended with exit code 1", 1),
+        ("exit", 3, "rank 1 ended with exit code 3", None),
+        ("kill", 137, "rank 1 was ended by SIGKILL", None),
+    ],
+)
+def test_a_rank_that_fails_ends_the_run(end, code, says, tracebacks):
+    found, _, err = run(SCRIPT, 3, end)
+    assert found == code, err
+    assert says in err
+    if tracebacks is not None:
+        assert err.count("Traceback (most recent call last)") == tracebacks
+        assert err.index("Traceback") < err.index(says)
+        assert "ValueError: the second rank fails" in err or end == "all"
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_every_rank(tmp_path, sent, code):
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "2", "wait"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=environment(READY=str(tmp_path)),
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = {int(pid) for pid in subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()}  # fmt: skip
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=45)
+    assert process.returncode == code
+    assert f"{sent.name}: all ranks were ended" in err and "Traceback" not in err
+    assert children and not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+def test_the_first_rank_goes_first():
+    code, out, _ = run(SCRIPT, 3, "first")
+    order = [line for line in out.splitlines() if line.startswith("in ")]
+    assert code == 0 and order[0] == "in 0" and sorted(order) == ["in 0", "in 1", "in 2"]
+
+
+def test_a_program_from_standard_input_is_refused():
+    program = "from pantheraml.config.multi_gpu import MultiGPUConfig\n"
+    program += "from pantheraml.distributed.process_group import setup_multi_gpu\n"
+    program += "setup_multi_gpu(MultiGPUConfig(num_processes=2))\n"
+    code, _, err = run("-", stdin=program)
+    assert code == 1 and "did not come from a file" in err
+    assert run("-c", program)[0] == 0
+
+
+def test_torchrun_starts_the_ranks_itself():
+    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", SCRIPT, "2", "end"]
+    code, out, err = run(*words)
+    assert code == 0, err
+    assert len(re.findall(r"rank [01]/2 total=3.0", out)) == 2 and "starting" not in err
+    words[-2] = "3"
+    code, _, err = run(*words)
+    assert code == 1 and "num_processes=3" in err and "2 ranks that torchrun started" in err
+
+
+def test_accelerate_starts_the_ranks_itself():
+    words = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--main_process_port=0"]
+    words += ["--mixed_precision=no", "--dynamo_backend=no", SCRIPT, "2", "end"]
+    code, out, err = run("-m", "accelerate.commands.launch", *words)
+    assert code == 0, err
+    assert len(re.findall(r"rank [01]/2 total=3.0", out)) == 2

@@ -1,0 +1,58 @@
+"""One script, the same numbers: one process, ranks that we start, torchrun, accelerate launch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.launch.test_agent import run
+
+SCRIPT = Path(__file__).with_name("train.py")
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+ACCELERATE += ["--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("model"), "llama")
+
+
+@pytest.fixture(scope="module")
+def alone(model, tmp_path_factory):
+    """One process's run."""
+    return train(model, tmp_path_factory.mktemp("alone"), 1, [])
+
+
+def train(model, output, ranks, launcher, *more):
+    code, out, err = run(*launcher, SCRIPT, model, output, ranks, *more)
+    assert code == 0, err
+    assert sorted(line for line in out.splitlines() if line.endswith("is done")) == [
+        f"rank {rank} is done" for rank in range(ranks)
+    ]
+    result = json.loads((output / "result.json").read_text())
+    return result | {"err": err, "telemetry": (output / "telemetry.jsonl").read_text().splitlines()}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "launcher", "more"),
+    [(2, [], []), (4, [], ["early"]), (2, TORCHRUN, []), (2, ACCELERATE, [])],
+    ids=["python", "python, arguments first", "torchrun", "accelerate"],
+)
+def test_the_same_script_gives_the_same_numbers(model, alone, tmp_path, ranks, launcher, more):
+    found = train(model, tmp_path, ranks, launcher, *more)
+    assert len(found["logs"]) == len(alone["logs"]) == 4
+    for mine, theirs in zip(found["logs"], alone["logs"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-6)
+    assert sorted(found["memory"]) == [f"cpu_{rank}" for rank in range(ranks)]
+    assert all(row["rss"] > 0.1 for row in found["memory"].values())
+    # Everything is said once.
+    for line in ("LoRA r=16: ", "rows a step", "step 4, ", f"= {8} rows a step"):
+        assert found["err"].count(line) == 1, line
+    assert f"{ranks} ranks ({ranks} on " in found["err"]
+    steps = [json.loads(line) for line in found["telemetry"]]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    assert all(step["tokens_per_second"] > 0 and len(step["devices"]) == ranks for step in steps)
