@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pantheraml.errors import ConfigError
-from pantheraml.launch.gpus import visible_gpus
+from pantheraml.launch.gpus import num_visible_gpus
 from pantheraml.launch.process import Process
 from pantheraml.launch.slurm import Step, bare_job, layout, read_step
 from pantheraml.launch.variables import missing, whole_number
@@ -44,7 +44,7 @@ class LaunchEnvironment:
         num_nodes: machines.
         master_addr: host where the ranks meet, or are to meet.
         master_port: port where they do.
-        why_not_rerun: why the program cannot be started again as ranks, as a sentence; empty if it can, and for ranks.
+        why_not_rerun: why the program cannot be started again as ranks, as a clause; None if it can, and for ranks.
         note: what the user should know of how the program was started, as sentences; mostly empty.
     """
 
@@ -57,7 +57,7 @@ class LaunchEnvironment:
     num_nodes: int = 1
     master_addr: str | None = None
     master_port: int | None = None
-    why_not_rerun: str = ""
+    why_not_rerun: str | None = None
     note: str = ""
 
     @property
@@ -89,7 +89,7 @@ class LaunchEnvironment:
         process = process or Process.read()
         step = read_step(variables)
         if step is not None:
-            return _slurm_task(variables, step, process, gpus or (lambda: visible_gpus(variables)))
+            return _slurm_task(variables, step, process, gpus or (lambda: num_visible_gpus(variables)))
         kind = "notebook" if process.is_notebook else "python"
         return cls(kind, why_not_rerun=process.why_not_rerun, note=bare_job(variables))
 

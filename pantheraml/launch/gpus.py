@@ -33,7 +33,7 @@ class Gpu(NamedTuple):
     is_split: bool
 
 
-def visible_gpus(
+def num_visible_gpus(
     variables: Mapping[str, str] = os.environ, library: str = NVML, amd_driver: Path = AMD_DRIVER
 ) -> int | None:
     """Number of GPUs that CUDA would show this process; 0 without NVIDIA's driver; None where only torch can tell.

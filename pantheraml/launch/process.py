@@ -56,21 +56,19 @@ class Process:
         return self.ipython or self.interactive or self.source == "stdin"
 
     @property
-    def why_not_rerun(self) -> str:
-        """Why the program must not be started again in other processes, as a sentence; empty if it may be."""
+    def why_not_rerun(self) -> str | None:
+        """Why the program must not be started again in other processes, as a clause; None if it may be."""
         if self.child:
-            return "This process is a child of Python's multiprocessing, and its parent runs the script."
+            return "this process is a child of Python's multiprocessing, whose parent runs the script"
         if self.pytest:
-            return "This process runs pytest, and each copy of it would run all tests."
+            return "this process runs pytest, and each copy of it would run all tests"
         if self.ipython:
-            return (
-                "This process is a notebook or an IPython shell, whose cells other processes cannot repeat."
-            )
+            return "this process is a notebook or an IPython shell, whose cells other processes cannot repeat"
         if self.source == "stdin" and not self.interactive:
-            return "The program came from standard input, which other processes cannot read again."
+            return "the program came from standard input, which other processes cannot read again"
         if self.interactive:
-            return "This Python is interactive, and other processes cannot repeat what is typed."
-        return ""
+            return "this Python is interactive, and other processes cannot repeat what is typed"
+        return None
 
 
 def program_source(command: Sequence[str]) -> Source:

@@ -213,14 +213,14 @@ def test_what_is_half_set_or_cannot_be_is_an_error(variables, part):
 def test_who_starts_no_ranks_says_why(variables, process, kind):
     found = detect(variables, process)
     assert (found.kind, found.is_rank, found.world_size) == (kind, False, 1)
-    assert found.why_not_rerun == process.why_not_rerun != ""
+    assert found.why_not_rerun == process.why_not_rerun is not None
 
 
 @pytest.mark.parametrize("variables", [TORCHRUN, ACCELERATE, SLURM_GPU])
 def test_a_rank_is_a_rank_in_a_child_too(variables):
     found = detect(variables, Process(child=True))
     assert found.is_rank
-    assert not found.why_not_rerun
+    assert found.why_not_rerun is None
 
 
 def test_a_batch_script_is_one_process_and_says_so():

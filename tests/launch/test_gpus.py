@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pantheraml.launch.gpus import Gpu, count_visible, read_gpus, visible_gpus
+from pantheraml.launch.gpus import Gpu, count_visible, num_visible_gpus, read_gpus
 
 WHOLE = [Gpu(f"GPU-{letter}0000000-aaaa", False) for letter in "0123"]
 ALIKE = [Gpu("GPU-ab12", False), Gpu("GPU-ab34", False), Gpu("GPU-cd56", False)]
@@ -59,10 +59,10 @@ def test_selections(gpus, selection, count):
 def test_without_a_driver(tmp_path):
     nothing, amd = tmp_path / "nothing", tmp_path / "kfd"
     amd.touch()
-    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}, str(nothing), nothing) == 0
-    assert visible_gpus({"HIP_VISIBLE_DEVICES": "0"}, str(nothing), nothing) is None
-    assert visible_gpus({"ROCR_VISIBLE_DEVICES": "0,1"}, str(nothing), nothing) is None
-    assert visible_gpus({}, str(nothing), amd) is None
+    assert num_visible_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}, str(nothing), nothing) == 0
+    assert num_visible_gpus({"HIP_VISIBLE_DEVICES": "0"}, str(nothing), nothing) is None
+    assert num_visible_gpus({"ROCR_VISIBLE_DEVICES": "0,1"}, str(nothing), nothing) is None
+    assert num_visible_gpus({}, str(nothing), amd) is None
 
 
 NVML = """
@@ -112,24 +112,25 @@ def test_nvml_is_asked(nvml, tmp_path):
         Gpu("GPU-7f0000000003", True),
     )
     # SLURM sets AMD's variables beside NVIDIA's GPUs
-    assert visible_gpus({"ROCR_VISIBLE_DEVICES": "0,1"}, library, nothing) == 2
-    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-7f0000000001"}, library, nothing) == 1
+    assert num_visible_gpus({"ROCR_VISIBLE_DEVICES": "0,1"}, library, nothing) == 2
+    assert num_visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-7f0000000001"}, library, nothing) == 1
 
 
 def test_a_driver_without_gpus_is_an_answer(nvml, tmp_path):
-    assert visible_gpus({"ROCR_VISIBLE_DEVICES": "0,1"}, nvml(0, count=0), tmp_path / "nothing") == 0
+    assert num_visible_gpus({"ROCR_VISIBLE_DEVICES": "0,1"}, nvml(0, count=0), tmp_path / "nothing") == 0
 
 
 def test_a_driver_that_does_not_work(nvml, tmp_path):
-    assert visible_gpus({}, nvml(18), tmp_path / "nothing") == 0
+    assert num_visible_gpus({}, nvml(18), tmp_path / "nothing") == 0
     other = tmp_path / "text.so"
     other.write_text("not a library")
-    assert visible_gpus({}, str(other), tmp_path / "nothing") == 0
+    assert num_visible_gpus({}, str(other), tmp_path / "nothing") == 0
 
 
 def test_counting_changes_nothing_and_loads_no_torch():
     program = (
-        "import os, sys; before = dict(os.environ); from pantheraml.launch.gpus import visible_gpus; visible_gpus()\n"
+        "import os, sys; before = dict(os.environ)\n"
+        "from pantheraml.launch.gpus import num_visible_gpus; num_visible_gpus()\n"
         "assert dict(os.environ) == before; assert 'torch' not in sys.modules"
     )
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "0"}
