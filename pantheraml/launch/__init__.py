@@ -1,1 +1,1 @@
-"""The start of ranks: what this process is, who is missing, and the agent that starts them."""
+"""Who started this process, which rank it is, and how the other ranks are started; knows nothing of models."""

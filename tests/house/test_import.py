@@ -58,6 +58,18 @@ def test_importing_is_free():
     assert set(pantheraml.__all__) <= set(probes[0]["names"])
 
 
+def test_asking_what_started_a_process_loads_no_library():
+    """Before ranks are started, a process may hold nothing that they need."""
+    program = (
+        "import json, os, sys; before = dict(os.environ)\n"
+        "from pantheraml.launch.environment import LaunchEnvironment\n"
+        "LaunchEnvironment.detect()\n"
+        f"heavy = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "print(json.dumps([heavy, before == dict(os.environ)]))"
+    )
+    assert json.loads(python("-c", program)) == [[], True]
+
+
 def test_help_answers_at_once():
     seconds = []
     for _ in range(3):
