@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pantheraml.errors import ConfigError
-from pantheraml.launch.ranks import AGENT
+from pantheraml.launch.environment import AGENT
 from pantheraml.log import say, warn
 
 if TYPE_CHECKING:

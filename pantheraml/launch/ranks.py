@@ -11,17 +11,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
+from pantheraml.launch.environment import AGENT, LaunchEnvironment
 from pantheraml.log import set_quiet
 
-if TYPE_CHECKING:
-    from pantheraml.launch.environment import LaunchEnvironment
-
 Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
-
-# Set by our agent for the ranks that it starts: the folder they share on their machine.
-AGENT = "PANTHERAML_AGENT"
 
 _joined = False
 

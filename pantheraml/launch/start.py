@@ -60,7 +60,9 @@ def ensure_ranks(config: MultiGPUConfig) -> LaunchEnvironment:
 def say_what_is_idle() -> None:
     """One line, where a single process runs on a machine with several GPUs."""
     environment = LaunchEnvironment.detect()
-    count = num_visible_gpus()
+    count = num_visible_gpus() or 0
+    if environment.note:
+        say_once(environment.note)
     if not environment.is_rank and count > 1:
         say_once(
             f"{count} GPUs are visible and one of them is used; use_multi_gpu=True trains on all of them."
@@ -70,6 +72,10 @@ def say_what_is_idle() -> None:
 def _num_here(config: MultiGPUConfig) -> int:
     """Ranks of this machine."""
     gpus = num_visible_gpus()
+    if gpus is None:  # not NVIDIA's: torch knows
+        import torch
+
+        gpus = torch.cuda.device_count()
     if config.num_processes is None:
         return max(1, gpus)
     if 0 < gpus < config.num_processes:
