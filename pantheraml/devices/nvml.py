@@ -10,10 +10,25 @@ import ctypes
 from ctypes import POINTER, Structure, byref, c_char, c_int, c_uint, c_ulonglong, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
+NVML_LIBRARY = "libnvidia-ml.so.1"
 GIB = 1024**3
+_UUID_BYTES = 96
 _TEMPERATURE_OF_GPU = 0
 _OK, _INSUFFICIENT_SIZE = 0, 7
+
+
+class Gpu(NamedTuple):
+    """A GPU of this machine.
+
+    Attributes:
+        uuid: as ``nvidia-smi -L`` prints it (``GPU-...``).
+        is_split: it is in MIG mode, so that processes see a slice of it at most.
+    """
+
+    uuid: str
+    is_split: bool
 
 
 @dataclass(frozen=True)
@@ -58,17 +73,19 @@ class NVML:
         OSError: it is not there, or the driver does not run.
     """
 
-    def __init__(self, name: str = "libnvidia-ml.so.1") -> None:
+    def __init__(self, name: str = NVML_LIBRARY) -> None:
         self._library = ctypes.CDLL(name)
-        if self._library.nvmlInit_v2() != _OK:
+        start = getattr(self._library, "nvmlInit_v2", None)
+        if start is None or start() != _OK:
             raise OSError(f"{name} did not start: the NVIDIA driver does not run")
 
-    def uuids(self) -> list[str]:
-        """Of all GPUs of the machine, in the order of their PCI addresses."""
+    def gpus(self) -> list[Gpu]:
+        """Those of the machine that this process may open, in the order of their PCI addresses."""
         count = c_uint()
         if self._library.nvmlDeviceGetCount_v2(byref(count)) != _OK:
             return []
-        return [self._uuid(index) for index in range(count.value)]
+        found = (self._gpu(index) for index in range(count.value))
+        return [gpu for gpu in found if gpu is not None]
 
     def state(self, uuid: str) -> GPUState | None:
         """The GPU as it is now, or None where NVML does not know it."""
@@ -89,12 +106,15 @@ class NVML:
             processes=self._processes(device),
         )
 
-    def _uuid(self, index: int) -> str:
-        device, name = c_void_p(), (c_char * 96)()
+    def _gpu(self, index: int) -> Gpu | None:
+        device, name = c_void_p(), (c_char * _UUID_BYTES)()
         if self._library.nvmlDeviceGetHandleByIndex_v2(c_uint(index), byref(device)) != _OK:
-            return ""
-        self._library.nvmlDeviceGetUUID(device, name, c_uint(len(name)))
-        return name.value.decode()
+            return None  # a container or a cgroup keeps it from us, and from CUDA
+        if self._library.nvmlDeviceGetUUID(device, name, c_uint(_UUID_BYTES)) != _OK:
+            return None
+        mode, pending = c_uint(), c_uint()
+        answer = self._library.nvmlDeviceGetMigMode(device, byref(mode), byref(pending))
+        return Gpu(name.value.decode(), is_split=answer == _OK and mode.value == 1)
 
     def _number(self, function: str, device: c_void_p) -> int | None:
         value = c_uint()

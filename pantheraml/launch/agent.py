@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from pantheraml.errors import ConfigError
 from pantheraml.launch.environment import AGENT
 from pantheraml.log import say, warn
 
@@ -58,7 +57,6 @@ def become_agent(ranks: Ranks) -> NoReturn:
         ranks: what to start.
 
     Raises:
-        ConfigError: what this process was started with cannot be started again.
         SystemExit: always; the code of the first rank that failed, 128 + n where a signal n ended it or us, else 0.
     """
     global _became_agent  # noqa: PLW0603
@@ -72,20 +70,10 @@ def become_agent(ranks: Ranks) -> NoReturn:
 
 
 def command_again() -> list[str]:
-    """What this process was started with; the working directory is the one of that moment again.
-
-    Raises:
-        ConfigError: the program came from standard input or was typed.
-    """
+    """What this process was started with; the working directory is the one of that moment again."""
     arguments = sys.orig_argv[1:]
     main = sys.modules["__main__"]
     file = getattr(main, "__file__", None)
-    if "-c" not in arguments and (file is None or not Path(file).is_file()):
-        raise ConfigError(
-            got="The program did not come from a file, so it cannot be started again for each GPU.",
-            need="Each GPU is trained by a process of its own, which runs your script from the start.",
-            fix="Save it as a file and run python FILE, or use torchrun --nproc_per_node=N FILE.",
-        )
     if file is not None and getattr(main, "__spec__", None) is None:
         _return_to_start(file, arguments)
     return [sys.executable, *arguments]

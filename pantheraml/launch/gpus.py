@@ -6,35 +6,20 @@ that. NVML, the driver's own library, is asked by ctypes, and ``CUDA_VISIBLE_DEV
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-NVML = "libnvidia-ml.so.1"
+from pantheraml.devices.nvml import NVML, NVML_LIBRARY, Gpu
+
 # There when AMD's driver is.
 AMD_DRIVER = Path("/dev/kfd")
 _AMD_VARIABLES = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
-_UUID_BYTES = 96
-
-
-class Gpu(NamedTuple):
-    """A GPU of this machine.
-
-    Attributes:
-        uuid: as ``nvidia-smi -L`` prints it (``GPU-...``).
-        is_split: it is in MIG mode, so that processes see a slice of it at most.
-    """
-
-    uuid: str
-    is_split: bool
-
 
 def num_visible_gpus(
-    variables: Mapping[str, str] = os.environ, library: str = NVML, amd_driver: Path = AMD_DRIVER
+    variables: Mapping[str, str] = os.environ, library: str = NVML_LIBRARY, amd_driver: Path = AMD_DRIVER
 ) -> int | None:
     """Number of GPUs that CUDA would show this process; 0 without NVIDIA's driver; None where only torch can tell.
 
@@ -52,22 +37,12 @@ def num_visible_gpus(
 
 
 @functools.cache
-def read_gpus(library: str = NVML) -> tuple[Gpu, ...] | None:
+def read_gpus(library: str = NVML_LIBRARY) -> tuple[Gpu, ...] | None:
     """The GPUs this process may open, in NVML's order; None without a working driver. Asked once per process."""
     try:
-        nvml = ctypes.CDLL(library)
-        if nvml.nvmlInit_v2() != 0:
-            return None
-    except (OSError, AttributeError):  # not there, or not NVML
+        return tuple(NVML(library).gpus())
+    except OSError:
         return None
-    try:
-        count = ctypes.c_uint()
-        if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-            return None
-        found = [_read_gpu(nvml, index) for index in range(count.value)]
-        return tuple(gpu for gpu in found if gpu is not None)
-    finally:
-        nvml.nvmlShutdown()
 
 
 def count_visible(gpus: Sequence[Gpu], selection: str | None) -> int:
@@ -108,15 +83,3 @@ def _leading_number(entry: str) -> int | None:
     digits = entry.removeprefix("+")
     length = next((place for place, letter in enumerate(digits) if letter not in "0123456789"), len(digits))
     return int(digits[:length]) if length else None
-
-
-def _read_gpu(nvml: ctypes.CDLL, index: int) -> Gpu | None:
-    handle = ctypes.c_void_p()
-    if nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle)) != 0:
-        return None  # a container or a cgroup keeps it from us, and from CUDA
-    uuid = ctypes.create_string_buffer(_UUID_BYTES)
-    if nvml.nvmlDeviceGetUUID(handle, uuid, ctypes.c_uint(_UUID_BYTES)) != 0:
-        return None
-    mode, pending = ctypes.c_uint(), ctypes.c_uint()
-    answer = nvml.nvmlDeviceGetMigMode(handle, ctypes.byref(mode), ctypes.byref(pending))
-    return Gpu(uuid.value.decode(), is_split=answer == 0 and mode.value == 1)

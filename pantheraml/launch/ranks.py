@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 
 from pantheraml.launch.environment import AGENT, LaunchEnvironment
+from pantheraml.launch.network import socket_variables
+from pantheraml.launch.slurm import read_step
 from pantheraml.log import set_quiet
 
 Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
@@ -39,6 +41,9 @@ def join(environment: LaunchEnvironment) -> None:
             MASTER_ADDR=str(environment.master_addr),
             MASTER_PORT=str(environment.master_port),
         )
+        step = read_step(os.environ)
+        if environment.num_nodes > 1 and step is not None:
+            os.environ.update(socket_variables((str(environment.master_addr), *step.hosts)))
     if AGENT in os.environ:
         atexit.register(_leave_in_peace)
         sys.excepthook = FirstTraceback(environment, Path(os.environ[AGENT]), sys.excepthook)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from pantheraml.config.multi_gpu import MultiGPUConfig
@@ -11,6 +12,7 @@ from pantheraml.launch.environment import LaunchEnvironment
 from pantheraml.launch.gpus import num_visible_gpus
 from pantheraml.launch.network import socket_variables
 from pantheraml.launch.ranks import join
+from pantheraml.launch.slurm import read_step
 from pantheraml.log import say, say_once
 
 
@@ -31,38 +33,47 @@ def ensure_ranks(config: MultiGPUConfig) -> LaunchEnvironment:
     if config.strategy == "none":
         return environment
     here = _num_here(config)
-    if environment.kind == "slurm-node" and environment.num_nodes > 1:
-        _say_if_cuda_was_touched()
-        host = str(environment.master_addr)
-        return become_agent(
-            Ranks(
-                here=here,
-                nodes=environment.num_nodes,
-                node_rank=environment.node_rank,
-                host=host,
-                port=int(environment.master_port or 0),
-                run_id=f"slurm-{environment.master_port}",
-                variables=tuple(socket_variables(host).items()),
-            )
-        )
-    if here == 1:
+    several = environment.kind == "slurm-node" and environment.num_nodes > 1
+    if here == 1 and not several:
+        _say_note(environment)
         return environment
     if environment.why_not_rerun is not None:
         raise ConfigError(
-            got=f"{here} ranks were asked for, and {environment.why_not_rerun}.",
+            got=f"{here * environment.num_nodes} ranks were asked for, and {environment.why_not_rerun}.",
             need="Each GPU is trained by a process of its own, which runs your script from the start.",
             fix="Run python FILE (or torchrun --nproc_per_node=N FILE), or pass MultiGPUConfig(num_processes=1).",
         )
+    _say_note(environment)
     _say_if_cuda_was_touched()
-    return become_agent(Ranks(here=here))
+    return become_agent(_of_node(environment, here) if several else Ranks(here=here))
+
+
+def _of_node(environment: LaunchEnvironment, here: int) -> Ranks:
+    """The ranks of one of a SLURM step's nodes, which meet at its first."""
+    step, port = read_step(os.environ), int(environment.master_port or 0)
+    host = str(environment.master_addr)
+    hosts = (host,) if step is None else (host, *step.hosts)
+    return Ranks(
+        here=here,
+        nodes=environment.num_nodes,
+        node_rank=environment.node_rank,
+        host=host,
+        port=port,
+        run_id=f"slurm-{port}",
+        variables=tuple(socket_variables(hosts).items()),
+    )
+
+
+def _say_note(environment: LaunchEnvironment) -> None:
+    if environment.note:
+        say_once(environment.note)
 
 
 def say_what_is_idle() -> None:
     """One line, where a single process runs on a machine with several GPUs."""
     environment = LaunchEnvironment.detect()
     count = num_visible_gpus() or 0
-    if environment.note:
-        say_once(environment.note)
+    _say_note(environment)
     if not environment.is_rank and count > 1:
         say_once(
             f"{count} GPUs are visible and one of them is used; use_multi_gpu=True trains on all of them."

@@ -26,8 +26,8 @@ def stand_in(tmp_path_factory):
 
 def test_gpus_as_the_driver_tells(stand_in):
     nvml = NVML(stand_in)
-    assert nvml.uuids() == ["GPU-aaaa1111-0000", "GPU-bbbb2222-0000"]
-    first, second = (nvml.state(uuid) for uuid in nvml.uuids())
+    assert nvml.gpus() == [("GPU-aaaa1111-0000", False), ("GPU-bbbb2222-0000", True)]
+    first, second = (nvml.state(gpu.uuid) for gpu in nvml.gpus())
     assert (first.used, first.total, first.power, first.temperature) == (3.0, 8.0, 250.5, 61)
     assert first.processes == {100: 2.0}, "one of two does not say how much it holds"
     assert second.power is None and second.processes == {}

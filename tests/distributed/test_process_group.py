@@ -80,6 +80,6 @@ def test_a_context_leaves_no_group_behind():
     with pantheraml.distributed_context(MultiGPUConfig(num_processes=1)) as config:
         assert config.num_processes == 1
     assert not pantheraml.is_distributed_available()
-    with pytest.raises(ConfigError, match="2 ranks were asked for, and a test runs"):
+    with pytest.raises(ConfigError, match="2 ranks were asked for, and this process runs pytest"):
         pantheraml.setup_multi_gpu(MultiGPUConfig(num_processes=2))
     assert pantheraml.setup_multi_gpu(MultiGPUConfig(num_processes=2, strategy="none")).strategy == "none"

@@ -105,7 +105,7 @@ def test_a_program_from_standard_input_is_refused():
     program += "from pantheraml.distributed.process_group import setup_multi_gpu\n"
     program += "setup_multi_gpu(MultiGPUConfig(num_processes=2))\n"
     code, _, err = run("-", stdin=program)
-    assert code == 1 and "did not come from a file" in err
+    assert code == 1 and "the program came from standard input" in err
     assert run("-c", program)[0] == 0
 
 
