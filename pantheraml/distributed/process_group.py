@@ -85,6 +85,16 @@ def get_world_size() -> int:
     return dist.get_world_size() if is_distributed_available() else LaunchEnvironment.detect().world_size
 
 
+def group_size() -> int:
+    """Number of ranks that talk to one another: 1 without a process group, whoever started this process."""
+    return dist.get_world_size() if is_distributed_available() else 1
+
+
+def is_first_of_group() -> bool:
+    """Whether this process is rank 0 of its process group, or in none: one that trains by itself saves by itself."""
+    return not is_distributed_available() or dist.get_rank() == 0
+
+
 def get_rank() -> int:
     """Number of this rank among all, from 0."""
     return dist.get_rank() if is_distributed_available() else LaunchEnvironment.detect().rank

@@ -19,7 +19,7 @@ from pantheraml.config.multi_gpu import MultiGPUConfig
 from pantheraml.data.masking import check_labels
 from pantheraml.data.preview import describe_sample
 from pantheraml.devices.memory import format_memory_stats, get_memory_stats
-from pantheraml.distributed.process_group import get_world_size
+from pantheraml.distributed.process_group import group_size
 from pantheraml.distributed.strategies import ddp
 from pantheraml.errors import DataError
 from pantheraml.log import say
@@ -116,7 +116,7 @@ class PantheraMLTrainer(MergedSteps):
                     eval_dataset, processing_class, config.dataset_text_field, "evaluation"
                 )
 
-        join_ranks(config, get_world_size())
+        join_ranks(config, group_size())
         state = get_state(model)
         written = written_recompute(args)
         if state is not None:

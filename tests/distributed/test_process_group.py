@@ -83,3 +83,24 @@ def test_a_context_leaves_no_group_behind():
     with pytest.raises(ConfigError, match="2 ranks were asked for, and this process runs pytest"):
         pantheraml.setup_multi_gpu(MultiGPUConfig(num_processes=2))
     assert pantheraml.setup_multi_gpu(MultiGPUConfig(num_processes=2, strategy="none")).strategy == "none"
+
+
+def save(folder):
+    from torch import nn
+
+    from pantheraml.export import binding
+
+    method = binding._by_main_rank(lambda model, where: where.joinpath(f"by {group.get_rank()}").touch())
+    method(nn.Linear(1, 1), folder)
+    return group.is_first_of_group()
+
+
+def test_one_rank_of_a_group_saves_and_every_process_without_one(tmp_path, monkeypatch):
+    assert run_ranks(3, save, tmp_path) == [True, False, False]
+    assert [file.name for file in tmp_path.iterdir()] == ["by 0"]
+    for name, value in dict(
+        RANK="2", LOCAL_RANK="2", WORLD_SIZE="4", MASTER_ADDR="host", MASTER_PORT="1"
+    ).items():
+        monkeypatch.setenv(name, value)
+    assert save(tmp_path)  # a rank that was told to train by itself
+    assert (tmp_path / "by 2").exists()

@@ -38,6 +38,7 @@ OWN = {
     "07_orpo": ("outputs/quickstart/merged", "pairs.jsonl"),
     "08_reward_model": ("outputs/quickstart/merged", "pairs.jsonl"),
     "09_save_merge_reload": ("outputs/quickstart/merged", None),
+    "multi_gpu_training": ("outputs/quickstart/merged", "rows.jsonl"),
 }
 FORMATS = {
     "rows.jsonl": lambda question, answer: {"instruction": question, "output": answer},
@@ -171,6 +172,23 @@ def test_09_save_merge_reload(folder, printed):
     assert (
         distances["adapter"] < 1e-6 and distances["merged-16bit"] < 1e-4 and distances["merged-4bit"] < 1e-2
     )
+
+
+def test_multi_gpu_training(folder, printed):
+    assert " x 1 = 8 rows a step" in printed and "starting" not in printed
+    assert (folder / "outputs/multi-gpu/adapter/adapter_model.safetensors").is_file()
+
+
+def test_the_multi_gpu_example_on_two_ranks(tmp_path):
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "examples/multi_gpu_training.py"), "--max-steps", "2", "--num-processes", "2",
+         "--advanced"],
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("2 x 4 x 2 = 16 rows a step") == 1 and "cpu_1" in run.stderr
+    assert run.stdout.count("2 ranks trained") == 1
+    assert (tmp_path / "outputs/multi-gpu/adapter/adapter_model.safetensors").is_file()
 
 
 def test_an_example_runs_as_it_is_typed(tmp_path):

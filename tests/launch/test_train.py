@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests import tiny
 from tests.launch.test_agent import run
@@ -53,6 +54,8 @@ def test_the_same_script_gives_the_same_numbers(model, alone, tmp_path, ranks, l
     for line in ("LoRA r=16: ", "rows a step", "step 4, ", f"= {8} rows a step"):
         assert found["err"].count(line) == 1, line
     assert f"{ranks} ranks ({ranks} on " in found["err"]
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)
     steps = [json.loads(line) for line in found["telemetry"]]
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
     assert all(step["tokens_per_second"] > 0 and len(step["devices"]) == ranks for step in steps)

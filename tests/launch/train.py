@@ -34,6 +34,7 @@ trainer = PantheraMLDistributedTrainer(
     model=model, tokenizer=tokenizer, train_dataset=rows, args=args or SFTConfig(**settings)
 )
 trainer.train()
+trainer.model.save_pretrained(Path(output, "adapter"))  # by every rank, as a script for one does
 if is_main_process():  # alone
     trainer.print_memory_stats()
     memory = trainer.get_model_memory_usage()

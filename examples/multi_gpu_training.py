@@ -1,0 +1,78 @@
+"""Every GPU trains: the script for one GPU, with one argument more.
+
+    python examples/multi_gpu_training.py
+    python examples/multi_gpu_training.py --advanced
+    torchrun --nproc_per_node=4 examples/multi_gpu_training.py
+    accelerate launch --num_processes=4 examples/multi_gpu_training.py
+    srun --nodes=2 --gpus-per-node=4 python examples/multi_gpu_training.py
+
+Plain python takes all visible GPUs. --advanced shows the settings and what ranks can ask.
+Without --model a small random Llama is built here, so nothing is downloaded (and nothing sensible is learned).
+Without a GPU one process trains on the CPU; --num-processes 2 starts two ranks there.
+"""
+
+import argparse
+from pathlib import Path
+
+from datasets import load_dataset
+
+from pantheraml import (
+    FastLanguageModel,
+    MultiGPUConfig,
+    PantheraMLDistributedTrainer,
+    PantheraMLTrainingArguments,
+    barrier,
+    get_world_size,
+    is_main_process,
+    setup_multi_gpu,
+)
+from pantheraml.data.debug_dataset import load_debug_dataset
+from pantheraml.demo.base_model import build_base_model
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", help="a folder or a hub id")
+parser.add_argument("--data", help="a JSONL file; docs/data-formats.md lists the formats that are recognised")
+parser.add_argument("--output", type=Path, default=Path("outputs/multi-gpu"))
+parser.add_argument("--max-steps", type=int, default=30)
+parser.add_argument("--num-processes", type=int, help="ranks on this machine; by default one for each GPU")
+parser.add_argument("--advanced", action="store_true", help="show the settings, and what ranks can ask")
+options = parser.parse_args()
+
+# Plain python becomes several ranks here. Each of them runs the script from the beginning and comes past this line.
+config = setup_multi_gpu(MultiGPUConfig(num_processes=options.num_processes, timeout_minutes=30))
+
+rows = load_dataset("json", data_files=options.data, split="train") if options.data else load_debug_dataset()
+if options.model is None:
+    options.model = str(options.output / "base-model")
+    if is_main_process():
+        build_base_model(Path(options.model), map(str, rows))
+    barrier()  # the others wait for it
+
+model, tokenizer = FastLanguageModel.from_pretrained(
+    options.model, max_seq_length=512, load_in_4bit=False, use_multi_gpu=config, auto_device_map=True
+)
+model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16)
+FastLanguageModel.for_training(model)
+
+trainer = PantheraMLDistributedTrainer(
+    model=model,
+    tokenizer=tokenizer,
+    train_dataset=rows,
+    args=PantheraMLTrainingArguments(
+        output_dir=str(options.output / "run"),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        max_steps=options.max_steps,
+        warmup_steps=5,
+        learning_rate=2e-4,
+        logging_steps=5,
+        save_strategy="no",
+    ),
+    multi_gpu_config=config,
+)
+trainer.train()
+
+if options.advanced and is_main_process():  # a rank may ask alone
+    print(f"{get_world_size()} ranks trained; {config}")
+    trainer.print_memory_stats()
+model.save_pretrained(options.output / "adapter", tokenizer)  # rank 0 writes, the others go on
