@@ -1,0 +1,115 @@
+"""How a run scales: tokens per second on 1, 2, 4, ... GPUs, and started by python, torchrun and accelerate launch.
+
+    python -m benchmarks.scaling --model /models/llama-8b --gpus 1,2,4,8 --json scaling.json
+    python -m benchmarks.scaling --gpus 1,2 --ways python,torchrun,accelerate --precision nf4
+
+Each run is a process of its own that sees the first N GPUs of CUDA_VISIBLE_DEVICES; ``--cpu`` takes ranks on the CPU
+instead. Without --model a checkpoint of the shape is made. The exit code is 1 when a run fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import PRECISIONS
+from benchmarks.shapes import SHAPES, checkpoint
+
+ROOT = Path(__file__).parents[1]
+WAYS: dict[str, list[str]] = {
+    "python": [],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node={ranks}"],
+    "accelerate": [
+        "-m", "accelerate.commands.launch", "--num_processes={ranks}", "--num_machines=1", "--main_process_port=0",
+        "--mixed_precision=no", "--dynamo_backend=no",
+    ],
+}  # fmt: skip
+
+
+def visible(count: int) -> str:
+    """CUDA_VISIBLE_DEVICES of a run on ``count`` of the GPUs that this process sees."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return ",".join((names.split(",") if names else [str(index) for index in range(count)])[:count])
+
+
+def run(way: str, ranks: int, options: argparse.Namespace, model: str) -> dict[str, Any]:
+    """The figures of one run, or ``{"status": ...}`` with the end of what it printed."""
+    words = ["-m", "benchmarks.scaling_run"]
+    launcher = [word.format(ranks=ranks) for word in WAYS[way]]
+    if way == "accelerate":
+        words = ["--module", "benchmarks.scaling_run"]
+        launcher += ["--multi_gpu"] if ranks > 1 else []
+    with tempfile.TemporaryDirectory() as folder:
+        words += [f"--model={model}", f"--output={folder}", f"--precision={options.precision}"]
+        words += [f"--seq={options.seq}", f"--batch={options.batch}", f"--steps={options.steps}"]
+        words += [f"--num-processes={ranks}"]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
+        environment["CUDA_VISIBLE_DEVICES"] = "" if options.cpu else visible(ranks)
+        environment["SCALING_BEGAN"] = str(time.time())
+        done = subprocess.run(
+            [sys.executable, *launcher, *words], env=environment, cwd=folder, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, timeout=options.timeout, check=False,
+        )  # fmt: skip
+        result = Path(folder, "result.json")
+        if done.returncode or not result.exists():
+            return {"way": way, "ranks": ranks, "status": f"code {done.returncode}: {done.stdout[-2000:]}"}
+        return {"way": way, "status": "ok", **json.loads(result.read_text())}
+
+
+def markdown(lines: list[dict[str, Any]]) -> str:
+    """The runs as a table; ``share`` is that of N times the run of one rank."""
+    one = next((line["tok_s"] for line in lines if line["status"] == "ok" and line["ranks"] == 1), None)
+    head = "| ranks | by | tok/s | share | ms | start to first step | GiB allocated, reserved | loss | gradient norm |"
+    rows = [head, "|" + "---|" * 9]
+    for line in lines:
+        if line["status"] != "ok":
+            rows.append(f"| {line['ranks']} | {line['way']} | {line['status'].splitlines()[-1][:100]} |")
+            continue
+        share = f"{line['tok_s'] / (line['ranks'] * one):.3f}" if one else ""
+        memory = f"{line['allocated_gib'] or 0:.2f}, {line['reserved_gib'] or 0:.2f}"
+        rows.append(
+            f"| {line['ranks']} | {line['way']} | {line['tok_s']:,.0f} | {share} | {line['ms']:.1f} | "
+            f"{line['start_to_first_step_s']:.1f} s | {memory} | {line['loss']:.4f} | {line['grad_norm']:.4f} |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", help="model folder or hub id")
+    parser.add_argument("--shape", choices=SHAPES, default="llama8b")
+    parser.add_argument("--layers", type=int, help="layers of the checkpoint that is made")
+    parser.add_argument("--gpus", default="1,2", help="numbers of ranks, with commas")
+    parser.add_argument("--ways", default="python", help=f"of {', '.join(WAYS)}, with commas")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
+    parser.add_argument("--seq", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=4, help="rows of a micro-batch on each rank")
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--cpu", action="store_true", help="ranks on the CPU")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds that one run may take")
+    parser.add_argument("--json", type=Path, help="file for all figures, written after every run")
+    options = parser.parse_args()
+    model = str(Path(options.model).resolve() if options.model else checkpoint(options.shape, options.layers))
+    lines: list[dict[str, Any]] = []
+    for ranks in map(int, options.gpus.split(",")):
+        for way in options.ways.split(","):
+            lines.append(run(way, ranks, options, model))
+            print(markdown(lines[-1:]).splitlines()[-1], flush=True)
+            if options.json:
+                options.json.write_text(json.dumps({"command": sys.argv, "lines": lines}, indent=1) + "\n")
+    print(markdown(lines))
+    return int(any(line["status"] != "ok" for line in lines))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
