@@ -40,7 +40,7 @@ def visible(count: int) -> str:
 
 
 def run(way: str, ranks: int, options: argparse.Namespace, model: str) -> dict[str, Any]:
-    """The figures of one run, or ``{"status": ...}`` with the end of what it printed."""
+    """The figures of one run, or how it failed, with the end of what it printed."""
     words = ["-m", "benchmarks.scaling_run"]
     launcher = [word.format(ranks=ranks) for word in WAYS[way]]
     if way == "accelerate":
@@ -62,7 +62,12 @@ def run(way: str, ranks: int, options: argparse.Namespace, model: str) -> dict[s
         )  # fmt: skip
         result = Path(folder, "result.json")
         if done.returncode or not result.exists():
-            return {"way": way, "ranks": ranks, "status": f"code {done.returncode}: {done.stdout[-2000:]}"}
+            return {
+                "way": way,
+                "ranks": ranks,
+                "status": f"code {done.returncode}",
+                "printed": done.stdout[-4000:],
+            }
         return {"way": way, "status": "ok", **json.loads(result.read_text())}
 
 
@@ -73,7 +78,9 @@ def markdown(lines: list[dict[str, Any]]) -> str:
     rows = [head, "|" + "---|" * 9]
     for line in lines:
         if line["status"] != "ok":
-            rows.append(f"| {line['ranks']} | {line['way']} | {line['status'].splitlines()[-1][:100]} |")
+            rows.append(
+                f"| {line['ranks']} | {line['way']} | {line['status']}: {line['printed'].splitlines()[-1][:100]} |"
+            )
             continue
         share = f"{line['tok_s'] / (line['ranks'] * one):.3f}" if one else ""
         memory = f"{line['allocated_gib'] or 0:.2f}, {line['reserved_gib'] or 0:.2f}"

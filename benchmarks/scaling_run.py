@@ -78,7 +78,8 @@ def main() -> None:
         train_dataset=Dataset.from_dict({"input_ids": rows}),
         args=PantheraMLTrainingArguments(
             output_dir=str(options.output), per_device_train_batch_size=options.batch, max_steps=options.steps,
-            learning_rate=1e-4, logging_steps=min(5, options.steps), save_strategy="no", report_to="none", disable_tqdm=True,
+            learning_rate=1e-4, logging_steps=min(5, options.steps), save_strategy="no", report_to="none",
+            disable_tqdm=True,
         ),
         multi_gpu_config=config,
         callbacks=[clock],
