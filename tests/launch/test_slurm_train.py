@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -56,3 +57,29 @@ def test_one_task_a_gpu_is_a_rank(cluster):
 def test_a_rank_that_fails_ends_the_job_with_its_code(cluster, options):
     done = srun(cluster, f"--nodes=2 {options}", 2, "exit")  # srun gives the largest code
     assert done.returncode == 3, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "ranks"),
+    [
+        ("one_task_a_node", "--gpus-per-node=2 --cpus-per-task=1", 2),  # no GPU is real here: one rank a node
+        ("one_task_a_gpu", "--ntasks-per-node=2 --cpus-per-task=1", 4),
+    ],
+)
+def test_the_batch_scripts_of_the_examples(cluster, tmp_path, script, options, ranks):
+    """As they are printed, but for the sizes of these nodes."""
+    printed = tmp_path / "job.out"
+    variables = dict(
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1",
+        MAX_STEPS="2", HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    for name in ("examples", "pantheraml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    done = cluster.run(
+        "sbatch", "--wait", f"--output={printed}", f"--chdir={tmp_path}", *options.split(),
+        ROOT / "examples" / "slurm" / f"{script}.sbatch", variables=variables, seconds=200,
+    )  # fmt: skip
+    text = printed.read_text()
+    assert done.returncode == 0, text
+    assert f"2 x 4 x {ranks} = {8 * ranks} rows a step" in text
+    assert (tmp_path / "outputs/multi-gpu/adapter/adapter_model.safetensors").is_file()

@@ -1,0 +1,85 @@
+"""Figures of a run: operations counted by hand, lines for people and for programs, a disk that is full."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pantheraml.devices.peaks import peak_tflops
+from pantheraml.training import telemetry
+from pantheraml.training.telemetry import Telemetry, number_devices, operations_per_token
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(50, 8)
+        self.frozen = nn.Linear(8, 16).requires_grad_(False)
+        self.trained = nn.Linear(16, 4)
+        self.norm = nn.LayerNorm(4)
+
+
+def test_operations_of_a_step():
+    assert operations_per_token(Model()) == 4 * 8 * 16 + 6 * 16 * 4
+
+
+def test_weights_in_four_bits_count_as_what_they_stand_for():
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(64, 128, bias=False, quant_type="nf4").to("cpu")
+    layer.weight.requires_grad_(False)
+    assert operations_per_token(nn.Sequential(layer)) == 4 * 64 * 128
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [("NVIDIA H200", 989.5), ("NVIDIA H20", 148.0), ("NVIDIA L40S", 362.0), ("NVIDIA L4", 121.0),
+     ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA GeForce RTX 4090", 165.0), ("Something else", None)],
+)  # fmt: skip
+def test_peaks_by_name(name, tflops):
+    assert peak_tflops(name) == tflops
+
+
+def test_lines_and_figures(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(telemetry, "say", said.append)
+    row = {"allocated": 39.72, "reserved": 41.0, "peak_allocated": 40.1, "total": 139.8, "free": 98.2, "power": 690.4,
+           "temperature": 61.0}  # fmt: skip
+    monkeypatch.setattr(telemetry, "device_stats", lambda: {"gpu_0": dict(row)})
+    monkeypatch.setattr(telemetry, "peak_tflops", lambda name: 1e-9)
+    found = Telemetry(tmp_path / "run", Model(), torch.device("cpu"))
+    found.begin()
+    figures = found.measure(5, 1000, {"loss": 2.5})
+    again = found.measure(10, 3000, {"loss": 2.0})
+    assert figures["peak_allocated_gib"] == 40.1
+    rate = again["tokens_per_second"]
+    assert again["mfu"] == pytest.approx(rate * operations_per_token(Model()) / 1e3)
+    assert said[1].startswith(f"step 10, {rate:,.0f} tokens/s, ")
+    assert said[1].endswith("gpu_0 39.7 GiB (peak 40.1, free 98.2) 690 W 61 °C")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "telemetry.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(5, 2.5), (10, 2.0)]
+    assert lines[1]["devices"]["gpu_0"]["power"] == 690.4 and math.isfinite(lines[0]["time"])
+
+
+def test_a_file_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(telemetry, "say_once", said.append)
+    (tmp_path / "run").write_text("a file in the place of the folder")
+    found = Telemetry(tmp_path / "run", Model(), torch.device("cpu"))
+    assert found.measure(1, 10, {})["tokens_per_second"] > 0
+    assert "telemetry is not written" in said[0]
+
+
+def test_devices_of_all_ranks_have_names_of_their_own():
+    assert number_devices([{"gpu_0": {"total": 1.0}}]) == {"gpu_0": {"total": 1.0}}
+    apart = [{"gpu_0": {"total": 1.0}}, {"gpu_1": {"total": 2.0}}, {"gpu_0": {"total": 3.0}}]
+    assert number_devices(apart) == {
+        "gpu_0": {"total": 1.0},
+        "gpu_1": {"total": 2.0},
+        "gpu_2": {"total": 3.0},
+    }
