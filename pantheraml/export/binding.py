@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from pantheraml.distributed.process_group import is_first_of_group
 from pantheraml.errors import NotYetError
 from pantheraml.export import model_methods
 from pantheraml.models.patching import PatchSet
@@ -24,20 +21,9 @@ def bind_saving(model: nn.Module, patches: PatchSet) -> None:
         patches: the ledger that undoes it.
     """
     for name in _METHODS:
-        method = _by_main_rank(getattr(model_methods, name))
-        patches.bind(model, name, method, "saves whole folders or nothing")
+        patches.bind(model, name, getattr(model_methods, name), "saves whole folders or nothing")
     for name in ("save_pretrained_gguf", "push_to_hub_gguf"):
         patches.bind(model, name, _refuse_gguf, "says what to use instead")
-
-
-def _by_main_rank(method: Callable[..., Any]) -> Callable[..., Any]:
-    """``method`` on rank 0 alone: every rank has the whole model, and a script calls it on each of them."""
-
-    @functools.wraps(method)
-    def save(*args: Any, **kwargs: Any) -> Any:
-        return method(*args, **kwargs) if is_first_of_group() else None
-
-    return save
 
 
 def _refuse_gguf(model: nn.Module, *args: Any, **kwargs: Any) -> None:

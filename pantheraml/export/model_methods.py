@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from pantheraml.checkpoint.publish import publish_folder
+from pantheraml.distributed.process_group import is_first_of_group
 from pantheraml.export.adapter import save_adapter
 from pantheraml.export.hub import push_built, push_folder, push_merged
 from pantheraml.export.merge import save_merged
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def by_one_rank(method: Method) -> Method:
+    """``method`` on rank 0 alone: every rank has the whole model, and a script calls it on each of them."""
+
+    @functools.wraps(method)
+    def save(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs) if is_first_of_group() else None
+
+    return cast(Method, save)
+
+
 Processor = PreTrainedTokenizerBase | ProcessorMixin
 
 
+@by_one_rank
 def save_pretrained(
     model: nn.Module,
     save_directory: str | Path,
@@ -71,6 +88,7 @@ def save_pretrained(
         )
 
 
+@by_one_rank
 def save_pretrained_merged(
     model: nn.Module,
     save_directory: str | Path,
@@ -99,6 +117,7 @@ def save_pretrained_merged(
         )
 
 
+@by_one_rank
 def push_to_hub_merged(
     model: nn.Module,
     repo_id: str,
@@ -111,6 +130,7 @@ def push_to_hub_merged(
     return push_merged(model, repo_id, tokenizer, save_method, token, **options)
 
 
+@by_one_rank
 def push_to_hub(
     model: nn.Module,
     repo_id: str,

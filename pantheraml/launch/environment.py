@@ -68,20 +68,21 @@ class LaunchEnvironment:
     @classmethod
     def detect(
         cls,
-        variables: Mapping[str, str] = os.environ,
+        variables: Mapping[str, str] | None = None,
         process: Process | None = None,
         gpus: Callable[[], int | None] | None = None,
     ) -> LaunchEnvironment:
         """Read it from the environment; changes nothing.
 
         Args:
-            variables: the environment.
+            variables: the environment; None is that of this process.
             process: facts about the process; None reads those of this one.
             gpus: counts visible GPUs; called only where SLURM started several tasks on a node without counting GPUs.
 
         Raises:
             ConfigError: the variables are incomplete, contradict each other, or ask for what cannot be.
         """
+        variables = os.environ if variables is None else variables
         if _says_rank(variables):
             return _torch_rank(variables)
         if any(name in variables for name in _ACCELERATE):

@@ -19,16 +19,17 @@ _AMD_VARIABLES = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
 def num_visible_gpus(
-    variables: Mapping[str, str] = os.environ, library: str = NVML_LIBRARY, amd_driver: Path = AMD_DRIVER
+    variables: Mapping[str, str] | None = None, library: str = NVML_LIBRARY, amd_driver: Path = AMD_DRIVER
 ) -> int | None:
     """Number of GPUs that CUDA would show this process; 0 without NVIDIA's driver; None where only torch can tell.
 
     Args:
-        variables: the environment; ``CUDA_VISIBLE_DEVICES`` is read, never written.
+        variables: the environment; None is that of this process. ``CUDA_VISIBLE_DEVICES`` is read, never written.
         library: file of NVML.
         amd_driver: exists where there may be AMD's GPUs, which NVML does not know. Their variables say the same, but
             only without NVML: SLURM sets them beside NVIDIA's GPUs, too.
     """
+    variables = os.environ if variables is None else variables
     gpus = read_gpus(library)
     if gpus is None:
         is_amd = amd_driver.exists() or any(variables.get(name) for name in _AMD_VARIABLES)

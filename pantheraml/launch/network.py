@@ -23,14 +23,16 @@ _VARIABLES = {
 }
 
 
-def socket_variables(hosts: str | Sequence[str], variables: Mapping[str, str] = os.environ) -> dict[str, str]:
+def socket_variables(
+    hosts: str | Sequence[str], variables: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """The variables that bind gloo and NCCL to the interface of the route to other machines.
 
     Args:
         hosts: where the ranks meet; or all hosts of a run, the one where they meet first. A host whose name means this
             machine alone (127.0.1.1 for its own name, as Debian writes it) says nothing of the network: the next is
             asked.
-        variables: the environment; what is set there is kept.
+        variables: the environment, None that of this process; what is set there is kept.
 
     Returns:
         What is to be set; empty for ranks of one machine, which need no network.
@@ -38,6 +40,7 @@ def socket_variables(hosts: str | Sequence[str], variables: Mapping[str, str] = 
     Raises:
         ConfigError: a host has no address here, or no route leads to it.
     """
+    variables = os.environ if variables is None else variables
     names = (hosts,) if isinstance(hosts, str) else hosts
     sources = (source_address(name) for name in names)
     address = next((one for one in sources if not ipaddress.ip_address(one).is_loopback), None)

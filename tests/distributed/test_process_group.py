@@ -88,9 +88,9 @@ def test_a_context_leaves_no_group_behind():
 def save(folder):
     from torch import nn
 
-    from pantheraml.export import binding
+    from pantheraml.export.model_methods import by_one_rank
 
-    method = binding._by_main_rank(lambda model, where: where.joinpath(f"by {group.get_rank()}").touch())
+    method = by_one_rank(lambda model, where: where.joinpath(f"by {group.get_rank()}").touch())
     method(nn.Linear(1, 1), folder)
     return group.is_first_of_group()
 
