@@ -13,7 +13,8 @@ Strategy = Literal["auto", "ddp", "fsdp", "deepspeed", "tensor", "pipeline", "no
 
 _BACKENDS: tuple[Backend, ...] = ("nccl", "gloo", "mpi")
 _STRATEGIES: tuple[Strategy, ...] = ("auto", "ddp", "fsdp", "deepspeed", "tensor", "pipeline", "none")
-_POLICIES = (True, False, "auto", "offload", "unsloth")
+# Ways to recompute activations, as every argument of that name takes them.
+RECOMPUTE_POLICIES = (True, False, "auto", "offload", "unsloth")
 _LATER = ("fsdp", "deepspeed", "tensor", "pipeline")
 
 
@@ -57,7 +58,7 @@ class MultiGPUConfig:
     def __post_init__(self) -> None:
         _one_of("backend", self.backend, _BACKENDS)
         _one_of("strategy", self.strategy, _STRATEGIES)
-        _one_of("use_gradient_checkpointing", self.use_gradient_checkpointing, _POLICIES)
+        _one_of("use_gradient_checkpointing", self.use_gradient_checkpointing, RECOMPUTE_POLICIES)
         for name in ("auto_device_map", "find_unused_parameters"):
             _one_of(name, getattr(self, name), (True, False))
         _positive("timeout_minutes", self.timeout_minutes, (int, float))

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pantheraml.config.multi_gpu import RECOMPUTE_POLICIES
 from pantheraml.devices.memory import free_gpu_bytes
 from pantheraml.errors import ConfigError
 from pantheraml.log import say, say_once
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from pantheraml.models.state import ModelState
 
 _checkpoint = partial(checkpoint, use_reentrant=False)
-_POLICIES = (True, False, "auto", "offload", "unsloth")
 
 
 def check_policy(policy: object) -> Any:
@@ -43,7 +43,9 @@ def check_policy(policy: object) -> Any:
     Raises:
         ConfigError: any other value.
     """
-    if not any(policy is known or (isinstance(policy, str) and policy == known) for known in _POLICIES):
+    if not any(
+        policy is known or (isinstance(policy, str) and policy == known) for known in RECOMPUTE_POLICIES
+    ):
         raise ConfigError(
             got=f"use_gradient_checkpointing={policy!r} was given.",
             need='It is True, False, "auto", "offload" or "unsloth" (a synonym of "offload").',

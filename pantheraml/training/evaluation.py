@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch.distributed as dist
+from pantheraml.distributed.process_group import gather_objects
 
 
 @dataclass
@@ -30,10 +30,7 @@ class TokenSums:
 
     def of_all_ranks(self) -> TokenSums:
         """These sums and those of the other ranks."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return self
-        found: list[TokenSums] = [self] * dist.get_world_size()
-        dist.all_gather_object(found, self)
+        found = gather_objects(self)
         return TokenSums(
             sum(one.loss for one in found),
             sum(one.correct for one in found),

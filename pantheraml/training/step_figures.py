@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pantheraml.distributed.process_group import is_distributed_available
+
 
 class Figures(NamedTuple):
     """Means over the label tokens of some steps, of all ranks, and their tokens.
@@ -52,7 +54,7 @@ class StepFigures:
             return None
         sums = torch.stack(self._rows).sum(0)
         self._rows.clear()
-        if dist.is_available() and dist.is_initialized():
+        if is_distributed_available():
             dist.all_reduce(sums)
         entropy, correct, labels, tokens = sums.tolist()
         count = max(labels, 1)

@@ -73,12 +73,11 @@ class Telemetry:
         self._operations = operations_per_token(model)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self._peak = peak_tflops(name)
-        self._began = time.perf_counter()
-        self._tokens: float | None = None
+        self.begin()
 
     def begin(self) -> None:
         """The first step comes next."""
-        self._began, self._tokens = time.perf_counter(), None
+        self._began, self._tokens = time.perf_counter(), 0.0
 
     def measure(self, step: int, tokens: float, logs: dict[str, float]) -> dict[str, float]:
         """The figures since the last call, said and written by rank 0; every rank calls this.
@@ -92,7 +91,7 @@ class Telemetry:
             What belongs beside the loss.
         """
         now = time.perf_counter()
-        passed, new = now - self._began, tokens - (self._tokens or 0)
+        passed, new = now - self._began, tokens - self._tokens
         self._began, self._tokens = now, tokens
         devices = number_devices(gather_objects(device_stats()))
         figures = {"tokens_per_second": new / passed}
@@ -118,7 +117,7 @@ class Telemetry:
 
 
 def number_devices(by_rank: list[Stats]) -> Stats:
-    """The devices of all ranks under names of their own: the GPU of rank 3 is ``gpu_3``; CPUs are told once."""
+    """The devices of all ranks under names of their own: the GPU of rank 3 is ``gpu_3``."""
     if len(by_rank) == 1:
         return by_rank[0]
     found: Stats = {}

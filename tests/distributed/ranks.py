@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from datetime import timedelta
 
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
+from pantheraml.launch.network import free_port
 
 
 def run_ranks(world_size, function, *arguments, timeout=240):
