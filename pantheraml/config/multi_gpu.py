@@ -26,7 +26,7 @@ class MultiGPUConfig:
         backend: how ranks talk: ``"nccl"`` between GPUs, ``"gloo"`` between CPUs (and what ``"nccl"`` means where ranks
             have no GPU), ``"mpi"`` where torch was built with it.
         timeout_minutes: how long a collective may wait for a rank before the run ends.
-        auto_device_map: let the library place the model; False keeps it whole on each rank's GPU.
+        auto_device_map: without effect in this version, where the model is whole on each rank's GPU.
         tensor_parallel: not in this version.
         pipeline_parallel: not in this version.
         use_gradient_checkpointing: as in ``FastLanguageModel.from_pretrained``, for the model of the trainer.

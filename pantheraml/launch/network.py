@@ -83,13 +83,6 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def free_port() -> int:
-    """A TCP port that nobody on this machine listens on now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
 def _unreachable(host: str, what: str, error: OSError) -> ConfigError:
     return ConfigError(
         got=f"The host {host!r} {what} ({error.strerror or error}).",

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import traceback
 from datetime import timedelta
 
-from pantheraml.launch.network import free_port
+
+def free_port() -> int:
+    """A TCP port that nobody on this machine listens on now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 def run_ranks(world_size, function, *arguments, timeout=240):

@@ -7,7 +7,8 @@ import socket
 import pytest
 
 from pantheraml.errors import ConfigError
-from pantheraml.launch.network import free_port, interface_of, socket_variables, source_address
+from pantheraml.launch.network import interface_of, socket_variables, source_address
+from tests.distributed.ranks import free_port
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.1.1"])
