@@ -98,20 +98,40 @@ class Cluster:
     def run(
         self,
         *command: str | Path,
-        typed: str = "",
         variables: dict[str, str] | None = None,
         seconds: float = 60,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command where users log in; ``typed`` is its standard input."""
+        """Run a command where users log in."""
         return subprocess.run(
             self._machines.inside("control", *command),
-            input=typed,
+            stdin=subprocess.DEVNULL,
             env=self._variables() | (variables or {}),
             capture_output=True,
             text=True,
             timeout=seconds,
             check=False,
         )
+
+    def type(self, typed: str, *command: str | Path, seconds: float = 60) -> None:
+        """Run a command where users log in, and type into it.
+
+        The keyboard stays there until the command ends: a shell that meets its end first may not run what was typed.
+        """
+        with subprocess.Popen(
+            self._machines.inside("control", *command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=self._variables(),
+            text=True,
+        ) as process:
+            assert process.stdin is not None
+            process.stdin.write(typed)
+            process.stdin.flush()
+            try:
+                process.wait(seconds)
+            finally:
+                process.kill()
 
     def _variables(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}

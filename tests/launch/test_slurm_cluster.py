@@ -134,9 +134,10 @@ def test_a_batch_script_submitted_from_within_a_step(cluster, tmp_path):
     assert "the GPUs of node2 alone" in found["note"]
 
 
-def test_the_shell_of_salloc_is_one_process(cluster):
-    done = cluster.run("salloc", "--nodes=2", "--gpus-per-node=2", typed=f"{DETECT}\nexit\n")
-    (found,) = said(done.stdout)
+def test_the_shell_of_salloc_is_one_process(cluster, tmp_path):
+    output = tmp_path / "said"
+    cluster.type(f"{DETECT} > {output}\nexit\n", "salloc", "--nodes=2", "--gpus-per-node=2")
+    (found,) = said(output.read_text())
     assert (found["kind"], found["world_size"]) == ("python", 1)
     assert "the GPUs of node1 alone" in found["note"]
 
