@@ -78,11 +78,11 @@ def recompute_of(model: Any, case: Case) -> str:
     from pantheraml.models.state import get_state
 
     state = get_state(model)
-    if state is None or state.plan is None:
+    if state is None or not state.plans:
         return str(case.recompute)
     total = model.config.get_text_config().num_hidden_layers
-    kept = f", {state.plan.stored} to the host" if state.plan.stored else ""
-    return f"{state.plan.layers} of {total} layers{kept}"
+    layers, stored = (sum(getattr(plan, name) for plan in state.plans) for name in ("layers", "stored"))
+    return f"{layers} of {total} layers{f', {stored} to the host' if stored else ''}"
 
 
 def _unsloth(case: Case, adapter: bool) -> tuple[Any, Any]:

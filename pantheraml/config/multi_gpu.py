@@ -26,7 +26,8 @@ class MultiGPUConfig:
         backend: how ranks talk: ``"nccl"`` between GPUs, ``"gloo"`` between CPUs (and what ``"nccl"`` means where ranks
             have no GPU), ``"mpi"`` where torch was built with it.
         timeout_minutes: how long a collective may wait for a rank before the run ends.
-        auto_device_map: without effect in this version, where the model is whole on each rank's GPU.
+        auto_device_map: split a model that does not fit on one GPU between all of them, instead of copying it to each;
+            in the place of a ``device_map`` of None.
         tensor_parallel: not in this version.
         pipeline_parallel: not in this version.
         use_gradient_checkpointing: as in ``FastLanguageModel.from_pretrained``, for the model of the trainer.
@@ -35,8 +36,9 @@ class MultiGPUConfig:
         strategy: how the work is spread. ``"auto"`` and ``"ddp"``: every rank has the model and rows of its own;
             ``"none"``: one process, however many GPUs there are.
         num_processes: ranks on this machine; None is one for each visible GPU. Without GPUs they run on the CPU.
-        max_memory: not in this version.
-        micro_batches: not in this version.
+        max_memory: as in ``FastLanguageModel.from_pretrained``, for the model that this config is passed with.
+        micro_batches: into how many a step of a split model is cut; None is four for each stage, as far as there are
+            rows.
 
     Raises:
         ConfigError: a value that cannot be.
@@ -62,6 +64,12 @@ class MultiGPUConfig:
         for name in ("auto_device_map", "find_unused_parameters"):
             _one_of(name, getattr(self, name), (True, False))
         _positive("timeout_minutes", self.timeout_minutes, (int, float))
+        if self.max_memory is not None and not isinstance(self.max_memory, Mapping):
+            raise ConfigError(
+                got=f"MultiGPUConfig(max_memory={self.max_memory!r}) was given.",
+                need="It is a mapping from GPUs to limits.",
+                fix="Write max_memory={0: '20GB', 1: '10GB'}, for example.",
+            )
         for name in ("num_processes", "micro_batches"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name), (int,))
@@ -69,14 +77,14 @@ class MultiGPUConfig:
 
     def _refuse_later(self) -> None:
         asked = [name for name in ("tensor_parallel", "pipeline_parallel") if getattr(self, name)]
-        asked += [name for name in ("max_memory", "micro_batches") if getattr(self, name) is not None]
         asked += ["strategy"] if self.strategy in _LATER else []
         if asked:
             raise NotYetError(
                 got=" and ".join(f"MultiGPUConfig({name}={getattr(self, name)!r})" for name in asked)
                 + " was given.",
-                need="This version copies the model to every GPU (DDP); splitting it comes in a later one.",
-                fix=f"Leave {' and '.join(asked)} out; load_in_4bit=True takes the least memory on each GPU.",
+                need="This version copies the model to every GPU (DDP), or splits its layers between them.",
+                fix=f"Leave {' and '.join(asked)} out; for a model that is larger than a GPU, pass "
+                'device_map="balanced" to from_pretrained.',
             )
 
 

@@ -12,7 +12,7 @@ default (TRL's SFTConfig turns recompute on) cannot undo it.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
@@ -81,21 +81,50 @@ def watch(backbone: Any, state: ModelState) -> None:
     backbone.register_forward_pre_hook(partial(_before_forward, state), with_kwargs=True)
 
 
+class Section(NamedTuple):
+    """The layers of a model that share a device.
+
+    Attributes:
+        layers: in order.
+        device: where they are.
+        in_flight: micro-batches whose activations they hold at a time.
+    """
+
+    layers: list[Any]
+    device: torch.device
+    in_flight: int = 1
+
+
+def sections(model: Any, state: ModelState) -> list[Section]:
+    """The layers of ``model`` by device; mostly one section with all of them."""
+    layers = _layers(model)
+    if state.split is None or len(layers) != state.split.num_layers:
+        return [Section(layers, model.device)]
+    found: dict[torch.device, list[Any]] = {}
+    for stage in state.split.stages:
+        found.setdefault(stage.device, []).extend(layers[stage.first : stage.stop])
+    return [Section(part, device, state.in_flight.get(device, 1)) for device, part in found.items()]
+
+
 def plan_ahead(model: Any, state: ModelState, tokens: int) -> None:
     """Plan now for batches of up to ``tokens``, padding included, where the policy leaves a choice."""
     if state.recompute == "auto" and model.device.type == "cuda":
-        state.plan = _plan(model, state, tokens)
+        state.plans = _plan(model, state, tokens)
+
+
+def prepare_recompute(model: Any, state: ModelState, tokens: int) -> None:
+    """Set what the layers of ``model`` keep in a step with ``tokens`` at a time, planned anew where that is needed."""
+    plans = state.plans
+    if not plans or tokens > plans[0].tokens or state.planned_for != state.recompute:
+        plans = _plan(model, state, tokens)
+    state.plans = plans
+    for section, plan in zip(sections(model, state), plans, strict=True):
+        apply_plan(section, state, plan)
 
 
 def _before_forward(state: ModelState, backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if not (backbone.training and torch.is_grad_enabled()):
-        return
-    plan = state.plan
-    tokens = _num_tokens(args, kwargs)
-    if plan is None or tokens > plan.tokens or state.planned_for != state.recompute:
-        plan = _plan(backbone, state, tokens)
-    state.plan = plan
-    apply_plan(backbone, state, plan)
+    if backbone.training and torch.is_grad_enabled():
+        prepare_recompute(backbone, state, _num_tokens(args, kwargs))
 
 
 def _num_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -106,56 +135,71 @@ def _num_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return embeddings.shape[0] * embeddings.shape[1]
 
 
-def _plan(model: Any, state: ModelState, tokens: int) -> RecomputePlan:
-    """What recomputes, and which 4-bit layers stay unpacked, from now on."""
-    is_new = state.planned_for != state.recompute or state.plan is None
-    before = state.plan
-    plan = _plan_recompute(model, state, tokens, is_new)
+def _plan(model: Any, state: ModelState, tokens: int) -> tuple[RecomputePlan, ...]:
+    """What recomputes, and which 4-bit layers stay unpacked, from now on, for each section."""
+    is_new = state.planned_for != state.recompute or not state.plans
+    parts = sections(model, state)
+    before = state.plans if len(state.plans) == len(parts) else (None,) * len(parts)
+    found = [
+        _plan_section(model, state, section, tokens, is_new, old)
+        for section, old in zip(parts, before, strict=True)
+    ]
+    state.planned_for = state.recompute
+    return tuple(found)
+
+
+def _plan_section(
+    model: Any, state: ModelState, section: Section, tokens: int, is_new: bool, before: RecomputePlan | None
+) -> RecomputePlan:
+    plan = _plan_recompute(model, state, section, tokens, is_new)
+    place = "" if state.split is None else f" on {section.device}"
+    total = len(section.layers)
+    is_told = before is None or (plan.layers, plan.stored) != (before.layers, before.stored)
+    if plan.need and is_told and section.device.type == "cuda":
+        say(f"recompute{place}: {plan.describe(total)}.")
     if state.keep_dequantized:
-        plan = plan_unpacked(model, plan, _free_bytes(model, state, is_new))
+        plan = plan_unpacked(model, plan, _free_bytes(model, section, is_new), section.layers)
         if before is None or plan.unpacked != before.unpacked:
             why = (
                 ""
-                if any(map(unpacked_bytes, _fused_layers(model)))
+                if any(map(unpacked_bytes, _fused(section.layers)))
                 else ": none is computed by fused functions"
             )
-            say(f"keep_dequantized: {plan.unpacked} layers keep 16-bit weights beside their 4-bit ones{why}.")
+            say(
+                f"keep_dequantized{place}: {plan.unpacked} layers keep 16-bit weights beside their 4-bit ones{why}."
+            )
     return plan
 
 
-def _free_bytes(model: Any, state: ModelState, is_new: bool) -> int:
+def _free_bytes(model: Any, section: Section, is_new: bool) -> int:
     """What may be taken now: the optimizer's share is kept before the first step, unpacked layers may go."""
-    device = model.device
+    device = section.device
     free = free_gpu_bytes(device) if device.type == "cuda" else psutil.virtual_memory().available
-    held = sum(unpacked_bytes(layer) for layer in _fused_layers(model) if layer.reader.keeps_unpacked)
-    return free + held - (optimizer_bytes(model) if is_new else 0)
+    held = sum(unpacked_bytes(layer) for layer in _fused(section.layers) if layer.reader.keeps_unpacked)
+    return free + held - (optimizer_bytes(model, device) if is_new else 0)
 
 
-def _plan_recompute(model: Any, state: ModelState, tokens: int, is_new: bool) -> RecomputePlan:
-    policy, device = state.recompute, model.device
-    total = model.config.get_text_config().num_hidden_layers
-    state.planned_for = policy
+def _plan_recompute(
+    model: Any, state: ModelState, section: Section, tokens: int, is_new: bool
+) -> RecomputePlan:
+    policy, total = state.recompute, len(section.layers)
+    host = psutil.virtual_memory().available
     if policy in ("offload", "unsloth"):
-        plan = offload_plan(model, tokens, psutil.virtual_memory().available)
-        if device.type == "cpu":
-            plan = RecomputePlan(tokens, total)
-        elif is_new:
-            say(f"recompute: {plan.describe(total)}.")
-    elif policy != "auto":
-        plan = RecomputePlan(tokens, total if policy else 0)
-    elif device.type != "cuda":
-        plan = RecomputePlan(tokens, 0)
-    else:
-        free = _free_bytes(model, state, is_new)
-        plan = plan_recompute(model, tokens, free, psutil.virtual_memory().available)
-        if state.plan is None or plan.layers != state.plan.layers or plan.stored != state.plan.stored:
-            say(f"recompute: {plan.describe(total)}.")
-    return plan
+        if section.device.type == "cpu":
+            return RecomputePlan(tokens, total)
+        return offload_plan(model, tokens, host, layers=total, in_flight=section.in_flight)
+    if policy != "auto":
+        return RecomputePlan(tokens, total if policy else 0)
+    if section.device.type != "cuda":
+        return RecomputePlan(tokens, 0)
+    free = _free_bytes(model, section, is_new)
+    return plan_recompute(model, tokens, free, host, layers=total, in_flight=section.in_flight)
 
 
-def optimizer_bytes(model: nn.Module) -> int:
-    """Gradients and two float32 moments of everything trained, which the first step will allocate."""
-    return sum(p.numel() * (p.element_size() + 8) for p in model.parameters() if p.requires_grad)
+def optimizer_bytes(model: nn.Module, device: torch.device | None = None) -> int:
+    """Gradients and two float32 moments of everything trained (on ``device``), which the first step will allocate."""
+    trained = (p for p in model.parameters() if p.requires_grad and device in (None, p.device))
+    return sum(p.numel() * (p.element_size() + 8) for p in trained)
 
 
 def _layers(model: Any) -> list[Any]:
@@ -168,26 +212,26 @@ def _layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
-def _fused_layers(model: Any) -> list[Any]:
+def _fused(layers: list[Any]) -> list[Any]:
     from pantheraml.models.fused import FusedDecoderLayer
 
-    return [layer for layer in _layers(model) if isinstance(layer, FusedDecoderLayer)]
+    return [layer for layer in layers if isinstance(layer, FusedDecoderLayer)]
 
 
-def apply_plan(model: Any, state: ModelState, plan: RecomputePlan) -> None:
+def apply_plan(section: Section, state: ModelState, plan: RecomputePlan) -> None:
     """Set every layer's switch, and what it keeps and where."""
     from pantheraml.models.fused import FusedDecoderLayer, HostStore
     from pantheraml.models.fused.layer_function import TILE
 
-    layers = _layers(model)
-    if plan.stored and state.store is None:
-        state.store = HostStore(model.device)
-    for index, layer in enumerate(layers):
+    if plan.stored and section.device not in state.stores:
+        state.stores[section.device] = HostStore(section.device)
+    store = state.stores.get(section.device)
+    for index, layer in enumerate(section.layers):
         layer.gradient_checkpointing = index < plan.layers
         layer._gradient_checkpointing_func = _checkpoint
         if isinstance(layer, FusedDecoderLayer):
             layer.keep_when_recomputing = plan.keep
-            layer.store = state.store if index < plan.stored else None
+            layer.store = store if index < plan.stored else None
             layer.tile = plan.tile or TILE
             layer.reader.keep_unpacked(index < plan.unpacked)
         elif index < plan.stored:

@@ -131,7 +131,9 @@ def passing_bytes(model: Any, tokens: int) -> int:
     return mlp + attention + head
 
 
-def plan_recompute(model: Any, tokens: int, free: int, host_free: int = 0) -> RecomputePlan:
+def plan_recompute(
+    model: Any, tokens: int, free: int, host_free: int = 0, *, layers: int | None = None, in_flight: int = 1
+) -> RecomputePlan:
     """The cheapest plan for ``tokens`` at a time.
 
     Args:
@@ -139,17 +141,20 @@ def plan_recompute(model: Any, tokens: int, free: int, host_free: int = 0) -> Re
         tokens: tokens of the batch, padding included.
         free: bytes free on the GPU for activations.
         host_free: bytes of host memory that may be taken; 0 keeps everything on the GPU.
+        layers: how many are on the GPU; None is all.
+        in_flight: batches whose activations are held at a time.
     """
-    total = model.config.get_text_config().num_hidden_layers
+    total = _num_layers(model) if layers is None else layers
     kept = kept_per_token(model)
     room = int(FREE_SHARE * free) - passing_bytes(model, tokens)
-    whole, attended, alone = tokens * kept.all, tokens * kept.attended, tokens * kept.input
+    held = tokens * in_flight
+    whole, attended, alone = held * kept.all, held * kept.attended, held * kept.input
     if total * whole <= room:
         return RecomputePlan(tokens, 0, need=total * whole, free=free)
     saved = whole - attended
-    layers = -(-(total * whole - room) // saved)
-    if layers <= total:
-        return RecomputePlan(tokens, layers, need=layers * attended + (total - layers) * whole, free=free)
+    count = -(-(total * whole - room) // saved)
+    if count <= total:
+        return RecomputePlan(tokens, count, need=count * attended + (total - count) * whole, free=free)
     last_resorts: tuple[tuple[Keep, int], ...] = (("attended", attended), ("input", alone))
     for keep, size in last_resorts:
         over = total * size - room
@@ -173,21 +178,27 @@ def most_tokens(model: Any, free: int) -> int:
     return low
 
 
-def offload_plan(model: Any, tokens: int, host_free: int) -> RecomputePlan:
-    """Every layer recomputes; what it keeps lies in host memory: as much as fits there and is little on its way."""
-    total = model.config.get_text_config().num_hidden_layers
+def offload_plan(
+    model: Any, tokens: int, host_free: int, *, layers: int | None = None, in_flight: int = 1
+) -> RecomputePlan:
+    """Every layer recomputes; what it keeps lies in host memory: as much as fits there and is little on its way.
+
+    Arguments as in ``plan_recompute``.
+    """
+    total = _num_layers(model) if layers is None else layers
     kept = kept_per_token(model)
-    room, in_flight = HOST_SHARE * host_free, min(total, _IN_FLIGHT) * tokens
+    room, here, held = HOST_SHARE * host_free, min(total, _IN_FLIGHT) * tokens, total * tokens * in_flight
     keep, size = "input", kept.input
-    if total * kept.attended * tokens <= room:
+    if held * kept.attended <= room:
         keep, size = "attended", kept.attended
-    small = in_flight * kept.projected <= _FLIGHT_SHARE * _model_bytes(model)
-    if small and total * kept.projected * tokens <= room:
+    small = here * kept.projected <= _FLIGHT_SHARE * _model_bytes(model)
+    if small and held * kept.projected <= room:
         keep, size = "projected", kept.projected
-    need = in_flight * size
-    return RecomputePlan(
-        tokens, total, keep, total, need, host=total * size * tokens, tile=_small_tile(model)
-    )
+    return RecomputePlan(tokens, total, keep, total, here * size, host=held * size, tile=_small_tile(model))
+
+
+def _num_layers(model: Any) -> int:
+    return model.config.get_text_config().num_hidden_layers
 
 
 def unpacked_bytes(layer: nn.Module) -> int:
@@ -196,17 +207,18 @@ def unpacked_bytes(layer: nn.Module) -> int:
     return sum(math.prod(state.shape) * state.dtype.itemsize for state in states if state is not None)
 
 
-def plan_unpacked(model: Any, plan: RecomputePlan, free: int) -> RecomputePlan:
+def plan_unpacked(model: Any, plan: RecomputePlan, free: int, layers: list[Any]) -> RecomputePlan:
     """``plan`` with as many layers kept unpacked as there is memory for beside what it needs.
 
     Args:
         model: as in ``plan_recompute``.
         plan: what recomputes, and for how many tokens.
         free: bytes free on the device, those of layers that are unpacked now included.
+        layers: those of the device.
     """
     from pantheraml.models.fused import FusedDecoderLayer
 
-    sizes = [unpacked_bytes(layer) for layer in model.modules() if isinstance(layer, FusedDecoderLayer)]
+    sizes = [unpacked_bytes(layer) for layer in layers if isinstance(layer, FusedDecoderLayer)]
     if not any(sizes):
         return plan
     kept = kept_per_token(model)

@@ -9,12 +9,14 @@ from pantheraml.models.patching import PatchSet
 from pantheraml.models.precision import Precision
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from pantheraml.models.families import ModelFamily
     from pantheraml.models.fused import HostStore
     from pantheraml.models.recompute_plan import RecomputePlan
     from pantheraml.models.source import ModelSource
+    from pantheraml.models.split import Split
 
 Recompute = bool | Literal["auto", "offload", "unsloth"]
 
@@ -35,9 +37,11 @@ class ModelState:
         family: its architecture as data, or None for the generic path.
         kernels: ``"auto"`` or ``"off"``.
         patches: the ledger of everything that was changed on it: fused parts, bound methods.
-        plan: what its layers recompute, made for the longest batch so far.
-        planned_for: the policy it was made for.
-        store: host memory for what layers keep, once a plan uses it.
+        split: where its parts are, if on several devices.
+        in_flight: micro-batches that the layers of a device hold at a time, where that is more than one.
+        plans: what its layers recompute, by device, made for the longest batch so far.
+        planned_for: the policy they were made for.
+        stores: host memory for what layers keep, by device, once a plan uses it.
         decoding: the ledger of what ``for_inference`` changed, which ``for_training`` undoes.
     """
 
@@ -50,9 +54,11 @@ class ModelState:
     family: ModelFamily | None
     kernels: str
     patches: PatchSet
-    plan: RecomputePlan | None = None
+    split: Split | None = None
+    in_flight: dict[torch.device, int] = field(default_factory=dict)
+    plans: tuple[RecomputePlan, ...] = ()
     planned_for: Recompute | None = None
-    store: HostStore | None = None
+    stores: dict[torch.device, HostStore] = field(default_factory=dict)
     decoding: PatchSet = field(default_factory=PatchSet)
 
 

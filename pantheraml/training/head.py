@@ -100,7 +100,7 @@ def _forward(
     index = mask.reshape(-1).nonzero()[:, 0]
     backbone: Any = model.base_model
     hidden = backbone(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1]
-    scores = _score(model, hidden.reshape(-1, hidden.shape[-1])[index], target.reshape(-1)[index])
+    scores = score(model, hidden.reshape(-1, hidden.shape[-1])[index], target.reshape(-1)[index])
     zeros = hidden.new_zeros(mask.numel(), dtype=torch.float32)
     log_probs, entropy, is_top1 = (zeros.index_put((index,), score).view(mask.shape) for score in scores)
     # A batch without labels still has to reach every parameter.
@@ -112,7 +112,7 @@ def _forward(
     )
 
 
-def _score(model: PreTrainedModel, rows: Tensor, labels: Tensor) -> TokenScores:
+def score(model: PreTrainedModel, rows: Tensor, labels: Tensor) -> TokenScores:
     """The head of ``model`` on labelled rows (T, H), in the dtype that autocast, if on, computes products in."""
     weight, config = _read_weight(model), model.config.get_text_config()
     scale, cap = read_scale(config), getattr(config, "final_logit_softcapping", None)

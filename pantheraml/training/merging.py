@@ -129,6 +129,8 @@ class MergedSteps(RankedRows):
             return "the model was not loaded by FastLanguageModel"
         if not isinstance(self._collator(), DataCollatorForLanguageModeling):
             return "a data_collator was given"
+        if state.split is not None:
+            return "the model is split over several devices"
         if model.config._attn_implementation != NAME:
             return "attention is not PantheraML's"
         if self.args.device.type != "cuda" and not forced:

@@ -52,7 +52,7 @@ class StepFigures:
         """The figures of all ranks since the last time, or None; reading waits for the device and the other ranks."""
         if not self._rows:
             return None
-        sums = torch.stack(self._rows).sum(0)
+        sums = torch.stack([row.to(self._rows[0].device) for row in self._rows]).sum(0)
         self._rows.clear()
         if is_distributed_available():
             dist.all_reduce(sums)

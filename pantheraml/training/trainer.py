@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from trl import SFTConfig
 
 from pantheraml.checkpoint.partial import removed_on_failure
-from pantheraml.config.multi_gpu import MultiGPUConfig
 from pantheraml.data.masking import check_labels
 from pantheraml.data.preview import describe_sample
 from pantheraml.devices.memory import format_memory_stats, get_memory_stats
@@ -40,13 +39,13 @@ from pantheraml.training.arguments import (
 from pantheraml.training.evaluation import TokenSums
 from pantheraml.training.given import one_tokenizer, refuse_name
 from pantheraml.training.head import bind_cpu_head, bind_head, needs_cpu_head, why_not_fused
-from pantheraml.training.merging import MergedSteps
 from pantheraml.training.optimizer import embedding_parameters, split_embedding_group
+from pantheraml.training.pipelining import PipelinedSteps
 from pantheraml.training.rows import Rows, format_rows, given_rows, report_cut_rows, token_counts
 from pantheraml.training.step_figures import StepFigures
 
 
-class PantheraMLTrainer(MergedSteps):
+class PantheraMLTrainer(PipelinedSteps):
     """SFTTrainer for models of ``FastLanguageModel`` (and any other causal language model).
 
     What it adds to TRL's trainer:
@@ -77,8 +76,6 @@ class PantheraMLTrainer(MergedSteps):
         ConfigError: arguments that contradict each other.
         DataError: rows that cannot be recognised, are empty, or leave nothing to train on.
     """
-
-    _multi_gpu: MultiGPUConfig | None = None
 
     def __init__(
         self,
@@ -157,7 +154,8 @@ class PantheraMLTrainer(MergedSteps):
         state = get_state(model)
         if state is None or not isinstance(rows, Dataset) or "input_ids" not in rows.column_names:
             return
-        plan_ahead(model, state, int(token_counts(rows).max()) * self.args.per_device_train_batch_size)
+        rows_at_a_time = -(-self.args.per_device_train_batch_size // max(1, self._pieces))
+        plan_ahead(model, state, int(token_counts(rows).max()) * rows_at_a_time)
 
     def _place_head(self, *, fused: bool) -> None:
         """Put our head where TRL's is slower or cannot run."""
@@ -172,6 +170,7 @@ class PantheraMLTrainer(MergedSteps):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as SFTTrainer does, after one line about the run and one row with what is trained on marked."""
         self._check_rows()  # rows may have been masked since
+        self.plan_pipeline()
         self._plan_recompute()
         self.plan_merging()
         self._say_plan()

@@ -83,13 +83,13 @@ def test_memory_is_given_back_when_a_longer_batch_needs_it(tmp_path, monkeypatch
     model = build(tmp_path, keep_dequantized=True).train()
     run(model)
     state, layers = get_state(model), fused_layers(model)
-    assert state.plan.unpacked == len(layers)
+    assert state.plans[0].unpacked == len(layers)
     held = [layer.reader._stacks["qkv"]._buffer for layer in layers]
     assert len({id(buffer) for buffer in held}) == len(layers)
     monkeypatch.setattr(recompute.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 0}))
     long = torch.ones(2, 32, dtype=torch.long)
     model(input_ids=long, labels=long)
-    assert state.plan.unpacked == 0
+    assert state.plans[0].unpacked == 0
     shared = {id(layer.reader._stacks["qkv"]._buffer) for layer in layers}
     assert len(shared) == 1 and all(buffer not in held for buffer in stacks._shared.values())
 
@@ -107,12 +107,14 @@ def test_inference_takes_no_memory_for_it(tmp_path):
 def test_as_many_layers_as_there_is_memory_for(tmp_path):
     model = build(tmp_path, keep_dequantized=True).train()
     run(model)
-    plan, layer = get_state(model).plan, fused_layers(model)[0]
+    plan, layer = get_state(model).plans[0], fused_layers(model)[0]
     config = model.config
     heads = (config.num_attention_heads + config.num_key_value_heads) * layer.self_attn.head_dim
     weights = config.hidden_size * (2 * heads + 3 * config.intermediate_size)
     assert unpacked_bytes(layer) == weights * 4  # float32 on a CPU
-    counts = [plan_unpacked(model, plan, free).unpacked for free in range(0, 2**24, 2**16)]
+    counts = [
+        plan_unpacked(model, plan, free, fused_layers(model)).unpacked for free in range(0, 2**24, 2**16)
+    ]
     assert counts == sorted(counts) and set(counts) == set(range(config.num_hidden_layers + 1))
 
 

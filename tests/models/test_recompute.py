@@ -12,6 +12,7 @@ from pantheraml.models.recompute import (
     check_policy,
     is_recompute_forced,
     is_recomputing,
+    sections,
     set_recompute,
 )
 from pantheraml.models.recompute_plan import RecomputePlan
@@ -103,16 +104,16 @@ def test_a_longer_batch_is_planned_anew(load):
     seen = []
     for length in (8, 4, 24, 20):
         model(IDS[:, :length], labels=IDS[:, :length]).loss.backward()
-        seen.append(state.plan.tokens)
+        seen.append(state.plans[0].tokens)
     with torch.no_grad():
         model(IDS.repeat(3, 1))
-    assert seen == [8, 8, 24, 24] and state.plan.tokens == 24
+    assert seen == [8, 8, 24, 24] and state.plans[0].tokens == 24
 
 
 def test_a_plan_switches_the_first_layers_only(load):
     model = load()
     state = get_state(model)
-    apply_plan(model, state, RecomputePlan(8, layers=1))
+    apply_plan(*sections(model, state), state, RecomputePlan(8, layers=1))
     layers = model.model.layers
     assert [layer.gradient_checkpointing for layer in layers] == [True, False]
     assert is_recomputing(model)

@@ -1,0 +1,171 @@
+"""A training step of a split model: its micro-batches through all stages, forward and backward.
+
+One host launches everything, in the order of the schedule, and waits for no device. Each stage has a graph of its own
+for each micro-batch, from what arrived to what leaves; gradients go back the way the activations came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pantheraml.distributed.pipeline.link import Link, Parcel
+from pantheraml.distributed.pipeline.schedule import one_forward_one_backward
+from pantheraml.distributed.pipeline.stage import Stage, build_stages
+from pantheraml.models.families import ModelFamily
+from pantheraml.models.split import Split
+
+Batch = dict[str, Any]
+Context = Callable[[], AbstractContextManager[Any]]
+# What the stages have no use for: tokens go through the embedding, labels into the loss.
+_NOT_FOR_STAGES = ("input_ids", "labels")
+
+
+class Pipeline:
+    """The stages of a model and the ways between them; for as long as the model's layers stay what they are.
+
+    Args:
+        model: the causal language model, without wrappers.
+        family: where its parts are.
+        split: where they lie.
+    """
+
+    def __init__(self, model: Any, family: ModelFamily, split: Split) -> None:
+        self.stages = build_stages(model, family, split)
+        self._embedding: nn.Module = model.get_submodule(family.embedding)
+        devices = [split.embedding, *(stage.device for stage in self.stages)]
+        pairs = list(pairwise(devices))
+        # To stage s from the one before, or from the embedding, and back.
+        self._forth = [Link(before, after) for before, after in pairs]
+        self._back = [Link(after, before) for before, after in pairs]
+        self._inputs = [Link(split.embedding, stage.device) for stage in self.stages]
+        self._lookup: torch.cuda.Stream | None = None
+        if split.embedding != devices[1] and split.embedding.type == "cuda":
+            self._lookup = torch.cuda.Stream(split.embedding)
+
+    def step(
+        self,
+        batches: Sequence[Batch],
+        loss: Callable[[Tensor, int], Tensor],
+        *,
+        scale: Callable[[Tensor], Tensor] = lambda value: value,
+        context: Context = nullcontext,
+    ) -> Tensor:
+        """Forward and backward of all micro-batches; gradients are added to those that are there.
+
+        Args:
+            batches: what the model is given for each micro-batch, on the embedding's device.
+            loss: the loss of micro-batch ``i`` from the last stage's output (B, S, H); they are summed.
+            scale: what is differentiated instead of the loss (a gradient scaler's).
+            context: entered for each forward (autocast).
+
+        Returns:
+            The sum of the losses, detached, on the device of ``loss``.
+        """
+        return _Step(self, batches, loss, scale, context).run()
+
+    def embed(self, ids: Tensor) -> tuple[Tensor, Parcel]:
+        """The embeddings of ``ids``, and the same on their way to the first stage.
+
+        Where the embedding lies with the head, on the last device, it is looked up beside what that computes.
+        """
+        if self._lookup is None:
+            found = self._embedding(ids)
+            return found, self._forth[0].send(found.detach())
+        with torch.cuda.stream(self._lookup):
+            found = self._embedding(ids)
+            return found, self._forth[0].send(found.detach())
+
+    def begin(self) -> None:
+        """Let lookups of a step see the weights that the last one gave."""
+        if self._lookup is not None:
+            self._lookup.wait_stream(torch.cuda.current_stream(self._lookup.device))
+
+    def send_on(self, stage: int, hidden: Tensor) -> Parcel:
+        """An output of ``stage`` on its way to the next one."""
+        return self._forth[stage + 1].send(hidden)
+
+    def send_back(self, stage: int, gradient: Tensor) -> Parcel:
+        """The gradient of what ``stage`` was given on its way to where that came from."""
+        return self._back[stage].send(gradient)
+
+    def send_inputs(self, stage: int, batch: Batch) -> dict[str, Any]:
+        """What ``stage`` needs of a batch, its tensors as parcels."""
+        link = self._inputs[stage]
+        needed = {name: one for name, one in batch.items() if name not in _NOT_FOR_STAGES}
+        return {name: link.send(one) if isinstance(one, Tensor) else one for name, one in needed.items()}
+
+
+class _Step:
+    """One step on its way."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        batches: Sequence[Batch],
+        loss: Callable[[Tensor, int], Tensor],
+        scale: Callable[[Tensor], Tensor],
+        context: Context,
+    ) -> None:
+        self._pipeline, self._batches, self._loss, self._scale = pipeline, batches, loss, scale
+        self._context = context
+        self._stages: list[Stage] = pipeline.stages
+        # All of them before anything is computed: later they would wait for what is launched until then.
+        self._inputs = [
+            [pipeline.send_inputs(stage, batch) for batch in batches] for stage in range(len(self._stages))
+        ]
+        self._arriving: dict[tuple[int, int], Parcel] = {}
+        self._returning: dict[tuple[int, int], Parcel] = {}
+        self._embedded: dict[int, Tensor] = {}
+        self._held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._total: Tensor | None = None
+
+    def run(self) -> Tensor:
+        self._pipeline.begin()
+        for task in one_forward_one_backward(len(self._stages), len(self._batches)):
+            (self._forward if task.is_forward else self._backward)(task.stage, task.micro_batch)
+        assert self._total is not None
+        return self._total
+
+    def _forward(self, index: int, i: int) -> None:
+        stage = self._stages[index]
+        with self._context():
+            hidden = self._enter(index, i)
+            inputs = self._inputs[index][i]
+            batch = {name: one.open() if isinstance(one, Parcel) else one for name, one in inputs.items()}
+            output = stage.forward(hidden, batch)
+            if stage.is_last:
+                output = self._loss(output, i)
+                self._total = output.detach() if self._total is None else self._total + output.detach()
+        self._held[index, i] = hidden, output
+        if not stage.is_last:
+            self._arriving[index + 1, i] = self._pipeline.send_on(index, output.detach())
+
+    def _enter(self, index: int, i: int) -> Tensor:
+        """What the stage computes with: the beginning of its graph."""
+        needs_gradient = index > 0
+        if index == 0:
+            embedded, self._arriving[0, i] = self._pipeline.embed(self._batches[i]["input_ids"])
+            needs_gradient = embedded.requires_grad
+            if needs_gradient:
+                self._embedded[i] = embedded
+        return self._arriving.pop((index, i)).open().detach().requires_grad_(needs_gradient)
+
+    def _backward(self, index: int, i: int) -> None:
+        hidden, output = self._held.pop((index, i))
+        if self._stages[index].is_last:
+            torch.autograd.backward(self._scale(output))
+        elif output.requires_grad:
+            torch.autograd.backward(output, self._returning.pop((index, i)).open())
+        if hidden.grad is None:
+            return
+        parcel = self._pipeline.send_back(index, hidden.grad)
+        if index > 0:
+            self._returning[index - 1, i] = parcel
+        else:
+            torch.autograd.backward(self._embedded.pop(i), parcel.open())

@@ -1,0 +1,196 @@
+"""Steps of a model that is split over several devices: its micro-batches follow one another through the stages.
+
+The rows of a step (``per_device_train_batch_size`` x ``gradient_accumulation_steps``) are cut into micro-batches, which
+all stages work on at the same time; the loss is that of the whole step, as ever. What the stages cannot do together
+(losses that need the logits, or more than one forward) goes through the model one stage after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from pantheraml.config.multi_gpu import MultiGPUConfig
+from pantheraml.distributed.pipeline.schedule import in_flight
+from pantheraml.distributed.pipeline.step import Pipeline
+from pantheraml.errors import ConfigError
+from pantheraml.log import say_once
+from pantheraml.models.recompute import prepare_recompute
+from pantheraml.models.state import ModelState, get_state
+from pantheraml.training.head import score, why_not_fused
+from pantheraml.training.merging import MergedSteps
+from pantheraml.training.step_figures import StepFigures
+
+# Micro-batches for each stage, where the user names no number: with 4, a fifth of the time is spent waiting.
+_PER_STAGE = 4
+Batch = dict[str, Any]
+
+
+class _Labels(NamedTuple):
+    """The labels of a micro-batch on the head's device: which of its (B * (S - 1)) positions have one, and which."""
+
+    index: Tensor
+    target: Tensor
+
+
+class PipelinedSteps(MergedSteps):
+    """The part of the trainer that pipelines split models."""
+
+    _multi_gpu: MultiGPUConfig | None = None
+    _figures: StepFigures
+    _pieces = 0  # into which each batch is cut; 0: stages compute one after the other
+    _pipeline: Pipeline | None = None
+    _step_size = 0
+
+    def plan_pipeline(self) -> None:
+        """Decide, before a run, whether stages compute at the same time, and on how many micro-batches.
+
+        Raises:
+            ConfigError: ``micro_batches`` does not go with the number of rows of a step.
+        """
+        state = get_state(cast(nn.Module, self.model))
+        self._pieces, self._pipeline, self._waiting = 0, None, list[Batch]()
+        asked = self._multi_gpu.micro_batches if self._multi_gpu is not None else None
+        if state is None or state.split is None:
+            _refuse_micro_batches(asked, "the model is whole on one device")
+            return
+        reason = self._why_not_pipelined(state)
+        if reason is not None:
+            _refuse_micro_batches(asked, reason)
+            say_once(f"the stages of the model compute one after the other: {reason}.")
+            return
+        stages = len(state.split.stages)
+        count = self._num_micro_batches(asked, stages)
+        self._pieces = -(-count // self.args.gradient_accumulation_steps)
+        count = self._pieces * self.args.gradient_accumulation_steps
+        for index, stage in enumerate(state.split.stages):
+            held = in_flight(index, stages, count)
+            state.in_flight[stage.device] = max(held, state.in_flight.get(stage.device, 0))
+        say_once(
+            f"{stages} stages work on {count} micro-batches a step ({count / (count + stages - 1):.0%} of the time, "
+            "if they are equally fast)."
+        )
+
+    def _num_micro_batches(self, asked: int | None, stages: int) -> int:
+        least, rows = self.args.gradient_accumulation_steps, self.args.per_device_train_batch_size
+        if asked is None:
+            return min(least * rows, max(least, _PER_STAGE * stages))
+        if not least <= asked <= least * rows:
+            raise ConfigError(
+                got=f"MultiGPUConfig(micro_batches={asked}) was given.",
+                need=f"A step of per_device_train_batch_size={rows} x gradient_accumulation_steps={least} rows is cut "
+                f"into {least} to {least * rows} micro-batches.",
+                fix=f"Leave micro_batches out, or set gradient_accumulation_steps={asked} for as many.",
+            )
+        return asked
+
+    def _why_not_pipelined(self, state: ModelState) -> str | None:
+        model = cast(Any, self.model)
+        if state.family is None:
+            return "no family describes where its parts are"
+        if len(cast(Any, state.split).stages) < 2:
+            return "all layers are on one device"
+        model.train()
+        if not self._loss_is_plain():
+            return "the loss is not the plain one"
+        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            return "its adapter changes the input"
+        if getattr(self.args, "activation_offloading", False):
+            return "activation_offloading was asked for"
+        return why_not_fused(_base(model))
+
+    def _loss_is_plain(self) -> bool:
+        raise NotImplementedError
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The batches of a step, and the number of label tokens in all of them."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_size, self._waiting = len(batches), list[Batch]()
+        return batches, num_items
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        """TRL's; in a pipeline the last batch of a step brings all of them through it, the others nothing."""
+        if not self._pieces:
+            return super().training_step(model, inputs, num_items_in_batch).to(self.args.device)
+        self._waiting.append(cast(Batch, self._prepare_inputs(inputs)))
+        if len(self._waiting) < self._step_size:
+            return torch.zeros((), device=self.args.device)
+        batches, self._waiting = self._waiting, list[Batch]()
+        return self._pipelined_step(model, batches, num_items_in_batch)
+
+    def _pipelined_step(self, model: nn.Module, batches: list[Batch], num_items: Any) -> Tensor:
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # optimizers without a schedule have modes, too
+            cast(Any, self.optimizer).train()
+        state = get_state(model)
+        base = _base(self.model)
+        assert state is not None and state.family is not None and state.split is not None
+        if self._pipeline is None:
+            self._pipeline = Pipeline(base, state.family, state.split)
+        pieces = [piece for batch in batches for piece in cut(batch, self._pieces)]
+        prepare_recompute(base.base_model, state, max(piece["input_ids"].numel() for piece in pieces))
+        head = state.split.head
+        # Asked before anything is computed, so that the host waits for nothing later.
+        labels = [_read_labels(piece["labels"], head) for piece in pieces]
+        tokens = [_num_tokens(piece).to(head) for piece in pieces]
+        if num_items is None:
+            num_items = sum(one.index.numel() for one in labels)
+        total = torch.as_tensor(num_items, device=head).clamp(min=1)
+
+        def loss(hidden: Tensor, i: int) -> Tensor:
+            index, target = labels[i]
+            found = score(base, hidden[:, :-1].flatten(0, 1)[index], target)
+            self._figures.add(found.entropy, found.is_top1, torch.ones_like(target), tokens[i])
+            # Without labels every parameter is reached still.
+            return -found.log_probs.sum() / total if index.numel() else 0.0 * hidden.sum()
+
+        scaler = self.accelerator.scaler
+        scale = (lambda value: value) if scaler is None else scaler.scale
+        context = partial(self.accelerator.autocast, None)
+        return self._pipeline.step(pieces, loss, scale=scale, context=context).to(self.args.device)
+
+
+def cut(batch: Batch, pieces: int) -> list[Batch]:
+    """``batch`` in up to ``pieces`` parts of whole rows; what holds for all rows is in each of them."""
+    rows = batch["input_ids"].shape[0]
+    pieces = min(pieces, rows)
+    parts: list[Batch] = [{} for _ in range(pieces)]
+    for name, value in batch.items():
+        has_rows = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
+        chunks = value.tensor_split(pieces) if has_rows else [value] * pieces
+        for part, chunk in zip(parts, chunks, strict=True):
+            part[name] = chunk
+    return parts
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _read_labels(labels: Tensor, device: torch.device) -> _Labels:
+    target = labels[:, 1:].flatten()
+    index = (target != -100).nonzero()[:, 0]
+    return _Labels(index.to(device), target[index].to(device))
+
+
+def _num_tokens(batch: Batch) -> Tensor:
+    """Tokens that are not padding; none in a batch without labels, which stands for no row."""
+    mask = batch.get("attention_mask")
+    tokens = batch["input_ids"].numel() if mask is None else mask.sum()
+    return (batch["labels"][:, 1:] != -100).any() * tokens
+
+
+def _refuse_micro_batches(asked: int | None, reason: str) -> None:
+    if asked is not None:
+        raise ConfigError(
+            got=f"MultiGPUConfig(micro_batches={asked}) was given.",
+            need=f"It is for models that are pipelined over several devices; here {reason}.",
+            fix='Leave it out, or load the model with device_map="balanced".',
+        )
