@@ -82,8 +82,11 @@ class FastLanguageModel:
                 compute capability 8.9 or newer.
             full_finetuning: train all weights; they are held in float32 unless ``dtype`` says otherwise.
             token: hub access token.
-            device_map: ``None``, ``"auto"``, ``"cpu"``, ``"cuda:1"``, an index, or ``{"": device}``.
-            max_memory: not in this version.
+            device_map: None, ``"cpu"``, ``"cuda:1"`` or an index: one device. ``"balanced"``: the layers are split over
+                all GPUs so that these are equally fast; ``"sequential"``: the first GPU is filled, then the next;
+                ``"auto"``: one GPU (or, with ``use_multi_gpu``, a copy on each) if the model fits there, else as
+                ``"balanced"``. A mapping from modules to GPUs says it in detail.
+            max_memory: bytes that may be taken of each GPU, ``{0: "20GB", 1: "10GiB"}``; others are not used.
             rope_scaling: stretch rotary positions, for example ``{"rope_type": "linear", "factor": 2.0}``.
             fix_tokenizer: give the tokenizer a padding token that is not the end-of-text token.
             trust_remote_code: run Python code that comes with the model.
@@ -96,7 +99,7 @@ class FastLanguageModel:
             use_multi_gpu: True, or a ``MultiGPUConfig``, trains on every visible GPU: a script that was started by
                 plain ``python`` starts one rank for each, which run it from the beginning. None joins ranks that
                 torchrun, accelerate or srun started, and else uses one GPU. False keeps this process to itself.
-            auto_device_map: same as ``device_map="auto"``.
+            auto_device_map: same as ``device_map="auto"``; a ``MultiGPUConfig`` has it on.
             kernels: ``"auto"`` swaps in fused parts where they run; ``"off"`` gives the plain transformers model.
             attn_implementation: transformers' name of an attention, or None.
             num_labels: build a sequence classifier (for reward models: 1) instead of a language model; None
@@ -118,8 +121,8 @@ class FastLanguageModel:
         _refuse_unknown(unknown)
         _check_length(max_seq_length)
         _check_kernels(kernels)
-        _check_multi_gpu(auto_device_map, device_map, max_memory)
-        _join_ranks(use_multi_gpu, device_map)
+        _check_device_map(auto_device_map, device_map)
+        from pantheraml.distributed.joining import join
         from pantheraml.models.assembly import LoadRequest, assemble
         from pantheraml.models.precision import PrecisionFlags
         from pantheraml.models.recompute import check_policy
@@ -132,6 +135,8 @@ class FastLanguageModel:
             flags=PrecisionFlags(load_in_4bit, load_in_8bit, load_in_16bit, load_in_fp8, full_finetuning),
             token=token,
             device_map=device_map,
+            max_memory=max_memory,
+            is_alone=True,
             rope_scaling=rope_scaling,
             fix_tokenizer=fix_tokenizer,
             trust_remote_code=trust_remote_code,
@@ -144,6 +149,7 @@ class FastLanguageModel:
             attn_implementation=attn_implementation,
             num_labels=num_labels,
         )
+        request = join(request, use_multi_gpu, auto_device_map)
         if Path(model_name).is_dir():
             recover(model_name)  # a save there that was killed between two renames is finished first
         _download_once(request)
@@ -336,41 +342,12 @@ def _check_kernels(kernels: str) -> None:
         )
 
 
-def _check_multi_gpu(auto_device_map: bool, device_map: Any, max_memory: dict[Any, Any] | None) -> None:
+def _check_device_map(auto_device_map: bool, device_map: Any) -> None:
     if auto_device_map and device_map not in (None, "auto"):
         raise ConfigError(
             got=f"auto_device_map=True and device_map={device_map!r} were given together.",
             need="One of them decides where the model goes.",
             fix="Keep device_map.",
-        )
-    if max_memory is not None:
-        raise NotYetError(
-            got=f"max_memory={max_memory!r} was given.",
-            need="Limits per GPU are kept by the placement planner, which is not in this version.",
-            fix="Leave max_memory out; load_in_4bit=True needs the least memory.",
-        )
-
-
-def _join_ranks(use_multi_gpu: bool | MultiGPUConfig | None, device_map: Any) -> None:
-    """Be a rank, or start the ranks and never come back, as ``use_multi_gpu`` says."""
-    from pantheraml.launch.environment import LaunchEnvironment
-    from pantheraml.launch.start import say_what_is_idle
-
-    if use_multi_gpu is False:
-        return
-    if use_multi_gpu is None and not LaunchEnvironment.detect().is_rank:
-        say_what_is_idle()
-        return
-    from pantheraml.config.multi_gpu import config_of
-    from pantheraml.distributed.process_group import get_world_size, setup_multi_gpu
-
-    setup_multi_gpu(config_of(use_multi_gpu))
-    named = device_map if isinstance(device_map, int) else str(device_map).startswith("cuda:")
-    if get_world_size() > 1 and named is not False:
-        raise ConfigError(
-            got=f"device_map={device_map!r} was given to {get_world_size()} ranks.",
-            need="Each rank has a GPU of its own, and this would put all of them on one.",
-            fix="Leave device_map out; CUDA_VISIBLE_DEVICES says which GPUs are used.",
         )
 
 

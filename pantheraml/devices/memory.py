@@ -11,6 +11,8 @@ import torch
 from pantheraml.devices.inventory import gpu_device, num_gpus
 
 GIB = 1024**3
+# What a process takes on a GPU before its first tensor: CUDA's context and the kernels.
+CONTEXT_BYTES = int(0.6 * GIB)
 
 
 def gpu_memory(index: int) -> dict[str, float]:
@@ -37,10 +39,26 @@ def gpu_memory(index: int) -> dict[str, float]:
     }
 
 
+def limit_gpu(index: int, size: int) -> None:
+    """Let this process take at most ``size`` bytes of a GPU: an allocation above it fails as if there were no more.
+
+    Args:
+        index: as this process counts them.
+        size: bytes in all; CUDA's own, before the first tensor, are among them.
+    """
+    total = torch.cuda.mem_get_info(index)[1]
+    share = max(0.0, min(1.0, (size - CONTEXT_BYTES) / total))
+    torch.cuda.set_per_process_memory_fraction(share, index)
+
+
 def free_gpu_bytes(device: torch.device) -> int:
-    """What this process can still allocate on a GPU: free memory, and what its allocator holds unused."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    """What this process can still allocate on a GPU: what is free there and within its limit, and what its allocator
+    holds unused.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
+    return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
 
 
 def cpu_memory() -> dict[str, float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.launch import jit, tl
+from pantheraml.kernels.launch import jit, launching_on, tl
 
 # The most rows of a tile, and which share of a tile the average expert must fill for it to be taken: the last tile of
 # an expert is half empty on average, a smaller tile reads its weights more often.
@@ -66,15 +66,16 @@ class Groups:
             experts = self.ends.numel()
             count = -(-self.num_rows // block) + experts
             tiles = torch.empty((3, count), dtype=torch.int32, device=self.ends.device)
-            _tile_kernel[(-(-count // _TILE_IDS),)](
-                self.ends,
-                tiles,
-                experts,
-                count,
-                block,
-                EXPERTS=1 << (experts - 1).bit_length(),
-                IDS=_TILE_IDS,
-            )
+            with launching_on(tiles):
+                _tile_kernel[(-(-count // _TILE_IDS),)](
+                    self.ends,
+                    tiles,
+                    experts,
+                    count,
+                    block,
+                    EXPERTS=1 << (experts - 1).bit_length(),
+                    IDS=_TILE_IDS,
+                )
             self._tiles[block] = tiles
         return self._tiles[block]
 

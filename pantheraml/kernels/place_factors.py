@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.launch import jit, runs_triton, tl
+from pantheraml.kernels.launch import jit, launching_on, runs_triton, tl
 
 _BLOCK = 2048
 
@@ -80,10 +80,11 @@ class Table:
             self._entries = torch.tensor([entry[:5] for entry in key], dtype=torch.int64, device=device)
             self._scales = torch.tensor([entry[5] for entry in key], dtype=torch.float32, device=device)
             self._key = key
-        _place_kernel[(len(placements), 64)](
-            self._entries, self._scales, SOURCE=_NAMES[first.source.dtype], TARGET=_NAMES[first.target.dtype],
-            BLOCK=_BLOCK, num_warps=4,
-        )  # fmt: skip
+        with launching_on(first.target):
+            _place_kernel[(len(placements), 64)](
+                self._entries, self._scales, SOURCE=_NAMES[first.source.dtype], TARGET=_NAMES[first.target.dtype],
+                BLOCK=_BLOCK, num_warps=4,
+            )  # fmt: skip
 
 
 _NAMES = {} if tl is None else {

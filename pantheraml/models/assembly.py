@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pantheraml.errors import ConfigError
+from pantheraml.devices.inventory import num_gpus
+from pantheraml.devices.memory import limit_gpu
 from pantheraml.log import say
 from pantheraml.models import loading
 from pantheraml.models.families import find_family
 from pantheraml.models.patching import PatchSet
+from pantheraml.models.placement import Unplaced, find_place, first_device
 from pantheraml.models.positions import extend_positions
-from pantheraml.models.precision import PrecisionFlags, check_dequantized, check_precision, choose_precision
+from pantheraml.models.precision import Precision, PrecisionFlags, check_dequantized, check_precision, choose_precision
 from pantheraml.models.recompute import watch
 from pantheraml.models.saved_adapters import saved_vocabulary
 from pantheraml.models.source import resolve_source
@@ -21,12 +25,16 @@ from pantheraml.models.tokenizer import check_vocabulary, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """The arguments of ``FastLanguageModel.from_pretrained``, checked; see there for what each one means."""
+    """The arguments of ``FastLanguageModel.from_pretrained``, checked; see there for what each one means.
+
+    Attributes:
+        is_alone: whether all visible GPUs are this process's; ranks have one each.
+    """
 
     model_name: str
     max_seq_length: int
@@ -34,6 +42,8 @@ class LoadRequest:
     flags: PrecisionFlags
     token: str | None
     device_map: str | int | dict[str, Any] | None
+    max_memory: Mapping[Any, Any] | None
+    is_alone: bool
     rope_scaling: dict[str, Any] | None
     fix_tokenizer: bool
     trust_remote_code: bool
@@ -47,6 +57,29 @@ class LoadRequest:
     num_labels: int | None
 
 
+def before_loading(request: LoadRequest) -> Unplaced:
+    """What is to be placed, without a look at any GPU."""
+    import torch
+
+    source = resolve_source(
+        request.model_name,
+        revision=request.revision,
+        token=request.token,
+        trust_remote_code=request.trust_remote_code,
+    )
+    config = loading.load_config(source.folder, trust_remote_code=request.trust_remote_code)
+    # Bytes are asked for: which of the 16-bit types it will be does not matter.
+    dtype = request.dtype if request.flags.full_finetuning else request.dtype or "bfloat16"
+    stored = getattr(config, "quantization_config", None)
+    precision = choose_precision(request.flags, dtype, torch.device("cpu"), stored)
+    return _unplaced(request, config, precision)
+
+
+def _unplaced(request: LoadRequest, config: PretrainedConfig, precision: Precision) -> Unplaced:
+    full, fused = request.flags.full_finetuning, request.kernels == "auto"
+    return Unplaced(config, precision, full, request.max_seq_length, fused)
+
+
 def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelState]:
     """Load the base model of ``request`` and its tokenizer; the model carries its ``ModelState``.
 
@@ -57,10 +90,9 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
     """
     import torch
 
-    from pantheraml.devices.inventory import resolve_device
     from pantheraml.models.fused import apply_fused_parts
+    from pantheraml.models.split import carry_between, drop_hooks
 
-    device = resolve_device(request.device_map)
     trust = request.trust_remote_code
     source = resolve_source(
         request.model_name, revision=request.revision, token=request.token, trust_remote_code=trust
@@ -73,16 +105,25 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
         )
     config = loading.load_config(source.folder, trust_remote_code=trust)
     stored = getattr(config, "quantization_config", None)
+    device = first_device(request.device_map)
     precision = choose_precision(request.flags, request.dtype, device, stored)
     check_precision(precision, device)
     check_dequantized(request.keep_dequantized, precision, request.kernels)
+    size = _unplaced(request, config, precision)
+    place = find_place(size, request.device_map, request.max_memory, is_alone=request.is_alone)
+    for gpu, limit in place.limits.items():
+        limit_gpu(gpu, limit)
     extend_positions(config, request.max_seq_length, request.rope_scaling)
     tokenizer = load_tokenizer(source.tokenizer_folder, fix=request.fix_tokenizer, trust_remote_code=trust)
     num_labels = loading.choose_num_labels(request.num_labels, config, source.adapter)
-    options = loading.LoadOptions(device, precision, request.attn_implementation, num_labels, trust)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    options = loading.LoadOptions(
+        place.device_map, precision, request.attn_implementation, num_labels, trust, place.limits
+    )
+    with torch.random.fork_rng(devices=range(num_gpus()) if device.type == "cuda" else []):
         torch.manual_seed(request.random_state)
         model = loading.load_model(source.folder, config, options)
+        if place.split is not None:
+            drop_hooks(model)
         rows = request.resize_model_vocab
         if rows is None and source.adapter is not None:
             rows = saved_vocabulary(model, source.adapter)
@@ -106,6 +147,9 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
         patches=PatchSet(),
     )
     set_state(model, state)
+    if place.split is not None and state.family is not None:
+        state.split = place.split
+        carry_between(model, state.family, place.split)
     watch(model.base_model, state)
     if request.kernels == "auto":
         apply_fused_parts(

@@ -131,6 +131,8 @@ def why_not_recorded(model: PreTrainedModel, *, on_cpu: bool = False) -> str | N
     """Why steps of ``model`` are not recorded, or None when they are."""
     if model.device.type != "cuda" and not on_cpu:
         return "CUDA graphs need a GPU"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "its layers are on several devices"
     missing = [name for name in _METHODS if not hasattr(model, name)]
     if missing:
         return f"this transformers has no {missing[0]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,18 +26,20 @@ class LoadOptions:
     """Everything about a load besides where the files are.
 
     Attributes:
-        device: where the weights go.
+        device_map: where the weights go, as transformers takes it.
         precision: how they are held.
         attn_implementation: transformers' name of the attention, or None for its choice.
         num_labels: build a sequence classifier with that many labels instead of a language model.
         trust_remote_code: run the folder's own Python code.
+        max_memory: bytes of each GPU, where transformers is to place the layers by itself.
     """
 
-    device: torch.device
+    device_map: str | dict[str, Any]
     precision: Precision
     attn_implementation: str | None = None
     num_labels: int | None = None
     trust_remote_code: bool = False
+    max_memory: Mapping[int, int] | None = None
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -128,11 +130,13 @@ def load_model(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
     kwargs: dict[str, Any] = {
         "config": config,
         "dtype": options.precision.dtype,
-        "device_map": {"": str(options.device)},
+        "device_map": options.device_map,
         "use_safetensors": True,
         "ignore_mismatched_sizes": True,  # refused below, by name
         "trust_remote_code": options.trust_remote_code,
     }
+    if isinstance(options.device_map, str):
+        kwargs["max_memory"] = dict(options.max_memory or {}) or None
     if options.attn_implementation is not None:
         kwargs["attn_implementation"] = options.attn_implementation
     stored: dict[str, Any] | None = getattr(config, "quantization_config", None)

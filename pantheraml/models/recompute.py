@@ -97,12 +97,9 @@ class Section(NamedTuple):
 
 def sections(model: Any, state: ModelState) -> list[Section]:
     """The layers of ``model`` by device; mostly one section with all of them."""
-    layers = _layers(model)
-    if state.split is None or len(layers) != state.split.num_layers:
-        return [Section(layers, model.device)]
     found: dict[torch.device, list[Any]] = {}
-    for stage in state.split.stages:
-        found.setdefault(stage.device, []).extend(layers[stage.first : stage.stop])
+    for layer in _layers(model):
+        found.setdefault(next(layer.parameters()).device, []).append(layer)
     return [Section(part, device, state.in_flight.get(device, 1)) for device, part in found.items()]
 
 
@@ -152,8 +149,8 @@ def _plan_section(
     model: Any, state: ModelState, section: Section, tokens: int, is_new: bool, before: RecomputePlan | None
 ) -> RecomputePlan:
     plan = _plan_recompute(model, state, section, tokens, is_new)
-    place = "" if state.split is None else f" on {section.device}"
     total = len(section.layers)
+    place = "" if total == model.config.get_text_config().num_hidden_layers else f" on {section.device}"
     is_told = before is None or (plan.layers, plan.stored) != (before.layers, before.stored)
     if plan.need and is_told and section.device.type == "cuda":
         say(f"recompute{place}: {plan.describe(total)}.")

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor, nn
 
 from pantheraml.models.families import ModelFamily
@@ -81,6 +82,7 @@ def carry_between(model: Any, family: ModelFamily, split: Split) -> None:
     entrance = _Entrance(split.embedding)
     backbone = model.get_submodule(family.layers.rpartition(".")[0])
     backbone.register_forward_pre_hook(entrance.enter, with_kwargs=True)
+    backbone.register_forward_hook(entrance.leave, always_call=True)
     layers = list(model.get_submodule(family.layers).children())
     for stage in split.stages:
         carrier = _Carrier(stage.device)
@@ -90,21 +92,37 @@ def carry_between(model: Any, family: ModelFamily, split: Split) -> None:
             layers[index].register_forward_pre_hook(carrier.bring, with_kwargs=True)
     for path in (family.final_norm, family.head):
         model.get_submodule(path).register_forward_pre_hook(_Carrier(split.head).bring_one)
-    model.get_submodule(family.head).register_forward_hook(entrance.leave)
+    model.get_submodule(family.head).register_forward_hook(entrance.bring_back)
+
+
+def drop_hooks(model: nn.Module) -> None:
+    """Remove what transformers hooks into a model that it loads to several devices; ours do the same with fewer copies."""
+    remove_hook_from_submodules(model)
+    for module in model.modules():
+        vars(module).pop("forward", None)  # the class's own, put back on the instance
 
 
 class _Entrance:
-    """Brings a call's tensors to the embedding, and its logits back to where it came from."""
+    """Brings a call's tensors to the embedding, and its logits back to where it came from.
+
+    The device that is current changes on the way, and is what it was afterwards.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = self._caller = device
+        self._current: int | None = None
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
         self._caller = tensors[0].device if tensors else self._device
+        self._current = torch.cuda.current_device() if self._device.type == "cuda" else None
         return _moved(args, self._device), {name: _moved(one, self._device) for name, one in kwargs.items()}
 
-    def leave(self, module: nn.Module, args: Any, logits: Tensor) -> Tensor:
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._current is not None:
+            torch.cuda.set_device(self._current)
+
+    def bring_back(self, module: nn.Module, args: Any, logits: Tensor) -> Tensor:
         return logits.to(self._caller)
 
 
@@ -117,6 +135,8 @@ class _Carrier:
 
     def begin(self, module: nn.Module, args: Any) -> None:
         self._brought.clear()
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # kernels of other libraries run on the current one
 
     def bring(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _moved(args, self._device), {name: self._once(one) for name, one in kwargs.items()}

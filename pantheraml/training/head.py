@@ -100,12 +100,18 @@ def _forward(
     index = mask.reshape(-1).nonzero()[:, 0]
     backbone: Any = model.base_model
     hidden = backbone(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1]
-    scores = score(model, hidden.reshape(-1, hidden.shape[-1])[index], target.reshape(-1)[index])
-    zeros = hidden.new_zeros(mask.numel(), dtype=torch.float32)
-    log_probs, entropy, is_top1 = (zeros.index_put((index,), score).view(mask.shape) for score in scores)
+    # The last layers of a split model may be on another device than the labels.
+    there = hidden.device
+    scores = score(
+        model, hidden.reshape(-1, hidden.shape[-1])[index.to(there)], target.reshape(-1)[index].to(there)
+    )
+    zeros = torch.zeros(mask.numel(), device=mask.device)
+    log_probs, entropy, is_top1 = (
+        zeros.index_put((index,), values.to(mask.device)).view(mask.shape) for values in scores
+    )
     # A batch without labels still has to reach every parameter.
     if index.numel() == 0:
-        log_probs = log_probs + 0.0 * hidden.sum()
+        log_probs = log_probs + 0.0 * hidden.sum().to(mask.device)
     loss = -log_probs.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
     return FusedCausalLMOutput(
         loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask, aux_loss=None

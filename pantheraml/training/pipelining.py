@@ -8,16 +8,15 @@ all stages work on at the same time; the loss is that of the whole step, as ever
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from pantheraml.config.multi_gpu import MultiGPUConfig
+from pantheraml.config.multi_gpu import PER_STAGE, MultiGPUConfig
 from pantheraml.distributed.pipeline.schedule import in_flight
-from pantheraml.distributed.pipeline.step import Pipeline
+from pantheraml.distributed.pipeline.step import Context, Pipeline
 from pantheraml.errors import ConfigError
 from pantheraml.log import say_once
 from pantheraml.models.recompute import prepare_recompute
@@ -26,8 +25,6 @@ from pantheraml.training.head import score, why_not_fused
 from pantheraml.training.merging import MergedSteps
 from pantheraml.training.step_figures import StepFigures
 
-# Micro-batches for each stage, where the user names no number: with 4, a fifth of the time is spent waiting.
-_PER_STAGE = 4
 Batch = dict[str, Any]
 
 
@@ -79,7 +76,7 @@ class PipelinedSteps(MergedSteps):
     def _num_micro_batches(self, asked: int | None, stages: int) -> int:
         least, rows = self.args.gradient_accumulation_steps, self.args.per_device_train_batch_size
         if asked is None:
-            return min(least * rows, max(least, _PER_STAGE * stages))
+            return min(least * rows, max(least, PER_STAGE * stages))
         if not least <= asked <= least * rows:
             raise ConfigError(
                 got=f"MultiGPUConfig(micro_batches={asked}) was given.",
@@ -153,7 +150,7 @@ class PipelinedSteps(MergedSteps):
 
         scaler = self.accelerator.scaler
         scale = (lambda value: value) if scaler is None else scaler.scale
-        context = partial(self.accelerator.autocast, None)
+        context = cast(Context, self.accelerator.autocast)
         return self._pipeline.step(pieces, loss, scale=scale, context=context).to(self.args.device)
 
 

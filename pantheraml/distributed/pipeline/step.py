@@ -101,6 +101,11 @@ class Pipeline:
         return {name: link.send(one) if isinstance(one, Tensor) else one for name, one in needed.items()}
 
 
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Let kernels that ask for the current device find this one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class _Step:
     """One step on its way."""
 
@@ -134,7 +139,7 @@ class _Step:
 
     def _forward(self, index: int, i: int) -> None:
         stage = self._stages[index]
-        with self._context():
+        with self._context(), _on(stage.device):
             hidden = self._enter(index, i)
             inputs = self._inputs[index][i]
             batch = {name: one.open() if isinstance(one, Parcel) else one for name, one in inputs.items()}
