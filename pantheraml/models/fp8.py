@@ -189,15 +189,14 @@ class Fp8Quantizer(HfQuantizer):
         """What is done with such a tensor."""
         return _Quantise(self)
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        kept = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-        for path, layer in list(model.named_modules()):
-            if type(layer) is nn.Linear and fits(layer) and not any(_is_below(path, name) for name in kept):
-                parent, _, name = path.rpartition(".")
-                bias = layer.bias is not None
-                device, dtype = layer.weight.device, layer.weight.dtype
-                new = Fp8Linear(layer.in_features, layer.out_features, bias, device, dtype)
-                setattr(model.get_submodule(parent), name, new)
+    def _process_model_before_weight_loading(self, model: Any, **__: Any) -> Any:
+        for path in fp8_linears(model):
+            layer = model.get_submodule(path)
+            parent, _, name = path.rpartition(".")
+            bias = layer.bias is not None
+            device, dtype = layer.weight.device, layer.weight.dtype
+            new = Fp8Linear(layer.in_features, layer.out_features, bias, device, dtype)
+            setattr(model.get_submodule(parent), name, new)
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -211,6 +210,16 @@ class Fp8Quantizer(HfQuantizer):
 
 
 register_quantizer(METHOD)(Fp8Quantizer)
+
+
+def fp8_linears(model: Any) -> list[str]:
+    """Paths of the layers of a plain transformers ``model`` that are held in FP8: all linears that fit but the head."""
+    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    return [
+        path
+        for path, layer in model.named_modules()
+        if type(layer) is nn.Linear and fits(layer) and not any(_is_below(path, name) for name in kept)
+    ]
 
 
 def fits(layer: nn.Linear) -> bool:

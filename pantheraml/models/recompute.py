@@ -23,6 +23,7 @@ from pantheraml.config.multi_gpu import RECOMPUTE_POLICIES
 from pantheraml.devices.memory import free_gpu_bytes
 from pantheraml.errors import ConfigError
 from pantheraml.log import say, say_once
+from pantheraml.models.activation_sizes import TILE
 from pantheraml.models.recompute_plan import (
     RecomputePlan,
     offload_plan,
@@ -218,7 +219,6 @@ def _fused(layers: list[Any]) -> list[Any]:
 def apply_plan(section: Section, state: ModelState, plan: RecomputePlan) -> None:
     """Set every layer's switch, and what it keeps and where."""
     from pantheraml.models.fused import FusedDecoderLayer, HostStore
-    from pantheraml.models.fused.layer_function import TILE
 
     if plan.stored and section.device not in state.stores:
         state.stores[section.device] = HostStore(section.device)

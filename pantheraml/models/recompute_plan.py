@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pantheraml.devices.memory import GIB
+from pantheraml.models.activation_sizes import TILE, ActivationSizes, Kept, activation_sizes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 FREE_SHARE = 0.9
 # Of the free host memory, likewise.
 HOST_SHARE = 0.7
-# What transformers' and PEFT's layers keep, beside what fused ones keep (measured: 240 against 92 KiB per token and
-# layer for the 8B Llama, 3.2 is assumed).
-_STOCK_FACTOR = 3.2
 # Of the model's own bytes, what an MLP may take that is computed in tiles to save memory: 8,192 tokens of the 8B Llama
 # in 16 bits, 2,048 in 4 (3 % slower than 4,096, 0.2 GiB less).
 _TILE_SHARE = 1 / 16
@@ -39,15 +37,6 @@ _KEPT_WORDS = {
     "attended": "attention's output",
     "input": "their inputs",
 }
-
-
-class Kept(NamedTuple):
-    """Bytes that one layer keeps for one token."""
-
-    all: int
-    projected: int
-    attended: int
-    input: int
 
 
 @dataclass(frozen=True)
@@ -88,47 +77,27 @@ class RecomputePlan:
         return f"{what} ({self.tokens} tokens at a time: {self.need / GIB:.1f}{free})"
 
 
-def kept_per_token(model: Any) -> Kept:
-    """Bytes that a layer of ``model`` (or its backbone) keeps for a token, by what it keeps; an upper estimate.
-
-    A fused layer keeps x, q, k, v, the attention's output, the residual after it, gate and up.
-    """
+def _sizes_of(model: Any) -> ActivationSizes:
+    """What activations of ``model`` (or its backbone) take, as it is now."""
     from pantheraml.models.fused import FusedDecoderLayer
 
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    queries = config.num_attention_heads * head_dim
-    keys = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim
-    experts = getattr(config, "num_experts_per_tok", None)
-    inner = (getattr(config, "intermediate_size", None) or 4 * config.hidden_size) * (experts or 1)
-    size, hidden = max(model.dtype.itemsize, 2), config.hidden_size
-    numbers = 2 * hidden + 2 * queries + 2 * keys + 2 * inner
-    is_fused = not experts and any(isinstance(module, FusedDecoderLayer) for module in model.modules())
-    if not is_fused:
-        return Kept(int(numbers * size * _STOCK_FACTOR), hidden * size, hidden * size, hidden * size)
-    attended = (hidden + queries) * size + 4 * config.num_attention_heads
-    # Norms of q and k need what went into them too; LoRA's t is 64 numbers; the sum after the attention.
-    projected = attended + ((queries + 2 * keys) * (2 if _has_head_norms(model) else 1) + 64 + hidden) * size
-    return Kept(numbers * size, projected, attended, hidden * size)
+    return activation_sizes(
+        model.config,
+        model.dtype.itemsize,
+        is_fused=any(isinstance(module, FusedDecoderLayer) for module in model.modules()),
+        has_head_norms=any(name.endswith("self_attn.q_norm") for name, _ in model.named_modules()),
+    )
 
 
-def _has_head_norms(model: Any) -> bool:
-    return any(name.endswith("self_attn.q_norm") for name, _ in model.named_modules())
+def kept_per_token(model: Any) -> Kept:
+    """Bytes that a layer of ``model`` (or its backbone) keeps for a token, by what it keeps; an upper estimate."""
+    return _sizes_of(model).kept
 
 
 def passing_bytes(model: Any, tokens: int) -> int:
     """Bytes that come and go while one layer, and then the head, is computed for ``tokens``; an upper estimate."""
-    from pantheraml.models.fused.layer_function import TILE
-
-    config = model.config.get_text_config()
-    size, hidden = max(model.dtype.itemsize, 2), config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    kept = kept_per_token(model)
-    # In the MLP's backward: gate, up, their gradients, the value; around the attention: q, k, v and their gradients.
-    mlp = min(tokens, TILE) * 6 * inner * size
-    attention = tokens * (2 * kept.attended + 8 * hidden * size)
-    head = 2048 * config.vocab_size * (size + 4) + 2 * tokens * hidden * size
-    return mlp + attention + head
+    sizes = _sizes_of(model)
+    return sizes.layer_passing(tokens) + sizes.head_passing(tokens)
 
 
 def plan_recompute(
@@ -235,8 +204,6 @@ def _model_bytes(model: Any) -> int:
 
 def _small_tile(model: Any) -> int:
     """Tokens of which an MLP's intermediates (gate, up, value and its gradient) are small beside the model."""
-    from pantheraml.models.fused.layer_function import TILE
-
     config = model.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     room = _TILE_SHARE * _model_bytes(model)

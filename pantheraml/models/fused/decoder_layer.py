@@ -16,11 +16,12 @@ from pantheraml.kernels.attention.layout import read_layout
 from pantheraml.kernels.attention.table import choose
 from pantheraml.kernels.launch import why_no_triton
 from pantheraml.kernels.rope import Rotary
+from pantheraml.models.activation_sizes import TILE
 from pantheraml.models.families import ModelFamily
 from pantheraml.models.fused.attention import NAME
 from pantheraml.models.fused.functions import AttentionAndMLP, AttentionInput, AttentionOutput
 from pantheraml.models.fused.host_store import HostStore
-from pantheraml.models.fused.layer_function import TILE, FusedLayer, Keep, LayerCall
+from pantheraml.models.fused.layer_function import FusedLayer, Keep, LayerCall
 from pantheraml.models.fused.parts import InputPart
 from pantheraml.models.fused.projection import computes_in
 from pantheraml.models.fused.read_layer import LayerParts, LayerReader

@@ -22,15 +22,13 @@ from torch import Tensor
 
 from pantheraml.kernels.attention.backend import AttentionBackend, AttentionCall
 from pantheraml.kernels.rope import Rotary
+from pantheraml.models.activation_sizes import TILE
 from pantheraml.models.fused import halves
 from pantheraml.models.fused.host_store import HostStore
 from pantheraml.models.fused.parts import InputPart, MiddlePart, MLPPart
 
 Keep = Literal["all", "projected", "attended", "input"]
 Gradients = list[Tensor | None]
-
-# Tokens computed at a time where not everything is kept: wide enough for full speed.
-TILE = 16384
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,164 @@
+"""Where the parts of a model go: the planner behind ``device_map`` and ``max_memory``. Pure functions, without torch.
+
+Every GPU gets a run of layers, a stage; micro-batches are pipelined through the stages. The embedding stands before the
+first layer and the head behind the last; where the head is the embedding, both are on the last stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pantheraml.devices.model_parts import ModelParts, PartSizes
+from pantheraml.devices.stage_split import (
+    Cut,
+    StageSizes,
+    balanced_cuts,
+    closest_cuts,
+    sequential_cuts,
+)
+from pantheraml.errors import ConfigError
+
+__all__ = ["Kind", "ModelParts", "PartSizes", "Placement", "describe", "fits", "place"]
+
+Kind = Literal["auto", "balanced", "sequential"]
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which GPU each part of a model is on.
+
+    Attributes:
+        embedding: index of its GPU.
+        layers: index of the GPU of each layer; those of a GPU are neighbours.
+        head: index of the GPU of final norm and head.
+        predicted: bytes of each GPU at its peak; empty where nobody counted.
+        limits: bytes that were allowed of each GPU that could be used; empty where nobody counted.
+        recomputing: how many layers of each GPU will recompute to keep its limit.
+    """
+
+    embedding: int
+    layers: tuple[int, ...]
+    head: int
+    predicted: Mapping[int, int]
+    limits: Mapping[int, int]
+    recomputing: Mapping[int, int]
+
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        """The GPUs that are used, in the order in which a token passes through them."""
+        return tuple(dict.fromkeys((*self.layers, self.head, self.embedding)))
+
+
+def fits(parts: ModelParts, limit: int, tokens: int) -> bool:
+    """Whether the whole model trains within ``limit`` bytes of one GPU, ``tokens`` at a time; recompute may help."""
+    return StageSizes(parts, tokens, 1).stage(0, len(parts.layers), 0, limit) is not None
+
+
+def place(
+    kind: Kind, parts: ModelParts, limits: Mapping[int, int], *, tokens: int, micro_batches: int
+) -> Placement:
+    """A place for every part.
+
+    Args:
+        kind: ``"auto"``: the GPU with the largest limit if the whole model fits there, else as ``"balanced"``;
+            ``"balanced"``: stages whose slowest is as fast as possible, on all GPUs; ``"sequential"``: each GPU is
+            filled up to its limit before the next one is used.
+        parts: the model.
+        limits: bytes that may be taken of each GPU, in the order in which tokens are to pass through them.
+        tokens: of one micro-batch, padding included.
+        micro_batches: of one step.
+
+    Raises:
+        ConfigError: the model does not fit.
+    """
+    gpus, sizes = list(limits), StageSizes(parts, tokens, micro_batches)
+    bounds = [limits[gpu] for gpu in gpus]
+    if kind == "auto" and gpus and fits(parts, max(bounds), tokens):
+        cuts = [Cut(bounds.index(max(bounds)), 0, sizes.num_layers)]
+    elif kind == "sequential":
+        cuts = sequential_cuts(StageSizes(parts, tokens, micro_batches, may_recompute=False), bounds)
+        cuts = cuts or sequential_cuts(sizes, bounds)
+    else:
+        cuts = balanced_cuts(sizes, bounds)
+    if not cuts:
+        raise _too_small(parts, sizes, limits, tokens)
+    return _placed(sizes, cuts, limits, tied=parts.tied)
+
+
+def _placed(sizes: StageSizes, cuts: list[Cut], limits: Mapping[int, int], *, tied: bool) -> Placement:
+    gpus = list(limits)
+    layers: list[int] = []
+    predicted: dict[int, int] = {}
+    recomputing: dict[int, int] = {}
+    for number, (position, start, stop) in enumerate(cuts):
+        gpu = gpus[position]
+        stage = sizes.stage(start, stop, len(cuts) - 1 - number, limits[gpu])
+        assert stage is not None, "cuts keep the limits"
+        layers += [gpu] * (stop - start)
+        predicted[gpu], recomputing[gpu] = stage.need, stage.recomputing
+    embedding = layers[-1] if tied else layers[0]
+    return Placement(embedding, tuple(layers), layers[-1], predicted, dict(limits), recomputing)
+
+
+def _too_small(parts: ModelParts, sizes: StageSizes, limits: Mapping[int, int], tokens: int) -> ConfigError:
+    """The error for a model that does not fit, with what the best split would need."""
+    gpus = list(limits)
+    if not gpus:
+        return ConfigError(
+            got="There is no GPU to place the model on.",
+            need="A device map that splits a model needs GPUs.",
+            fix="Use device_map='cpu', or make GPUs visible in CUDA_VISIBLE_DEVICES.",
+        )
+    cuts = closest_cuts(sizes, [limits[gpu] for gpu in gpus])
+    needs: dict[int, int] = {}
+    for number, (position, start, stop) in enumerate(cuts):
+        stage = sizes.stage(start, stop, len(cuts) - 1 - number, math.inf)
+        assert stage is not None, "everything fits where there is no limit"
+        needs[gpus[position]] = stage.least
+    each = ", ".join(f"GPU {gpu} {_gib(need)} of {_gib(limits[gpu])}" for gpu, need in needs.items())
+    allowed = sum(limits.values())
+    total = f" ({_gib(sum(needs.values()))} of {_gib(allowed)} GiB in all)" if len(gpus) > 1 else ""
+    ways = [] if parts.is_4bit else ["load_in_4bit=True"]
+    ways += ["a larger max_memory", "more GPUs in CUDA_VISIBLE_DEVICES", "a shorter max_seq_length"]
+    return ConfigError(
+        got=f"The model does not fit: of all ways to split it, the closest one takes of {each} GiB{total}.",
+        need=f"Weights, adapter, optimizer and the activations of {tokens} tokens at a time, all layers recomputing, "
+        "must stay within the limit of every GPU.",
+        fix=f"Use {', '.join(ways[:-1])} or {ways[-1]}.",
+    )
+
+
+def describe(placement: Placement, parts: ModelParts) -> str:
+    """``placement`` as a table for the log, one line for each GPU; numbers in GiB."""
+    lines = [("GPU", "layers", "weights", "peak", "limit", "")]
+    for gpu in placement.gpus:
+        mine = [index for index, place in enumerate(placement.layers) if place == gpu]
+        held = [parts.layers[index] for index in mine]
+        held += [parts.embedding] * (placement.embedding == gpu) + [parts.head] * (placement.head == gpu)
+        ends = ["embedding"] * (placement.embedding == gpu) + ["head"] * (placement.head == gpu)
+        recomputing = placement.recomputing.get(gpu, 0)
+        ends += [f"{recomputing} recompute"] * (recomputing > 0)
+        lines.append(
+            (
+                str(gpu),
+                f"{mine[0]}-{mine[-1]}" if mine else "-",
+                _gib(sum(part.weights for part in held)),
+                _gib(placement.predicted[gpu]) if gpu in placement.predicted else "-",
+                _gib(placement.limits[gpu]) if gpu in placement.limits else "-",
+                ", ".join(ends),
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(5)]
+    return "\n".join(
+        "  ".join([*(cell.rjust(width) for cell, width in zip(line, widths, strict=False)), line[5]]).rstrip()
+        for line in lines
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.1f}"
