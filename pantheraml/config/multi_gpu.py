@@ -66,7 +66,8 @@ class MultiGPUConfig:
         for name in ("auto_device_map", "find_unused_parameters"):
             _one_of(name, getattr(self, name), (True, False))
         _positive("timeout_minutes", self.timeout_minutes, (int, float))
-        if self.max_memory is not None and not isinstance(self.max_memory, Mapping):
+        limits: object = self.max_memory
+        if limits is not None and not isinstance(limits, Mapping):
             raise ConfigError(
                 got=f"MultiGPUConfig(max_memory={self.max_memory!r}) was given.",
                 need="It is a mapping from GPUs to limits.",

@@ -9,10 +9,9 @@ import psutil
 import torch
 
 from pantheraml.devices.inventory import gpu_device, num_gpus
+from pantheraml.devices.stage_split import CONTEXT_BYTES
 
 GIB = 1024**3
-# What a process takes on a GPU before its first tensor: CUDA's context and the kernels.
-CONTEXT_BYTES = int(0.6 * GIB)
 
 
 def gpu_memory(index: int) -> dict[str, float]:
@@ -48,7 +47,7 @@ def limit_gpu(index: int, size: int) -> None:
     """
     total = torch.cuda.mem_get_info(index)[1]
     share = max(0.0, min(1.0, (size - CONTEXT_BYTES) / total))
-    torch.cuda.set_per_process_memory_fraction(share, index)
+    torch.cuda.set_per_process_memory_fraction(share, index)  # pyright: ignore[reportUnknownMemberType]
 
 
 def free_gpu_bytes(device: torch.device) -> int:

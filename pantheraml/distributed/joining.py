@@ -55,11 +55,15 @@ def join(
             say_what_is_idle()
         return request
     if config.strategy != "none" and is_split:
-        say(f"device_map={request.device_map!r} splits the model, so this process uses all GPUs and starts no ranks.")
+        say(
+            f"device_map={request.device_map!r} splits the model, so this process uses all GPUs and starts no ranks."
+        )
         return request
     may_split = is_automatic or (request.device_map is None and config.auto_device_map)
     if config.strategy == "auto" and may_split and gpus > 1 and not _fits_on_each(request):
-        say(f"the model does not fit on each of {gpus} GPUs: it is split between them, and no ranks are started.")
+        say(
+            f"the model does not fit on each of {gpus} GPUs: it is split between them, and no ranks are started."
+        )
         return replace(request, device_map="auto")
     return _as_rank(request, config, False)
 

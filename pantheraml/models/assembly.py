@@ -7,16 +7,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pantheraml.errors import ConfigError
 from pantheraml.devices.inventory import num_gpus
 from pantheraml.devices.memory import limit_gpu
+from pantheraml.errors import ConfigError
 from pantheraml.log import say
 from pantheraml.models import loading
 from pantheraml.models.families import find_family
 from pantheraml.models.patching import PatchSet
 from pantheraml.models.placement import Unplaced, find_place, first_device
 from pantheraml.models.positions import extend_positions
-from pantheraml.models.precision import Precision, PrecisionFlags, check_dequantized, check_precision, choose_precision
+from pantheraml.models.precision import (
+    Precision,
+    PrecisionFlags,
+    check_dequantized,
+    check_precision,
+    choose_precision,
+)
 from pantheraml.models.recompute import watch
 from pantheraml.models.saved_adapters import saved_vocabulary
 from pantheraml.models.source import resolve_source

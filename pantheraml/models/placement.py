@@ -1,10 +1,10 @@
 """Where a model goes: one device, or its layers on several GPUs, within the limits that were set.
 
-    None, one device     that device
-    "auto"               one GPU where the model fits on one, else as "balanced"
-    "balanced"           as many layers on each GPU as makes the slowest as fast as possible
-    "sequential"         the first GPU is filled, then the next
-    a mapping            as it says
+None, one device     that device
+"auto"               one GPU where the model fits on one, else as "balanced"
+"balanced"           as many layers on each GPU as makes the slowest as fast as possible
+"sequential"         the first GPU is filled, then the next
+a mapping            as it says
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def find_place(model: Unplaced, device_map: object, max_memory: object, *, is_al
         return Place(device, {"": str(device)}, limits=_limit_of(model, device, max_memory))
     limits = read_limits(max_memory, visible_memory())
     if max_memory is not None and isinstance(max_memory, Mapping) and "cpu" in max_memory:
-        say_once("max_memory: nothing is placed in host memory, so the limit for \"cpu\" is kept.")
+        say_once('max_memory: nothing is placed in host memory, so the limit for "cpu" is kept.')
     if model.family is None:
         say_once(
             "the layers of this architecture are placed by transformers, and compute one after the other: no family "
