@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig
+from transformers import GPT2Config
 
 from pantheraml import FastLanguageModel
 from pantheraml.devices.inventory import DTYPES
