@@ -120,13 +120,13 @@ def _too_small(parts: ModelParts, sizes: StageSizes, limits: Mapping[int, int], 
         stage = sizes.stage(start, stop, len(cuts) - 1 - number, math.inf)
         assert stage is not None, "everything fits where there is no limit"
         needs[gpus[position]] = stage.least
-    each = ", ".join(f"GPU {gpu} {_gib(need)} of {_gib(limits[gpu])}" for gpu, need in needs.items())
+    each = ", ".join(f"{_gib(need)} of {_gib(limits[gpu])} GiB on GPU {gpu}" for gpu, need in needs.items())
     allowed = sum(limits.values())
     total = f" ({_gib(sum(needs.values()))} of {_gib(allowed)} GiB in all)" if len(gpus) > 1 else ""
     ways = [] if parts.is_4bit else ["load_in_4bit=True"]
     ways += ["a larger max_memory", "more GPUs in CUDA_VISIBLE_DEVICES", "a shorter max_seq_length"]
     return ConfigError(
-        got=f"The model does not fit: of all ways to split it, the closest one takes of {each} GiB{total}.",
+        got=f"The model does not fit: {'the closest split' if len(gpus) > 1 else 'it'} needs {each}{total}.",
         need=f"Weights, adapter, optimizer and the activations of {tokens} tokens at a time, all layers recomputing, "
         "must stay within the limit of every GPU.",
         fix=f"Use {', '.join(ways[:-1])} or {ways[-1]}.",

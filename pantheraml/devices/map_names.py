@@ -113,11 +113,12 @@ def _check_names(mapping: Mapping[str, object], known: list[str], paths: Paths) 
                 need="A layer is computed in one piece, on one GPU; so are embedding and head.",
                 fix=f"Write {inside!r} in its place.",
             )
-        whole = sorted({part for part in known if not part.startswith(f"{paths.layers}.")})
+        whole = [part for part in known if not part.startswith(f"{paths.layers}.")]
+        last = sum(part.startswith(f"{paths.layers}.") for part in known) - 1
         raise ConfigError(
             got=f"device_map places {name!r}, which is no part of this model.",
-            need=f"Its parts are {_listed([f'{paths.layers}.0', *whole], most=9)}.",
-            fix=did_you_mean(str(name), known) or "Remove it.",
+            need=f"Its parts are '{paths.layers}.0' to '{paths.layers}.{last}', {_listed(whole, most=9)}.",
+            fix=did_you_mean(str(name), [paths.layers, *whole]) or "Remove it.",
         )
 
 

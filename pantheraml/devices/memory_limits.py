@@ -57,7 +57,7 @@ def read_limits(max_memory: object, free: Mapping[int, int]) -> dict[int, int]:
             raise ConfigError(
                 got=f"max_memory gives GPU {index} nothing ({size!r}).",
                 need="GPUs that max_memory does not name are not used.",
-                fix=f"Leave {name!r} out of it.",
+                fix=f"Leave GPU {index} out of it.",
             )
         if index in limits:
             raise ConfigError(
@@ -88,11 +88,11 @@ def _index(name: object, free: Mapping[int, int]) -> int | None:
         )
     index = int(found[1])
     if index not in free:
-        seen = f"The GPUs it sees are {', '.join(map(str, sorted(free)))}." if free else "It sees none."
+        seen = f"It sees {', '.join(map(str, sorted(free)))}; the first in CUDA_VISIBLE_DEVICES is 0."
         raise ConfigError(
             got=f"max_memory names GPU {index}, which this process does not see.",
-            need=f"{seen} Of those in CUDA_VISIBLE_DEVICES the first is 0.",
-            fix=f"Leave {name!r} out, or make that GPU visible.",
+            need=seen if free else "It sees no GPU.",
+            fix=f"Leave GPU {index} out of it, or make it visible." if free else "Leave max_memory out.",
         )
     return index
 

@@ -119,9 +119,16 @@ def golden_text(error: Exception, shop: Workshop) -> str:
 
 def load_cases() -> None:
     """Import the modules that register cases."""
-    from tests.errors import cases_adapters, cases_data, cases_loading, cases_saving, cases_training
+    from tests.errors import (
+        cases_adapters,
+        cases_data,
+        cases_loading,
+        cases_placement,
+        cases_saving,
+        cases_training,
+    )
 
-    assert all((cases_adapters, cases_data, cases_loading, cases_saving, cases_training))
+    assert all((cases_adapters, cases_data, cases_loading, cases_placement, cases_saving, cases_training))
 
 
 def offline() -> None:
