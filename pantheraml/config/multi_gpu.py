@@ -66,8 +66,7 @@ class MultiGPUConfig:
         for name in ("auto_device_map", "find_unused_parameters"):
             _one_of(name, getattr(self, name), (True, False))
         _positive("timeout_minutes", self.timeout_minutes, (int, float))
-        limits: object = self.max_memory
-        if limits is not None and not isinstance(limits, Mapping):
+        if not isinstance(cast("object", self.max_memory), Mapping | None):
             raise ConfigError(
                 got=f"MultiGPUConfig(max_memory={self.max_memory!r}) was given.",
                 need="It is a mapping from GPUs to limits.",

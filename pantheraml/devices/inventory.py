@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 
-from pantheraml.errors import ConfigError, HardwareError, NotYetError, did_you_mean
+from pantheraml.errors import ConfigError, HardwareError, did_you_mean
 
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -122,16 +122,15 @@ def resolve_device(device_map: object = None) -> torch.device:
     Raises:
         ConfigError: ``device_map`` is none of these.
         HardwareError: the device is not there.
-        NotYetError: more than one device is named.
     """
     is_mapping = isinstance(device_map, Mapping)
     values = cast("Mapping[object, object]", device_map).values() if is_mapping else [device_map]
     named = {_name_device(value) for value in values}
     if len(named) > 1:
-        raise NotYetError(
+        raise ConfigError(
             got=f"device_map names {len(named)} devices: {', '.join(sorted(map(str, named)))}.",
-            need="This version puts the whole model on one device; several devices come in a later one.",
-            fix="Write device_map=None, or {'': 0} for the first GPU; load_in_4bit=True takes less memory.",
+            need="The model goes to one device here.",
+            fix="Write device_map=None, or {'': 0} for the first GPU.",
         )
     if not named:
         raise ConfigError(got="device_map={} places nothing.", need="The model needs one device.", fix=_FORMS)

@@ -212,7 +212,9 @@ def balanced_cuts(sizes: StageSizes, limits: list[int]) -> list[Cut] | None:
 
 
 def sequential_cuts(sizes: StageSizes, limits: list[int]) -> list[Cut] | None:
-    """Stages on as few GPUs as possible, each filled as far as its limit and the stages behind it allow.
+    """Stages on the first GPUs, each filled as far as its limit and the stages behind it allow.
+
+    A GPU is left out only where its limit holds no layer.
 
     Args:
         sizes: of the stages.
@@ -222,10 +224,11 @@ def sequential_cuts(sizes: StageSizes, limits: list[int]) -> list[Cut] | None:
     def fits(start: int, stop: int, later: int, gpu: int) -> tuple[float, float]:
         return (0.0, 0.0) if sizes.stage(start, stop, later, limits[gpu]) else (math.inf, math.inf)
 
-    search = _Search(sizes.num_layers, len(limits), fits)
-    for stages in range(1, min(len(limits), sizes.num_layers) + 1):
-        if search.worst(0, stages, 0) == 0:
-            return _filled(search, fits, sizes.num_layers, stages)
+    for used in range(1, len(limits) + 1):
+        search = _Search(sizes.num_layers, used, fits)
+        for stages in range(min(used, sizes.num_layers), 0, -1):
+            if search.worst(0, stages, 0) == 0:
+                return _filled(search, fits, sizes.num_layers, stages)
     return None
 
 

@@ -1,4 +1,4 @@
-"""What ``from_pretrained`` makes of several GPUs: ranks with a copy each, one process with a split model, or one GPU."""
+"""What ``from_pretrained`` makes of several GPUs: ranks with a copy each, a split model in one process, or one GPU."""
 
 from __future__ import annotations
 
@@ -105,9 +105,10 @@ def _fits_on_each(request: LoadRequest) -> bool:
     """
     folder = Path(request.model_name)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if size and not request.flags.full_finetuning and request.max_memory is None:
-        if not (folder / "adapter_config.json").exists() and size < _SURELY * min(visible_memory().values()):
-            return True
+    is_plain = not request.flags.full_finetuning and request.max_memory is None
+    is_base = size > 0 and not (folder / "adapter_config.json").exists()
+    if is_plain and is_base and size < _SURELY * min(visible_memory().values()):
+        return True
     from pantheraml.models.assembly import before_loading
 
     return fits_on_each(before_loading(request), request.max_memory)

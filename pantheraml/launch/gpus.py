@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pantheraml.devices.nvml import NVML, NVML_LIBRARY, Gpu
+from pantheraml.devices.visible_gpus import select_visible
 
 # There when AMD's driver is.
 AMD_DRIVER = Path("/dev/kfd")
@@ -49,38 +50,12 @@ def read_gpus(library: str = NVML_LIBRARY) -> tuple[Gpu, ...] | None:
 def count_visible(gpus: Sequence[Gpu], selection: str | None) -> int:
     """Number of ``gpus`` that CUDA shows under a value of ``CUDA_VISIBLE_DEVICES`` (None: unset).
 
-    CUDA reads the list up to the first entry that names no GPU, takes a list that names one twice for empty, and shows
-    one MIG slice to a process, however many are named.
+    CUDA shows one MIG slice to a process, however many are named.
     """
-    if selection is None:
-        return _usable(gpus)
-    entries = [entry.strip() for entry in selection.split(",")]
-    if entries[0].startswith("MIG-"):
-        return min(1, len(gpus))
-    named: list[int] = []
-    by_uuid = entries[0].startswith("GPU-")
-    for entry in entries:
-        index = _index_by_uuid(gpus, entry) if by_uuid else _leading_number(entry)
-        if index is None or index >= len(gpus):
-            break
-        if index in named:
-            return 0
-        named.append(index)
-    return _usable([gpus[index] for index in named])
+    visible = select_visible(gpus, selection)
+    return min(1, len(gpus)) if visible is None else _usable(visible)
 
 
 def _usable(gpus: Sequence[Gpu]) -> int:
     whole = sum(not gpu.is_split for gpu in gpus)
     return whole or min(1, len(gpus))
-
-
-def _index_by_uuid(gpus: Sequence[Gpu], prefix: str) -> int | None:
-    found = [index for index, gpu in enumerate(gpus) if gpu.uuid.startswith(prefix)]
-    return found[0] if prefix and len(found) == 1 else None
-
-
-def _leading_number(entry: str) -> int | None:
-    """The number an entry begins with, as C's strtol reads it; None without one, or below 0."""
-    digits = entry.removeprefix("+")
-    length = next((place for place, letter in enumerate(digits) if letter not in "0123456789"), len(digits))
-    return int(digits[:length]) if length else None

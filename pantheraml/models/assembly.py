@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pantheraml.devices.inventory import num_gpus
 from pantheraml.devices.memory import limit_gpu
 from pantheraml.errors import ConfigError
 from pantheraml.log import say
 from pantheraml.models import loading
 from pantheraml.models.families import find_family
 from pantheraml.models.patching import PatchSet
-from pantheraml.models.placement import Unplaced, find_place, first_device
+from pantheraml.models.placement import Place, Unplaced, find_place, first_device
 from pantheraml.models.positions import extend_positions
 from pantheraml.models.precision import (
     Precision,
@@ -25,7 +24,7 @@ from pantheraml.models.precision import (
 )
 from pantheraml.models.recompute import watch
 from pantheraml.models.saved_adapters import saved_vocabulary
-from pantheraml.models.source import resolve_source
+from pantheraml.models.source import ModelSource, resolve_source
 from pantheraml.models.state import ModelState, Recompute, set_state
 from pantheraml.models.tokenizer import check_vocabulary, load_tokenizer
 
@@ -94,10 +93,8 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
     Raises:
         ConfigError, ModelLoadError, NotYetError, HardwareError: as ``from_pretrained`` says.
     """
-    import torch
-
     from pantheraml.models.fused import apply_fused_parts
-    from pantheraml.models.split import carry_between, drop_hooks
+    from pantheraml.models.split import carry_between
 
     trust = request.trust_remote_code
     source = resolve_source(
@@ -115,27 +112,17 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
     precision = choose_precision(request.flags, request.dtype, device, stored)
     check_precision(precision, device)
     check_dequantized(request.keep_dequantized, precision, request.kernels)
-    size = _unplaced(request, config, precision)
-    place = find_place(size, request.device_map, request.max_memory, is_alone=request.is_alone)
+    place = find_place(
+        _unplaced(request, config, precision),
+        request.device_map,
+        request.max_memory,
+        is_alone=request.is_alone,
+    )
     for gpu, limit in place.limits.items():
         limit_gpu(gpu, limit)
     extend_positions(config, request.max_seq_length, request.rope_scaling)
     tokenizer = load_tokenizer(source.tokenizer_folder, fix=request.fix_tokenizer, trust_remote_code=trust)
-    num_labels = loading.choose_num_labels(request.num_labels, config, source.adapter)
-    options = loading.LoadOptions(
-        place.device_map, precision, request.attn_implementation, num_labels, trust, place.limits
-    )
-    with torch.random.fork_rng(devices=range(num_gpus()) if device.type == "cuda" else []):
-        torch.manual_seed(request.random_state)
-        model = loading.load_model(source.folder, config, options)
-        if place.split is not None:
-            drop_hooks(model)
-        rows = request.resize_model_vocab
-        if rows is None and source.adapter is not None:
-            rows = saved_vocabulary(model, source.adapter)
-        if rows is not None:
-            model.resize_token_embeddings(rows, mean_resizing=False)
-    model.config._name_or_path = model.name_or_path = source.name
+    model = _load_base(request, source, config, precision, place)
     check_vocabulary(model, tokenizer)
     text = model.config.get_text_config()
     if getattr(text, "pad_token_id", None) is None:
@@ -163,6 +150,34 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
         )
         _say_patches(state.patches)
     return model, tokenizer, state
+
+
+def _load_base(
+    request: LoadRequest, source: ModelSource, config: PretrainedConfig, precision: Precision, place: Place
+) -> PreTrainedModel:
+    """The model with its weights in their places, and as many rows of embeddings as are wanted."""
+    import torch
+
+    from pantheraml.models.split import drop_hooks
+
+    trust = request.trust_remote_code
+    num_labels = loading.choose_num_labels(request.num_labels, config, source.adapter)
+    options = loading.LoadOptions(
+        place.device_map, precision, request.attn_implementation, num_labels, trust, place.limits
+    )
+    devices = [place.device] if place.split is None else place.split.devices
+    with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
+        torch.manual_seed(request.random_state)
+        model = loading.load_model(source.folder, config, options)
+        if place.split is not None:
+            drop_hooks(model)
+        rows = request.resize_model_vocab
+        if rows is None and source.adapter is not None:
+            rows = saved_vocabulary(model, source.adapter)
+        if rows is not None:
+            model.resize_token_embeddings(rows, mean_resizing=False)
+    model.config._name_or_path = model.name_or_path = source.name
+    return model
 
 
 def _say_patches(patches: PatchSet) -> None:

@@ -118,6 +118,12 @@ def find_place(model: Unplaced, device_map: object, max_memory: object, *, is_al
     from pantheraml.devices.inventory import num_gpus, resolve_device
 
     gpus = num_gpus() if is_alone else 1
+    if gpus > 1 and device_map == "balanced_low_0":
+        raise ConfigError(
+            got="device_map='balanced_low_0' was given.",
+            need="It leaves the first GPU to what generates; in training every GPU has a share of the layers.",
+            fix='Write device_map="balanced"; max_memory={0: "10GB", 1: "40GB"} leaves room on the first one.',
+        )
     may_split = gpus > 1 and isinstance(device_map, str) and device_map in _AUTOMATIC
     if not may_split and not names_several(device_map, gpus):
         device = resolve_device(device_map)

@@ -96,7 +96,7 @@ def carry_between(model: Any, family: ModelFamily, split: Split) -> None:
 
 
 def drop_hooks(model: nn.Module) -> None:
-    """Remove what transformers hooks into a model that it loads to several devices; ours do the same with fewer copies."""
+    """Remove what transformers hooks into a model that it loads to several devices; ours copy less."""
     remove_hook_from_submodules(model)
     for module in model.modules():
         vars(module).pop("forward", None)  # the class's own, put back on the instance

@@ -42,9 +42,8 @@ def test_what_cannot_be_is_said(settings, says):
 
 @pytest.mark.parametrize(
     "settings",
-    [dict(tensor_parallel=True), dict(pipeline_parallel=2), dict(strategy="fsdp"), dict(max_memory={0: "8GB"}),
-     dict(micro_batches=4)],
-)  # fmt: skip
+    [dict(tensor_parallel=True), dict(pipeline_parallel=2), dict(strategy="fsdp")],
+)
 def test_what_comes_later_is_refused(settings):
     with pytest.raises(NotYetError, match=next(iter(settings))):
         MultiGPUConfig(**settings)

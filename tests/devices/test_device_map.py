@@ -168,10 +168,13 @@ def test_sequential_fills_in_order(seed):
     # Recompute comes after the last GPU; and with the fewest GPUs that do, no stage could be longer.
     level = any(placement.recomputing.values())
     splits = Splits(parts, limits, tokens, micro_batches, may_recompute=level)
-    assert not any(splits.are_there(0, fewer, limits) for fewer in range(1, len(stages)))
+    used = order[: positions[-1] + 1]
+    for fewer in range(1, len(used)):
+        assert not any(splits.are_there(0, count, order[:fewer]) for count in range(1, fewer + 1))
+    assert not any(splits.are_there(0, count, used) for count in range(len(stages) + 1, len(used) + 1))
     for number, (gpu, start, stop) in enumerate(stages[:-1]):
         later = len(stages) - 1 - number
-        behind = order[order.index(gpu) + 1 :]
+        behind = used[used.index(gpu) + 1 :]
         for more in range(stop + 1, len(parts.layers) - later + 1):
             assert not (splits.stage(start, more, later, gpu) and splits.are_there(more, later, behind))
     if level:

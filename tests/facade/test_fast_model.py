@@ -193,10 +193,14 @@ def test_device_maps_that_are_none(load, device_map):
         load(device_map=device_map)
 
 
-def test_several_devices_are_for_later(load):
-    with pytest.raises(NotYetError, match="device_map names 2 devices: cpu, cuda:0"):
+def test_weights_that_train_stay_on_gpus(load):
+    with pytest.raises(ConfigError, match="device_map puts 'lm_head' on 'cpu'"):
         load(device_map={"model": 0, "lm_head": "cpu"})
-    with pytest.raises(NotYetError, match="max_memory"):
+
+
+@no_gpu
+def test_limits_are_for_gpus_that_are_there(load):
+    with pytest.raises(ConfigError, match="max_memory names GPU 0, which this process does not see"):
         load(max_memory={0: "1GB"})
 
 

@@ -1,0 +1,113 @@
+"""Ranks, a split, or one GPU: what a process becomes, by its arguments and what is there."""
+
+from __future__ import annotations
+
+import pytest
+
+from pantheraml.config.multi_gpu import MultiGPUConfig
+from pantheraml.distributed import joining
+from pantheraml.errors import ConfigError
+from pantheraml.launch.environment import LaunchEnvironment
+from pantheraml.models.assembly import LoadRequest
+from pantheraml.models.precision import PrecisionFlags
+
+
+class StartsRanks(Exception):
+    """In the place of an agent."""
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """``machine(gpus, fits, kind)``: what the process finds."""
+
+    def has(gpus, fits=True, kind="python", world_size=1):
+        found = LaunchEnvironment(kind, world_size=world_size)
+        monkeypatch.setattr(LaunchEnvironment, "detect", classmethod(lambda *_: found))
+        monkeypatch.setattr(joining, "num_visible_gpus", lambda: gpus)
+        monkeypatch.setattr(joining, "visible_memory", lambda: dict.fromkeys(range(gpus), 1))
+        monkeypatch.setattr(joining, "fits_on_each", lambda *_: fits)
+        monkeypatch.setattr(joining, "say_what_is_idle", lambda: None)
+
+        def set_up(config):
+            if not found.is_rank and gpus > 1 and config.strategy != "none":
+                raise StartsRanks
+
+        monkeypatch.setattr(joining, "setup_multi_gpu", set_up)
+        monkeypatch.setattr(joining, "group_size", lambda: world_size)
+
+    return has
+
+
+@pytest.fixture
+def request_for(llama):
+    def build(device_map=None, max_memory=None):
+        return LoadRequest(
+            str(llama), 64, None, PrecisionFlags(False, False, False, False, False), None, device_map, max_memory,
+            True, None, True, False, "auto", False, None, None, 0, "auto", None, None,
+        )  # fmt: skip
+
+    return build
+
+
+BOTH = MultiGPUConfig(auto_device_map=False)
+
+
+@pytest.mark.parametrize(
+    ("device_map", "use_multi_gpu", "automatic"),
+    [(None, True, False), ("auto", True, False), (None, True, True), (None, BOTH, False)],
+)
+def test_a_copy_on_each_where_it_fits(machine, request_for, device_map, use_multi_gpu, automatic):
+    machine(4)
+    with pytest.raises(StartsRanks):
+        joining.join(request_for(device_map), use_multi_gpu, automatic)
+
+
+@pytest.mark.parametrize(
+    ("device_map", "use_multi_gpu", "automatic"),
+    [(None, True, False), ("auto", True, False), (None, BOTH, True)],
+)
+def test_a_split_where_it_does_not(machine, request_for, device_map, use_multi_gpu, automatic):
+    machine(4, fits=False)
+    found = joining.join(request_for(device_map), use_multi_gpu, automatic)
+    assert found.device_map == "auto" and found.is_alone
+
+
+def test_without_auto_device_map_every_rank_tries(machine, request_for):
+    machine(4, fits=False)
+    with pytest.raises(StartsRanks):
+        joining.join(request_for(), BOTH, False)
+    with pytest.raises(StartsRanks):
+        joining.join(request_for(), MultiGPUConfig(strategy="ddp"), False)
+
+
+@pytest.mark.parametrize("use_multi_gpu", [True, None, False])
+@pytest.mark.parametrize("device_map", ["balanced", "sequential", {"model": 0, "lm_head": 1}])
+def test_a_map_over_several_gpus_is_one_process(machine, request_for, device_map, use_multi_gpu):
+    machine(4)
+    found = joining.join(request_for(device_map), use_multi_gpu, False)
+    assert found.device_map == device_map and found.is_alone
+
+
+def test_one_gpu_needs_no_ranks(machine, request_for):
+    machine(1, fits=False)
+    assert joining.join(request_for("balanced"), True, False).is_alone
+    assert joining.join(request_for(), None, True).device_map == "auto"
+
+
+def test_a_rank_keeps_to_its_gpu(machine, request_for):
+    machine(4, fits=False, kind="torchrun", world_size=4)
+    assert not joining.join(request_for(), True, False).is_alone
+    assert not joining.join(request_for("auto"), None, False).is_alone
+    with pytest.raises(ConfigError, match="A model is split between all GPUs by one process"):
+        joining.join(request_for("balanced"), None, False)
+    with pytest.raises(ConfigError, match="would put all of them on one"):
+        joining.join(request_for("cuda:1"), None, False)
+
+
+def test_limits_come_from_either_place(machine, request_for):
+    machine(1)
+    config = MultiGPUConfig(max_memory={0: "9GB"})
+    assert joining.join(request_for(), config, False).max_memory == {0: "9GB"}
+    assert joining.join(request_for(max_memory={0: "9GB"}), config, False).max_memory == {0: "9GB"}
+    with pytest.raises(ConfigError, match="Each GPU has one limit"):
+        joining.join(request_for(max_memory={0: "8GB"}), config, False)
