@@ -15,8 +15,8 @@ _BACKENDS: tuple[Backend, ...] = ("nccl", "gloo", "mpi")
 _STRATEGIES: tuple[Strategy, ...] = ("auto", "ddp", "fsdp", "deepspeed", "tensor", "pipeline", "none")
 # Ways to recompute activations, as every argument of that name takes them.
 RECOMPUTE_POLICIES = (True, False, "auto", "offload", "unsloth")
-# Micro-batches of a split model for each of its stages, where no number is given: a fifth of the time is waiting then.
-PER_STAGE = 4
+# Micro-batches of a split model for each GPU, where no number is given: a tenth to a fifth of the time is waiting.
+PER_GPU = 4
 _LATER = ("fsdp", "deepspeed", "tensor", "pipeline")
 
 
@@ -39,8 +39,8 @@ class MultiGPUConfig:
             ``"none"``: one process, however many GPUs there are.
         num_processes: ranks on this machine; None is one for each visible GPU. Without GPUs they run on the CPU.
         max_memory: as in ``FastLanguageModel.from_pretrained``, for the model that this config is passed with.
-        micro_batches: into how many a step of a split model is cut; None is four for each stage, as far as there are
-            rows.
+        micro_batches: into how many a step of a split model is cut; None is four for each GPU, as far as there
+            are rows.
 
     Raises:
         ConfigError: a value that cannot be.

@@ -7,25 +7,31 @@ first layer and the head behind the last; where the head is the embedding, both 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from pantheraml.devices.flight import in_flight
 from pantheraml.devices.model_parts import ModelParts, PartSizes
 from pantheraml.devices.stage_split import (
+    CONTEXT_BYTES,
     Cut,
     StageSizes,
     balanced_cuts,
     closest_cuts,
     sequential_cuts,
+    with_gaps,
 )
 from pantheraml.errors import ConfigError
 
-__all__ = ["Kind", "ModelParts", "PartSizes", "Placement", "describe", "fits", "place"]
+__all__ = ["Kind", "ModelParts", "PartSizes", "Placement", "describe", "fits", "interleaved", "place"]
 
 Kind = Literal["auto", "balanced", "sequential"]
 
 _GIB = 2**30
+# How much slower the slowest GPU may get by a second round, which saves several times that.
+_UNEVEN = 1.02
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Placement:
 
     Attributes:
         embedding: index of its GPU.
-        layers: index of the GPU of each layer; those of a GPU are neighbours.
+        layers: index of the GPU of each layer; those of a GPU are neighbours, in one round or in each of several.
         head: index of the GPU of final norm and head.
         predicted: bytes of each GPU at its peak; empty where nobody counted.
         limits: bytes that were allowed of each GPU that could be used; empty where nobody counted.
@@ -47,6 +53,11 @@ class Placement:
     predicted: Mapping[int, int]
     limits: Mapping[int, int]
     recomputing: Mapping[int, int]
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """Number of layers of each GPU that has some, in the order of the first of them."""
+        return dict(Counter(self.layers))
 
     @property
     def gpus(self) -> tuple[int, ...]:
@@ -105,6 +116,47 @@ def _placed(sizes: StageSizes, cuts: list[Cut], limits: Mapping[int, int], *, ti
     return Placement(embedding, tuple(layers), layers[-1], predicted, dict(limits), recomputing)
 
 
+def interleaved(
+    placement: Placement, parts: ModelParts, *, tokens: int, micro_batches: int
+) -> Placement | None:
+    """``placement`` in two rounds: each GPU has a run of layers in the first half of the model and one in the second.
+
+    GPUs then wait half as long for the first and the last micro-batch, and hold more activations.
+
+    Returns:
+        The placement, or None where the limits do not allow it without recompute, a GPU has one layer only, or layers
+        are so different that the slowest GPU would be slower.
+    """
+    counts, gpus = placement.counts, list(placement.counts)
+    if len(gpus) < 2 or min(counts.values()) < 2 or any(placement.recomputing.values()):
+        return None
+    halves = [-(-counts[gpu] // 2) for gpu in gpus], [counts[gpu] // 2 for gpu in gpus]
+    layers = tuple(
+        gpu for half in halves for gpu, count in zip(gpus, half, strict=True) for _ in range(count)
+    )
+    found = replace(placement, layers=layers)
+    predicted: dict[int, int] = {}
+    for position, gpu in enumerate(gpus):
+        held = sum(part.held for part in _parts_of(found, parts, gpu))
+        flight = in_flight(len(gpus) - 1 - position, len(gpus), micro_batches, rounds=2)
+        kept = int(counts[gpu] * tokens * flight) * parts.kept_per_token
+        passing = parts.layer_passing(tokens) + (parts.head_passing(tokens) if gpu == found.head else 0)
+        predicted[gpu] = CONTEXT_BYTES + held + with_gaps(passing + kept)
+    fits_all = all(predicted[gpu] <= placement.limits[gpu] for gpu in gpus)
+    if not fits_all or _slowest(found, parts) > _UNEVEN * _slowest(placement, parts):
+        return None
+    return replace(found, predicted=predicted)
+
+
+def _parts_of(placement: Placement, parts: ModelParts, gpu: int) -> list[PartSizes]:
+    found = [part for part, place in zip(parts.layers, placement.layers, strict=True) if place == gpu]
+    return found + [parts.embedding] * (placement.embedding == gpu) + [parts.head] * (placement.head == gpu)
+
+
+def _slowest(placement: Placement, parts: ModelParts) -> float:
+    return max(sum(part.time for part in _parts_of(placement, parts, gpu)) for gpu in placement.counts)
+
+
 def _too_small(parts: ModelParts, sizes: StageSizes, limits: Mapping[int, int], tokens: int) -> ConfigError:
     """The error for a model that does not fit, with what the best split would need."""
     gpus = list(limits)
@@ -137,16 +189,14 @@ def describe(placement: Placement, parts: ModelParts) -> str:
     """``placement`` as a table for the log, one line for each GPU; numbers in GiB."""
     lines = [("GPU", "layers", "weights", "peak", "limit", "")]
     for gpu in placement.gpus:
-        mine = [index for index, place in enumerate(placement.layers) if place == gpu]
-        held = [parts.layers[index] for index in mine]
-        held += [parts.embedding] * (placement.embedding == gpu) + [parts.head] * (placement.head == gpu)
+        held = _parts_of(placement, parts, gpu)
         ends = ["embedding"] * (placement.embedding == gpu) + ["head"] * (placement.head == gpu)
         recomputing = placement.recomputing.get(gpu, 0)
         ends += [f"{recomputing} recompute"] * (recomputing > 0)
         lines.append(
             (
                 str(gpu),
-                f"{mine[0]}-{mine[-1]}" if mine else "-",
+                _runs([index for index, place in enumerate(placement.layers) if place == gpu]),
                 _gib(sum(part.weights for part in held)),
                 _gib(placement.predicted[gpu]) if gpu in placement.predicted else "-",
                 _gib(placement.limits[gpu]) if gpu in placement.limits else "-",
@@ -158,6 +208,13 @@ def describe(placement: Placement, parts: ModelParts) -> str:
         "  ".join([*(cell.rjust(width) for cell, width in zip(line, widths, strict=False)), line[5]]).rstrip()
         for line in lines
     )
+
+
+def _runs(indices: list[int]) -> str:
+    """``"0-3, 8-11"``."""
+    starts = [index for index in indices if index - 1 not in indices]
+    stops = [index for index in indices if index + 1 not in indices]
+    return ", ".join(f"{start}-{stop}" for start, stop in zip(starts, stops, strict=True)) or "-"
 
 
 def _gib(size: int) -> str:

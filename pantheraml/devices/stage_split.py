@@ -11,6 +11,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import NamedTuple
 
+from pantheraml.devices.flight import in_flight
 from pantheraml.devices.model_parts import ModelParts, PartSizes
 
 # What a process takes on a GPU before its first tensor: CUDA's context and the kernels.
@@ -102,23 +103,24 @@ class StageSizes:
                 time += part.time
             if stop == self.num_layers:
                 passing += self._head_passing
-        in_flight = self._tokens * min(later + 1, self._micro_batches)
-        kept = layers * in_flight * self._parts.kept_per_token
-        saved = in_flight * (self._parts.kept_per_token - self._parts.kept_when_recomputing)
+        tokens = int(self._tokens * in_flight(later, later + 1, self._micro_batches))
+        kept = layers * tokens * self._parts.kept_per_token
+        saved = tokens * (self._parts.kept_per_token - self._parts.kept_when_recomputing)
         most = layers if self._may_recompute and saved > 0 else 0
-        least = held + _with_gaps(passing + kept - most * saved)
+        least = held + with_gaps(passing + kept - most * saved)
         if least > limit:
             return None
-        need, recomputing = held + _with_gaps(passing + kept), 0
+        need, recomputing = held + with_gaps(passing + kept), 0
         if need > limit:
             room = _without_gaps(int(limit) - held)
             recomputing = -(-(passing + kept - room) // saved)
-            need = held + _with_gaps(passing + kept - recomputing * saved)
+            need = held + with_gaps(passing + kept - recomputing * saved)
             time += self._recompute_time * recomputing
         return Stage(time, need, least, recomputing)
 
 
-def _with_gaps(activations: int) -> int:
+def with_gaps(activations: int) -> int:
+    """Bytes of activations with the allocator's gaps."""
     return activations + activations * GAPS_PERCENT // 100
 
 

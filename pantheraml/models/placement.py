@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from pantheraml.config.multi_gpu import PER_STAGE
-from pantheraml.devices.device_map import Kind, Placement, describe, fits, place
+from pantheraml.config.multi_gpu import PER_GPU
+from pantheraml.devices.device_map import Kind, Placement, describe, fits, interleaved, place
 from pantheraml.devices.map_names import as_device_map, read_device_map
 from pantheraml.devices.memory_limits import read_limits
 from pantheraml.devices.visible_gpus import visible_memory
@@ -170,7 +170,10 @@ def _place_by_transformers(device_map: object, limits: Mapping[int, int], max_me
 def _as_planned(model: Unplaced, kind: Kind, limits: Mapping[int, int], max_memory: object) -> Place:
     parts = model.parts()
     assert parts is not None
-    found = place(kind, parts, limits, tokens=model.tokens, micro_batches=PER_STAGE * len(limits))
+    step = dict(tokens=model.tokens, micro_batches=PER_GPU * len(limits))
+    found = place(kind, parts, limits, **step)
+    if kind != "sequential":
+        found = interleaved(found, parts, **step) or found
     say(f"device_map={kind!r} (GiB, for rows of {model.tokens} tokens)\n{describe(found, parts)}")
     return _as_place(found, cast("ModelFamily", model.family), limits if max_memory is not None else {})
 

@@ -93,7 +93,7 @@ class Section(NamedTuple):
 
     layers: list[Any]
     device: torch.device
-    in_flight: int = 1
+    in_flight: float = 1
 
 
 def sections(model: Any, state: ModelState) -> list[Section]:

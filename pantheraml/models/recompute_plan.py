@@ -101,7 +101,7 @@ def passing_bytes(model: Any, tokens: int) -> int:
 
 
 def plan_recompute(
-    model: Any, tokens: int, free: int, host_free: int = 0, *, layers: int | None = None, in_flight: int = 1
+    model: Any, tokens: int, free: int, host_free: int = 0, *, layers: int | None = None, in_flight: float = 1
 ) -> RecomputePlan:
     """The cheapest plan for ``tokens`` at a time.
 
@@ -116,7 +116,7 @@ def plan_recompute(
     total = _num_layers(model) if layers is None else layers
     kept = kept_per_token(model)
     room = int(FREE_SHARE * free) - passing_bytes(model, tokens)
-    held = tokens * in_flight
+    held = int(tokens * in_flight)
     whole, attended, alone = held * kept.all, held * kept.attended, held * kept.input
     if total * whole <= room:
         return RecomputePlan(tokens, 0, need=total * whole, free=free)
@@ -148,7 +148,7 @@ def most_tokens(model: Any, free: int) -> int:
 
 
 def offload_plan(
-    model: Any, tokens: int, host_free: int, *, layers: int | None = None, in_flight: int = 1
+    model: Any, tokens: int, host_free: int, *, layers: int | None = None, in_flight: float = 1
 ) -> RecomputePlan:
     """Every layer recomputes; what it keeps lies in host memory: as much as fits there and is little on its way.
 
@@ -156,7 +156,11 @@ def offload_plan(
     """
     total = _num_layers(model) if layers is None else layers
     kept = kept_per_token(model)
-    room, here, held = HOST_SHARE * host_free, min(total, _IN_FLIGHT) * tokens, total * tokens * in_flight
+    room, here, held = (
+        HOST_SHARE * host_free,
+        min(total, _IN_FLIGHT) * tokens,
+        int(total * tokens * in_flight),
+    )
     keep, size = "input", kept.input
     if held * kept.attended <= room:
         keep, size = "attended", kept.attended

@@ -41,18 +41,25 @@ class Split:
         stages: its layers, in order, none left out.
         embedding: device of the token embedding.
         head: device of the last norm and of the head.
+        rounds: how many of the stages each device has; the devices take turns.
     """
 
     stages: tuple[StagePlace, ...]
     embedding: torch.device
     head: torch.device
+    rounds: int = 1
 
     @classmethod
     def of_layers(cls, layers: Sequence[torch.device], embedding: torch.device, head: torch.device) -> Split:
         """The split whose layer ``i`` is on ``layers[i]``."""
         starts = [0, *(i for i in range(1, len(layers)) if layers[i] != layers[i - 1]), len(layers)]
         stages = tuple(StagePlace(first, stop, layers[first]) for first, stop in pairwise(starts))
-        return cls(stages, embedding, head)
+        return cls(stages, embedding, head, rounds=len(stages) // len(set(layers)))
+
+    @property
+    def num_gpus(self) -> int:
+        """Devices that layers are on."""
+        return len(self.stages) // self.rounds
 
     @property
     def num_layers(self) -> int:

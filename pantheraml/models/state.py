@@ -55,7 +55,7 @@ class ModelState:
     kernels: str
     patches: PatchSet
     split: Split | None = None
-    in_flight: dict[torch.device, int] = field(default_factory=dict)
+    in_flight: dict[torch.device, float] = field(default_factory=dict)
     plans: tuple[RecomputePlan, ...] = ()
     planned_for: Recompute | None = None
     stores: dict[torch.device, HostStore] = field(default_factory=dict)

@@ -14,8 +14,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from pantheraml.config.multi_gpu import PER_STAGE, MultiGPUConfig
-from pantheraml.distributed.pipeline.schedule import in_flight
+from pantheraml.config.multi_gpu import PER_GPU, MultiGPUConfig
+from pantheraml.devices.flight import in_flight
 from pantheraml.distributed.pipeline.step import Context, Pipeline
 from pantheraml.errors import ConfigError
 from pantheraml.log import say_once
@@ -61,22 +61,22 @@ class PipelinedSteps(MergedSteps):
             _refuse_micro_batches(asked, reason)
             say_once(f"the stages of the model compute one after the other: {reason}.")
             return
-        stages = len(state.split.stages)
-        count = self._num_micro_batches(asked, stages)
+        gpus, rounds = state.split.num_gpus, state.split.rounds
+        count = self._num_micro_batches(asked, gpus)
         self._pieces = -(-count // self.args.gradient_accumulation_steps)
         count = self._pieces * self.args.gradient_accumulation_steps
-        for index, stage in enumerate(state.split.stages):
-            held = in_flight(index, stages, count)
-            state.in_flight[stage.device] = max(held, state.in_flight.get(stage.device, 0))
+        for index, stage in enumerate(state.split.stages[:gpus]):
+            state.in_flight[stage.device] = in_flight(gpus - 1 - index, gpus, count, rounds)
+        share = count / (count + (gpus - 1) / rounds)
         say_once(
-            f"{stages} stages work on {count} micro-batches a step ({count / (count + stages - 1):.0%} of the time, "
-            "if they are equally fast)."
+            f"{gpus} devices with {rounds} stage{'s' * (rounds > 1)} each work on {count} micro-batches a step, "
+            f"{share:.0%} of the time if they are equally fast."
         )
 
-    def _num_micro_batches(self, asked: int | None, stages: int) -> int:
+    def _num_micro_batches(self, asked: int | None, gpus: int) -> int:
         least, rows = self.args.gradient_accumulation_steps, self.args.per_device_train_batch_size
         if asked is None:
-            return min(least * rows, max(least, PER_STAGE * stages))
+            return min(least * rows, max(least, PER_GPU * gpus))
         if not least <= asked <= least * rows:
             raise ConfigError(
                 got=f"MultiGPUConfig(micro_batches={asked}) was given.",

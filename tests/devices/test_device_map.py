@@ -7,11 +7,12 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pantheraml.devices.device_map import describe, fits, place
+from pantheraml.devices.device_map import describe, fits, interleaved, place
 from pantheraml.devices.model_parts import ModelParts, PartSizes
 from pantheraml.devices.stage_split import CONTEXT_BYTES, RECOMPUTE_TIME
 from pantheraml.errors import ConfigError
@@ -324,3 +325,36 @@ def test_the_table_says_what_is_where():
         "  0     0-3      5.0   8.5    9.0  embedding, 3 recompute",
         "  1     4-7      5.0   8.0    9.0  head, 2 recompute",
     ]
+
+
+def test_two_rounds_where_limits_allow():
+    parts, step = model(layers=9, kept=100_000), dict(tokens=1024, micro_batches=8)
+    placement = place("balanced", parts, dict.fromkeys(range(2), 9 * GIB), **step)
+    assert placement.layers == (0,) * 5 + (1,) * 4
+    turns = interleaved(placement, parts, **step)
+    assert turns is not None and turns.layers == (0,) * 3 + (1,) * 2 + (0,) * 2 + (1,) * 2
+    # GPU 0 holds 5 graphs of two rounds: 2.5 micro-batches instead of 2, a quarter more of activations.
+    kept = 5 * 1024 * 100_000
+    assert turns.predicted[0] - placement.predicted[0] == pytest.approx(1.1 * kept / 2, rel=1e-3)
+    assert describe(turns, parts).splitlines()[1].split()[:4] == ["0", "0-2,", "5-6", "6.0"]
+    tight = {gpu: need + 1 for gpu, need in placement.predicted.items()}
+    assert interleaved(place("balanced", parts, tight, **step), parts, **step) is None
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_a_gpu_with_one_layer_has_one_round(layers):
+    parts, step = model(layers=layers), dict(tokens=1, micro_batches=8)
+    placement = place("balanced", parts, dict.fromkeys(range(2), 99 * GIB), **step)
+    assert interleaved(placement, parts, **step) is None
+
+
+def test_rounds_that_would_be_slower_are_left():
+    """The slow layers are the first ones, which in two rounds would come to be with fast ones on other GPUs."""
+    parts = model(layers=8)
+    slow = [
+        replace(layer, time=4.0) if index in (2, 3) else layer for index, layer in enumerate(parts.layers)
+    ]
+    parts, step = replace(parts, layers=tuple(slow)), dict(tokens=1, micro_batches=8)
+    placement = place("balanced", parts, dict.fromkeys(range(2), 99 * GIB), **step)
+    assert placement.layers == (0,) * 3 + (1,) * 5
+    assert interleaved(placement, parts, **step) is None

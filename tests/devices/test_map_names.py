@@ -35,7 +35,9 @@ def test_the_map_of_a_placement():
     assert beside["model.language_model.rotary_emb"] == 1
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family.name in tiny.FAMILIES], ids=str)
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family.name in tiny.FAMILIES], ids=lambda family: family.name
+)
 def test_every_module_of_every_family_has_a_place(family):
     """What transformers asks of a map; and reading it gives the placement back."""
     model = tiny.build_model(family.name)

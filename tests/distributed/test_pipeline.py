@@ -29,8 +29,8 @@ CPU = torch.device("cpu")
 LAYERS = 4
 
 
-def split_at(*bounds):
-    return Split(tuple(StagePlace(first, stop, CPU) for first, stop in pairwise(bounds)), CPU, CPU)
+def split_at(*bounds, rounds=1):
+    return Split(tuple(StagePlace(first, stop, CPU) for first, stop in pairwise(bounds)), CPU, CPU, rounds)
 
 
 def gradients(model):
@@ -77,8 +77,8 @@ def test_losses_and_gradients_are_those_of_the_whole_model(family, packed, fused
     want = loss_of(model, hidden, batch["labels"], count)
     want.backward()
     expected = gradients(model)
-    for bounds in ((0, 2, 4), (0, 1, 2, 3, 4)):
-        pipeline = step.Pipeline(model, found, split_at(*bounds))
+    for bounds, rounds in (((0, 2, 4), 1), ((0, 1, 2, 3, 4), 1), ((0, 1, 2, 3, 4), 2)):
+        pipeline = step.Pipeline(model, found, split_at(*bounds, rounds=rounds))
         pieces = cut(batch, 3)
         loss = pipeline.step(
             pieces, lambda h, i, pieces=pieces: loss_of(model, h, pieces[i]["labels"], count)
@@ -110,11 +110,13 @@ def find(model):
     return find_family(model.config)
 
 
-def train(folder, tmp_path, bounds, *, per_device=8, accumulation=1, config=None, targets=None, **settings):
+def train(
+    folder, tmp_path, bounds, *, per_device=8, accumulation=1, config=None, targets=None, rounds=1, **settings
+):
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=64, load_in_4bit=False, device_map="cpu"
     )
-    get_state(model).split = split_at(*bounds) if bounds else None
+    get_state(model).split = split_at(*bounds, rounds=rounds) if bounds else None
     model = FastLanguageModel.get_peft_model(model, r=4, target_modules=targets)
     args = PantheraMLTrainingArguments(
         output_dir=str(tmp_path), per_device_train_batch_size=per_device,
@@ -158,18 +160,20 @@ def whole(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("bounds", "per_device", "accumulation", "config", "count"),
+    ("bounds", "rounds", "per_device", "accumulation", "config", "count"),
     [
-        ((0, 2, 4), 8, 1, None, 8),
-        ((0, 2, 4), 2, 4, None, 8),
-        ((0, 1, 3, 4), 4, 2, MultiGPUConfig(micro_batches=4), 4),
-        ((0, 1, 2, 3, 4), 1, 8, MultiGPUConfig(micro_batches=8), 8),
+        ((0, 2, 4), 1, 8, 1, None, 8),
+        ((0, 2, 4), 1, 2, 4, None, 8),
+        ((0, 1, 3, 4), 1, 4, 2, MultiGPUConfig(micro_batches=4), 4),
+        ((0, 1, 2, 3, 4), 1, 1, 8, MultiGPUConfig(micro_batches=8), 8),
+        ((0, 1, 2, 3, 4), 2, 4, 2, None, 8),
     ],
 )
 def test_the_trainer_gives_the_numbers_of_the_whole_model(
-    folder, tmp_path, whole, calls, bounds, per_device, accumulation, config, count
+    folder, tmp_path, whole, calls, bounds, rounds, per_device, accumulation, config, count
 ):
-    trainer = train(folder, tmp_path, bounds, per_device=per_device, accumulation=accumulation, config=config)
+    batch = dict(per_device=per_device, accumulation=accumulation)
+    trainer = train(folder, tmp_path, bounds, config=config, rounds=rounds, **batch)
     for mine, theirs in zip(logs_of(trainer), whole[0], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-7)
     assert len(calls) == len(whole[0]) and max(calls) == count
@@ -245,6 +249,8 @@ def test_neighbouring_layers_on_a_device_are_a_stage():
         (3, 4, a),
     ]
     assert split.num_layers == 4 and split.devices == (a, b)
+    turns = Split.of_layers([a, b, a, b], a, b)
+    assert (turns.rounds, turns.num_gpus) == (2, 2)
     assert split.describe() == (
         "embedding on cuda:0, layers 0-1 on cuda:0, layers 2-2 on cuda:1, layers 3-3 on cuda:0, head on cuda:1"
     )

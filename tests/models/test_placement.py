@@ -81,9 +81,11 @@ def test_balanced_uses_every_gpu(machine):
     machine(140, 140, 140, 140)
     place = find_place(unplaced(), "balanced", None, is_alone=True)
     sizes = [stage.stop - stage.first for stage in place.split.stages]
-    # The head takes the time of 2.5 layers.
-    assert sum(sizes) == 32 and len(sizes) == 4 and max(sizes) <= 9 and sizes[-1] == min(sizes)
-    assert [stage.device for stage in place.split.stages] == GPU
+    # Two runs of layers on each, and the head takes the time of 2.5 layers.
+    assert [stage.device for stage in place.split.stages] == GPU + GPU and place.split.rounds == 2
+    on_each = [one + other for one, other in zip(sizes[:4], sizes[4:], strict=True)]
+    assert sum(on_each) == 32 and max(on_each) == 9 and on_each[-1] == min(on_each) == 6
+    assert place.split.head == GPU[3] and place.split.embedding == GPU[0]
 
 
 def test_sequential_fills_the_first(machine):
@@ -95,6 +97,7 @@ def test_sequential_fills_the_first(machine):
 def test_limits_are_kept_and_handed_on(machine):
     machine(140, 140)
     place = find_place(unplaced(), "balanced", {0: "10GiB", 1: "30GiB", "cpu": "99GB"}, is_alone=True)
+    assert place.split.rounds == 1, "in two rounds each would hold more"
     first, second = place.split.stages
     assert first.stop - first.first < second.stop - second.first
     assert place.limits == {0: 10 * GIB, 1: 30 * GIB}

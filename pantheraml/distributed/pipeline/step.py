@@ -37,6 +37,7 @@ class Pipeline:
 
     def __init__(self, model: Any, family: ModelFamily, split: Split) -> None:
         self.stages = build_stages(model, family, split)
+        self.gpus, self.rounds = split.num_gpus, split.rounds
         self._embedding: nn.Module = model.get_submodule(family.embedding)
         devices = [split.embedding, *(stage.device for stage in self.stages)]
         pairs = list(pairwise(devices))
@@ -131,8 +132,9 @@ class _Step:
         self._total: Tensor | None = None
 
     def run(self) -> Tensor:
+        gpus, rounds = self._pipeline.gpus, self._pipeline.rounds
         self._pipeline.begin()
-        for task in one_forward_one_backward(len(self._stages), len(self._batches)):
+        for task in one_forward_one_backward(gpus, len(self._batches), rounds):
             (self._forward if task.is_forward else self._backward)(task.stage, task.micro_batch)
         assert self._total is not None
         return self._total
