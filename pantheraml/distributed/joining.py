@@ -60,6 +60,13 @@ def join(
         )
         return request
     may_split = is_automatic or (request.device_map is None and config.auto_device_map)
+    why_not_rerun = LaunchEnvironment.detect().why_not_rerun
+    if why_not_rerun is not None and may_split and gpus > 1 and config.strategy == "auto":
+        say(
+            f"{why_not_rerun}: the model is split over {gpus} GPUs instead. notebook_launch(fn) runs a function on a "
+            "rank for each, which is faster where one GPU holds the model."
+        )
+        return replace(request, device_map="balanced")
     if config.strategy == "auto" and may_split and gpus > 1 and not _fits_on_each(request):
         say(
             f"the model does not fit on each of {gpus} GPUs: it is split between them, and no ranks are started."

@@ -78,6 +78,12 @@ class Split:
         return f"embedding on {self.embedding}, {', '.join(stages)}, head on {self.head}"
 
 
+def is_split(model: nn.Module) -> bool:
+    """Whether ``model`` was loaded to several devices, by us or by transformers."""
+    places: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
+    return len(set(places.values())) > 1
+
+
 def carry_between(model: Any, family: ModelFamily, split: Split) -> None:
     """Hook ``model`` (a causal language model) so that tensors follow the split; its logits come back to the caller.
 

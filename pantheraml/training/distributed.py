@@ -22,6 +22,7 @@ from pantheraml.distributed.process_group import (
 from pantheraml.distributed.questions import Question
 from pantheraml.log import say
 from pantheraml.models.recompute import check_policy
+from pantheraml.models.split import is_split
 from pantheraml.models.state import get_state
 from pantheraml.training.telemetry import Telemetry, number_devices
 from pantheraml.training.trainer import PantheraMLTrainer
@@ -50,7 +51,8 @@ class PantheraMLDistributedTrainer(PantheraMLTrainer):
         **kwargs: Any,
     ) -> None:
         config = config_of(multi_gpu_config)
-        if multi_gpu_config is not None or get_world_size() > 1:
+        # A split model has all GPUs already: there is none left for ranks.
+        if (multi_gpu_config is not None and not is_split(model)) or get_world_size() > 1:
             setup_multi_gpu(config)
         self._multi_gpu = config
         state = get_state(model)

@@ -20,8 +20,8 @@ class StartsRanks(Exception):
 def machine(monkeypatch):
     """``machine(gpus, fits, kind)``: what the process finds."""
 
-    def has(gpus, fits=True, kind="python", world_size=1):
-        found = LaunchEnvironment(kind, world_size=world_size)
+    def has(gpus, fits=True, kind="python", world_size=1, why_not_rerun=None):
+        found = LaunchEnvironment(kind, world_size=world_size, why_not_rerun=why_not_rerun)
         monkeypatch.setattr(LaunchEnvironment, "detect", classmethod(lambda *_: found))
         monkeypatch.setattr(joining, "num_visible_gpus", lambda: gpus)
         monkeypatch.setattr(joining, "visible_memory", lambda: dict.fromkeys(range(gpus), 1))
@@ -111,3 +111,13 @@ def test_limits_come_from_either_place(machine, request_for):
     assert joining.join(request_for(max_memory={0: "9GB"}), config, False).max_memory == {0: "9GB"}
     with pytest.raises(ConfigError, match="Each GPU has one limit"):
         joining.join(request_for(max_memory={0: "8GB"}), config, False)
+
+
+def test_a_notebook_splits_the_model(machine, request_for, caplog):
+    caplog.set_level("INFO", "pantheraml")
+    machine(4, kind="notebook", why_not_rerun="this program is typed into a notebook")
+    found = joining.join(request_for(), True, False)
+    assert found.device_map == "balanced" and found.is_alone
+    assert "this program is typed into a notebook: the model is split over 4 GPUs" in caplog.text
+    with pytest.raises(StartsRanks):  # which refuses, and says what to type
+        joining.join(request_for(), BOTH, False)

@@ -254,3 +254,17 @@ def test_neighbouring_layers_on_a_device_are_a_stage():
     assert split.describe() == (
         "embedding on cuda:0, layers 0-1 on cuda:0, layers 2-2 on cuda:1, layers 3-3 on cuda:0, head on cuda:1"
     )
+
+
+def test_a_split_model_leaves_no_gpu_for_ranks(folder, tmp_path):
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=64, load_in_4bit=False, device_map="cpu"
+    )
+    settings = dict(
+        args=PantheraMLTrainingArguments(output_dir=str(tmp_path), report_to="none"), train_dataset=rows(),
+        tokenizer=tokenizer, multi_gpu_config=MultiGPUConfig(num_processes=2),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="2 ranks were asked for"):
+        PantheraMLDistributedTrainer(model, **settings)
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    assert PantheraMLDistributedTrainer(model, **settings).args.world_size == 1
