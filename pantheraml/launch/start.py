@@ -130,6 +130,13 @@ def _num_here(config: MultiGPUConfig) -> int:
 
 
 def _check_count(config: MultiGPUConfig, environment: LaunchEnvironment) -> None:
+    if config.strategy == "none" and environment.world_size > 1:
+        raise ConfigError(
+            got=f"MultiGPUConfig(strategy='none') was given to one of {environment.world_size} ranks that "
+            f"{environment.kind} started.",
+            need="Without a strategy one process trains.",
+            fix="Run python FILE for one process, or leave strategy out.",
+        )
     if config.num_processes is not None and config.num_processes != environment.local_world_size:
         raise ConfigError(
             got=f"MultiGPUConfig(num_processes={config.num_processes}) was given to one of "
