@@ -41,7 +41,14 @@ from pantheraml.training.given import one_tokenizer, refuse_name
 from pantheraml.training.head import bind_cpu_head, bind_head, needs_cpu_head, why_not_fused
 from pantheraml.training.optimizer import embedding_parameters, split_embedding_group
 from pantheraml.training.pipelining import PipelinedSteps
-from pantheraml.training.rows import Rows, format_rows, given_rows, report_cut_rows, token_counts
+from pantheraml.training.rows import (
+    Rows,
+    format_rows,
+    given_rows,
+    prepared_once,
+    report_cut_rows,
+    token_counts,
+)
 from pantheraml.training.step_figures import StepFigures
 
 
@@ -191,10 +198,11 @@ class PantheraMLTrainer(PipelinedSteps):
         uncut, cut = copy.copy(args), copy.copy(args)
         uncut.max_length, uncut.shuffle_dataset = None, False
         cut.max_length = self._row_length
-        whole = super()._prepare_dataset(
-            dataset, processing_class, uncut, False, formatting_func, dataset_name
-        )
-        prepared = super()._prepare_dataset(whole, processing_class, cut, packing, None, dataset_name)
+        with prepared_once():
+            whole = super()._prepare_dataset(
+                dataset, processing_class, uncut, False, formatting_func, dataset_name
+            )
+            prepared = super()._prepare_dataset(whole, processing_class, cut, packing, None, dataset_name)
         if isinstance(whole, Dataset) and isinstance(prepared, Dataset) and self._row_length is not None:
             report_cut_rows(dataset_name, whole, self._row_length)
             if not packing and len(prepared) < len(whole):
