@@ -33,6 +33,7 @@ _EXPORTS: dict[str, str] = {
     "is_bfloat16_supported": "devices.inventory",
     "is_distributed_available": "distributed.process_group",
     "is_main_process": "distributed.process_group",
+    "notebook_launch": "distributed.notebook",
     "setup_multi_gpu": "distributed.process_group",
     "standardize_data_formats": "data.conversations",
     "standardize_sharegpt": "data.conversations",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from pantheraml.data.conversations import standardize_data_formats, standardize_sharegpt, to_sharegpt
     from pantheraml.data.masking import train_on_responses_only
     from pantheraml.devices.inventory import is_bfloat16_supported
+    from pantheraml.distributed.notebook import notebook_launch
     from pantheraml.distributed.process_group import (
         all_reduce_scalar,
         barrier,
@@ -87,6 +89,7 @@ __all__ = [
     "is_bfloat16_supported",
     "is_distributed_available",
     "is_main_process",
+    "notebook_launch",
     "setup_multi_gpu",
     "standardize_data_formats",
     "standardize_sharegpt",

@@ -24,6 +24,8 @@ from pantheraml.launch.start import ensure_ranks
 from pantheraml.log import say_once
 
 T = TypeVar("T")
+# A wait in the store that only the end of the run ends.
+_LONG = timedelta(days=7)
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
@@ -194,10 +196,10 @@ def _device() -> torch.device:
 
 @contextmanager
 def main_process_first(local: bool = True) -> Iterator[None]:
-    """Rank 0 (of each machine) goes through the block before the others begin it, however long it takes.
+    """Rank 0 (of each machine) goes through the block before the others begin it, and all leave it together.
 
-    The others wait for a key of the run's store, so no collective runs into its timeout. If the block fails on the
-    first rank, they fail too.
+    They wait for keys of the run's store, so that no collective runs into its timeout, however long the block takes. If
+    it fails on the first rank, the others fail too.
 
     Args:
         local: the first rank of each machine goes first; False: rank 0 alone.
@@ -207,15 +209,13 @@ def main_process_first(local: bool = True) -> Iterator[None]:
         return
     environment = LaunchEnvironment.detect()
     first = environment.local_rank == 0 if local else environment.rank == 0
-    key = f"first/{next(_turns)}/{environment.node_rank if local else 0}"
-    store = connect_store()
+    turn, store = f"first/{next(_turns)}", connect_store()
+    key = f"{turn}/node {environment.node_rank if local else 0}"
     if not first:
-        store.wait([key], timedelta(days=7))
+        store.wait([key], _LONG)
         said = store.get(key).decode()
         if said:
             raise RuntimeError(f"The first rank failed where this one waited for it: {said}")
-        yield
-        return
     said = ""
     try:
         yield
@@ -223,7 +223,10 @@ def main_process_first(local: bool = True) -> Iterator[None]:
         said = repr(error)
         raise
     finally:
-        store.set(key, said)
+        if first:
+            store.set(key, said)
+        store.set(f"{turn}/{environment.rank}", said)
+    store.wait([f"{turn}/{rank}" for rank in range(environment.world_size)], _LONG)
 
 
 # Ranks take the same turns in the same order, so their keys agree.

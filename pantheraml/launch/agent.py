@@ -13,6 +13,8 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -36,6 +38,7 @@ class Ranks:
         port: where the agents of several nodes meet; 0 takes a free one, for one node.
         run_id: the same on all nodes.
         variables: added to the ranks' environment.
+        runs: what each of them runs, as a noun.
     """
 
     here: int
@@ -45,6 +48,24 @@ class Ranks:
     port: int = 0
     run_id: str = "pantheraml"
     variables: tuple[tuple[str, str], ...] = ()
+    runs: str = "script"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run of ranks ended.
+
+    Attributes:
+        code: exit code of the rank that failed first, 128 + n where a signal n ended it or the agent, else 0.
+        rank: the one that failed first; None if none did.
+        said: what is to be told of it, as a sentence; empty if all is well.
+        signal: what this process was sent while it waited, or None.
+    """
+
+    code: int = 0
+    rank: int | None = None
+    said: str = ""
+    signal: signal.Signals | None = None
 
 
 _became_agent = False
@@ -64,9 +85,12 @@ def become_agent(ranks: Ranks) -> NoReturn:
         os._exit(1)
     command = command_again()
     _became_agent = True
-    code = _run(command, ranks)
+    with tempfile.TemporaryDirectory(prefix="pantheraml-") as folder:
+        outcome = run_ranks(command, ranks, Path(folder))
+    if outcome.said:
+        warn(outcome.said)
     sys.stdout.flush()
-    sys.exit(code)
+    sys.exit(outcome.code)
 
 
 def command_again() -> list[str]:
@@ -88,7 +112,14 @@ def _return_to_start(file: str, arguments: list[str]) -> None:
             return
 
 
-def _run(command: list[str], ranks: Ranks) -> int:
+def run_ranks(command: list[str], ranks: Ranks, folder: Path) -> Outcome:
+    """Start ``command`` once for each rank of this machine, and wait until all have ended.
+
+    Args:
+        command: program and arguments.
+        ranks: what to start.
+        folder: an empty one, which the ranks share; they leave the tracebacks of their failures there.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
@@ -97,29 +128,40 @@ def _run(command: list[str], ranks: Ranks) -> int:
         if name.startswith("torch.distributed.elastic"):  # its lines would stand beside ours and say the same
             logging.getLogger(name).setLevel(logging.CRITICAL)
     say(_describe(ranks))
-    with tempfile.TemporaryDirectory(prefix="pantheraml-") as folder:
-        os.environ.update(_variables(ranks, folder))
+    with _environment(_variables(ranks, folder)):
         try:
             elastic_launch(_elastic_config(ranks), command[0])(*command[1:])
         except ChildFailedError as error:
             codes = {int(rank): int(failure.exitcode) for rank, failure in error.failures.items()}
-            return _report(codes, int(error.get_first_failure()[0]), Path(folder))
+            return _blame(codes, int(error.get_first_failure()[0]), folder)
         except SignalException as error:
-            name = signal.Signals(error.sigval).name
-            warn(f"{name}: all ranks were ended.")
-            return 128 + int(error.sigval)
-    return 0
+            sent = signal.Signals(error.sigval)
+            return Outcome(128 + sent, said=f"{sent.name}: all ranks were ended.", signal=sent)
+    return Outcome()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Generator[None]:
+    """Variables that processes started in the block inherit; afterwards the environment is as before."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
 
 
 def _describe(ranks: Ranks) -> str:
     if ranks.nodes == 1:
-        return f"starting {ranks.here} ranks of this script, one for each device."
+        return f"starting {ranks.here} ranks of this {ranks.runs}, one for each device."
     where = f"node {ranks.node_rank} of {ranks.nodes}, met at {ranks.host}:{ranks.port}"
-    return f"starting {ranks.here} ranks of this script on {socket.gethostname()} ({where})."
+    return f"starting {ranks.here} ranks of this {ranks.runs} on {socket.gethostname()} ({where})."
 
 
-def _variables(ranks: Ranks, folder: str) -> dict[str, str]:
-    found = {AGENT: folder, **dict(ranks.variables)}
+def _variables(ranks: Ranks, folder: Path) -> dict[str, str]:
+    found = {AGENT: str(folder), **dict(ranks.variables)}
     if "OMP_NUM_THREADS" not in os.environ:
         # As many threads as the rank's share of the cores: each would take all of them.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -145,8 +187,8 @@ def _elastic_config(ranks: Ranks) -> LaunchConfig:
     )
 
 
-def _report(codes: dict[int, int], earliest: int, folder: Path) -> int:
-    """Say which rank failed first and how; its traceback was printed when it failed.
+def _blame(codes: dict[int, int], earliest: int, folder: Path) -> Outcome:
+    """Which rank failed first and how; its traceback was printed when it failed.
 
     Ranks that lose one of them fail, too, often before its process has ended. Who left without a traceback, by an exit
     or a signal that was not ours, is the cause; else who printed one first.
@@ -159,8 +201,8 @@ def _report(codes: dict[int, int], earliest: int, folder: Path) -> int:
     if code < 0:
         name = signal.Signals(-code).name
         hint = " (often the machine ran out of memory)" if name == "SIGKILL" else ""
-        warn(f"rank {rank} was ended by {name}{hint}; the other ranks were ended.")
-        return 128 - code
+        return Outcome(
+            128 - code, rank, f"rank {rank} was ended by {name}{hint}; the other ranks were ended."
+        )
     also = f"; {len(told - {rank})} of them had failed, too" if told - {rank} else ""
-    warn(f"rank {rank} ended with exit code {code}; the other ranks were ended{also}.")
-    return code
+    return Outcome(code, rank, f"rank {rank} ended with exit code {code}; the other ranks were ended{also}.")

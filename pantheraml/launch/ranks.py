@@ -68,16 +68,31 @@ class FirstTraceback:
         """Show it, if no other rank was faster."""
         if issubclass(kind, KeyboardInterrupt):  # the agent says so, once
             return
-        rank, count = self._environment.rank, self._environment.world_size
-        text = "".join(traceback.format_exception(kind, value, trace))
-        (self._folder / f"rank_{rank}.txt").write_text(text)
-        try:
-            with (self._folder / "first").open("x") as file:
-                file.write(str(rank))
-        except FileExistsError:
-            return
-        print(f"PantheraML: rank {rank} of {count} on {socket.gethostname()} failed:", file=sys.stderr)  # noqa: T201
-        self._show(kind, value, trace)
+        environment = self._environment
+        if record_failure(environment, self._folder, value.with_traceback(trace)):
+            where = f"rank {environment.rank} of {environment.world_size} on {socket.gethostname()}"
+            print(f"PantheraML: {where} failed:", file=sys.stderr)  # noqa: T201
+            self._show(kind, value, trace)
+
+
+def record_failure(environment: LaunchEnvironment, folder: Path, error: BaseException) -> bool:
+    """Keep the traceback of a failure in the folder that the ranks of a machine share.
+
+    Args:
+        environment: of the rank that fails.
+        folder: the agent's.
+        error: with its traceback.
+
+    Returns:
+        Whether no other rank of the machine has failed before.
+    """
+    (folder / f"rank_{environment.rank}.txt").write_text("".join(traceback.format_exception(error)))
+    try:
+        with (folder / "first").open("x") as file:
+            file.write(str(environment.rank))
+    except FileExistsError:
+        return False
+    return True
 
 
 def _leave_in_peace() -> None:

@@ -38,14 +38,45 @@ def ensure_ranks(config: MultiGPUConfig) -> LaunchEnvironment:
         _say_note(environment)
         return environment
     if environment.why_not_rerun is not None:
+        typed = environment.kind == "notebook"
         raise ConfigError(
             got=f"{here * environment.num_nodes} ranks were asked for, and {environment.why_not_rerun}.",
-            need="Each GPU is trained by a process of its own, which runs your script from the start.",
-            fix="Run python FILE (or torchrun --nproc_per_node=N FILE), or pass MultiGPUConfig(num_processes=1).",
+            need="Each GPU is trained by a process of its own, which runs your script from the start"
+            + (", or a function of yours." if typed else "."),
+            fix=(
+                "Put the training into a function fn and write notebook_launch(fn), or run"
+                if typed
+                else "Run"
+            )
+            + " python FILE (or torchrun --nproc_per_node=N FILE), or pass MultiGPUConfig(num_processes=1).",
         )
     _say_note(environment)
     _say_if_cuda_was_touched()
     return become_agent(_of_node(environment, here) if several else Ranks(here=here))
+
+
+def ranks_of_a_function(config: MultiGPUConfig) -> Ranks:
+    """The ranks that a function is sent to, all on this machine.
+
+    Raises:
+        ConfigError: this process is a rank itself, or one of several that would each start ranks.
+    """
+    environment = LaunchEnvironment.detect()
+    if environment.is_rank:
+        raise ConfigError(
+            got=f"notebook_launch was called by rank {environment.rank} of {environment.world_size}.",
+            need="It starts ranks, and the function that they run is one of them already.",
+            fix="Call it from the notebook itself; setup_multi_gpu() is what a rank calls.",
+        )
+    if environment.num_nodes > 1:
+        raise ConfigError(
+            got=f"notebook_launch was called on {environment.num_nodes} nodes of SLURM.",
+            need="It starts the ranks of one machine, and each node would train by itself.",
+            fix="Put the training into a script and type srun --ntasks-per-node=1 python FILE.",
+        )
+    _say_note(environment)
+    _say_if_cuda_was_touched()
+    return Ranks(here=1 if config.strategy == "none" else _num_here(config), runs="function")
 
 
 def _of_node(environment: LaunchEnvironment, here: int) -> Ranks:
@@ -99,6 +130,13 @@ def _num_here(config: MultiGPUConfig) -> int:
 
 
 def _check_count(config: MultiGPUConfig, environment: LaunchEnvironment) -> None:
+    if config.strategy == "none" and environment.world_size > 1:
+        raise ConfigError(
+            got=f"MultiGPUConfig(strategy='none') was given to one of {environment.world_size} ranks that "
+            f"{environment.kind} started.",
+            need="Without a strategy one process trains.",
+            fix="Run python FILE for one process, or leave strategy out.",
+        )
     if config.num_processes is not None and config.num_processes != environment.local_world_size:
         raise ConfigError(
             got=f"MultiGPUConfig(num_processes={config.num_processes}) was given to one of "
@@ -112,6 +150,6 @@ def _say_if_cuda_was_touched() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         say(
-            "this script used a GPU before its ranks were started, and holds some hundred MiB of it until they end; "
-            "call from_pretrained or setup_multi_gpu first."
+            "this process used a GPU before its ranks were started, and holds some hundred MiB of it until they end; "
+            "start them first."
         )

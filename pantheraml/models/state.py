@@ -10,6 +10,7 @@ from pantheraml.models.precision import Precision
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from torch import nn
 
     from pantheraml.models.families import ModelFamily
@@ -43,6 +44,7 @@ class ModelState:
         planned_for: the policy they were made for.
         stores: host memory for what layers keep, by device, once a plan uses it.
         decoding: the ledger of what ``for_inference`` changed, which ``for_training`` undoes.
+        with_adapter: the model with the adapter that a trainer attached by itself, for the trainers after it.
     """
 
     source: ModelSource
@@ -60,6 +62,7 @@ class ModelState:
     planned_for: Recompute | None = None
     stores: dict[torch.device, HostStore] = field(default_factory=dict)
     decoding: PatchSet = field(default_factory=PatchSet)
+    with_adapter: PeftModel | None = None
 
 
 def set_state(model: nn.Module, state: ModelState) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from pantheraml.data.formats import format_dataset
+from pantheraml.distributed.process_group import main_process_first
 from pantheraml.errors import DataError
 from pantheraml.log import say
+from pantheraml.models.patching import PatchSet
 
 Rows = Dataset | IterableDataset
 
@@ -27,9 +32,26 @@ def given_rows(rows: Rows | None) -> Rows:
 
 def format_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, text_field: str, name: str) -> Rows:
     """Rows in a form TRL reads; says what they were recognised as."""
-    formatted, found = format_dataset(rows, tokenizer, text_field=text_field)
+    with main_process_first():
+        formatted, found = format_dataset(rows, tokenizer, text_field=text_field)
     say(f"{name} rows: {found.reason}")
     return formatted
+
+
+@contextmanager
+def prepared_once() -> Iterator[None]:
+    """A block in which TRL prepares rows: one rank of each machine fills the cache, however long it takes.
+
+    TRL lets the others wait in a barrier, which ends the run after its timeout. They wait in the store here, and the
+    barriers of the block do nothing.
+    """
+    with main_process_first():
+        changes = PatchSet()
+        changes.bind(PartialState(), "wait_for_everyone", lambda _: None, "the ranks wait in the store")
+        try:
+            yield
+        finally:
+            changes.revert()
 
 
 def token_counts(rows: Dataset) -> Any:

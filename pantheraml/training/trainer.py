@@ -26,7 +26,7 @@ from pantheraml.models.adapters import count_parameters
 from pantheraml.models.packed_rows import keep_documents_apart
 from pantheraml.models.patching import PatchSet
 from pantheraml.models.recompute import is_recompute_forced, plan_ahead
-from pantheraml.models.state import get_state
+from pantheraml.models.state import ModelState, get_state
 from pantheraml.training.arguments import (
     PantheraMLTrainingArguments,
     join_ranks,
@@ -41,7 +41,14 @@ from pantheraml.training.given import one_tokenizer, refuse_name
 from pantheraml.training.head import bind_cpu_head, bind_head, needs_cpu_head, why_not_fused
 from pantheraml.training.optimizer import embedding_parameters, split_embedding_group
 from pantheraml.training.pipelining import PipelinedSteps
-from pantheraml.training.rows import Rows, format_rows, given_rows, report_cut_rows, token_counts
+from pantheraml.training.rows import (
+    Rows,
+    format_rows,
+    given_rows,
+    prepared_once,
+    report_cut_rows,
+    token_counts,
+)
 from pantheraml.training.step_figures import StepFigures
 
 
@@ -120,7 +127,7 @@ class PantheraMLTrainer(PipelinedSteps):
             state.recompute = state.recompute if written is None else written
             set_recompute_argument(config, is_recompute_forced(state.recompute))
             if kwargs.get("peft_config") is None and not state.full_finetuning:
-                model = _ensure_adapter(model)
+                model = _ensure_adapter(model, state)
             pin_device(config, model.device)
         config.max_length = max_seq_length or resolve_max_length(
             config, state.max_seq_length if state else None
@@ -191,10 +198,11 @@ class PantheraMLTrainer(PipelinedSteps):
         uncut, cut = copy.copy(args), copy.copy(args)
         uncut.max_length, uncut.shuffle_dataset = None, False
         cut.max_length = self._row_length
-        whole = super()._prepare_dataset(
-            dataset, processing_class, uncut, False, formatting_func, dataset_name
-        )
-        prepared = super()._prepare_dataset(whole, processing_class, cut, packing, None, dataset_name)
+        with prepared_once():
+            whole = super()._prepare_dataset(
+                dataset, processing_class, uncut, False, formatting_func, dataset_name
+            )
+            prepared = super()._prepare_dataset(whole, processing_class, cut, packing, None, dataset_name)
         if isinstance(whole, Dataset) and isinstance(prepared, Dataset) and self._row_length is not None:
             report_cut_rows(dataset_name, whole, self._row_length)
             if not packing and len(prepared) < len(whole):
@@ -344,17 +352,20 @@ class PantheraMLTrainer(PipelinedSteps):
 UnslothTrainer = PantheraMLTrainer
 
 
-def _ensure_adapter(model: Any) -> Any:
-    """Attach a default LoRA adapter to a model that has none."""
+def _ensure_adapter(model: Any, state: ModelState) -> Any:
+    """Attach a default LoRA adapter to a model that has none; a later trainer of the model goes on with it."""
     if isinstance(model, PeftModel):
         return model
+    if state.with_adapter is not None:
+        return state.with_adapter
     say(
         "this model has no adapter, so LoRA r=16 is attached to its projections; call get_peft_model for other "
         "settings, or load with full_finetuning=True to train all weights."
     )
     from pantheraml.fast_model import FastLanguageModel
 
-    return FastLanguageModel.get_peft_model(model)
+    state.with_adapter = FastLanguageModel.get_peft_model(model)
+    return state.with_adapter
 
 
 @contextmanager

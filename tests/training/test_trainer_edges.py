@@ -82,6 +82,19 @@ def test_several_evaluation_sets(load, arguments):
         assert metrics[f"eval_{name}_perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
 
 
+def test_a_second_trainer_goes_on_with_the_adapter_of_the_first(load, arguments, caplog):
+    """A cell of a notebook that is run again."""
+    caplog.set_level("INFO", logger="pantheraml")
+    model, tokenizer = load()
+    first, second = (
+        PantheraMLTrainer(model, arguments(), train_dataset=ROWS, tokenizer=tokenizer) for _ in range(2)
+    )
+    assert first.model is second.model
+    assert caplog.text.count("LoRA r=16 is attached") == 1
+    second.train()
+    assert any(p.abs().max() > 0 for name, p in first.model.named_parameters() if "lora_B" in name)
+
+
 def test_a_plain_model_is_trained_as_it_is(arguments):
     model = tiny.build_model()
     before = model.lm_head.weight.detach().clone()
