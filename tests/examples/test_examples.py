@@ -38,6 +38,7 @@ OWN = {
     "07_orpo": ("outputs/quickstart/merged", "pairs.jsonl"),
     "08_reward_model": ("outputs/quickstart/merged", "pairs.jsonl"),
     "09_save_merge_reload": ("outputs/quickstart/merged", None),
+    "10_larger_than_a_gpu": ("outputs/quickstart/merged", "rows.jsonl"),
     "multi_gpu_training": ("outputs/quickstart/merged", "rows.jsonl"),
 }
 FORMATS = {
@@ -172,6 +173,13 @@ def test_09_save_merge_reload(folder, printed):
     assert (
         distances["adapter"] < 1e-6 and distances["merged-16bit"] < 1e-4 and distances["merged-4bit"] < 1e-2
     )
+
+
+def test_10_larger_than_a_gpu(folder, printed):
+    assert is_adapter(folder / "outputs/split/adapter") and is_adapter(
+        folder / "second/10_larger_than_a_gpu/adapter"
+    )
+    assert "16 rows a step" in printed
 
 
 def test_multi_gpu_training(folder, printed):
