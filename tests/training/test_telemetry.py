@@ -47,7 +47,7 @@ def test_peaks_by_name(name, tflops):
 
 def test_lines_and_figures(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(telemetry, "say", said.append)
+    monkeypatch.setattr(telemetry, "show", lambda message, draw: said.append(message))
     row = {"allocated": 39.72, "reserved": 41.0, "peak_allocated": 40.1, "total": 139.8, "free": 98.2, "power": 690.4,
            "temperature": 61.0}  # fmt: skip
     monkeypatch.setattr(telemetry, "device_stats", lambda: {"gpu_0": dict(row)})
@@ -60,7 +60,7 @@ def test_lines_and_figures(tmp_path, monkeypatch):
     rate = again["tokens_per_second"]
     assert again["mfu"] == pytest.approx(rate * operations_per_token(Model()) / 1e3)
     assert said[1].startswith(f"step 10, {rate:,.0f} tokens/s, ")
-    assert said[1].endswith("gpu_0 39.7 GiB (peak 40.1, free 98.2) 690 W 61 °C")
+    assert said[1].endswith("gpu_0 39.7 GiB (reserved 41.0, peak 40.1, free 98.2) 690 W 61 °C")
     lines = [json.loads(line) for line in (tmp_path / "run" / "telemetry.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(5, 2.5), (10, 2.0)]
     assert lines[1]["devices"]["gpu_0"]["power"] == 690.4 and math.isfinite(lines[0]["time"])
