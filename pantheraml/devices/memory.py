@@ -13,6 +13,13 @@ from pantheraml.devices.inventory import gpu_device, num_gpus
 GIB = 1024**3
 
 
+def describe_bytes(count: int) -> str:
+    """For people: ``39.1 GiB``, ``160 MiB``, ``12 KiB``."""
+    if count >= GIB:
+        return f"{count / GIB:.1f} GiB"
+    return f"{count / 2**20:.0f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
+
+
 def gpu_memory(index: int) -> dict[str, float]:
     """Memory of one GPU, in GiB.
 
@@ -35,6 +42,12 @@ def gpu_memory(index: int) -> dict[str, float]:
         "total": total / GIB,
         "free": free / GIB,
     }
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let ``peak_allocated`` of a GPU begin anew; nothing on the CPU, whose peak is the process's."""
+    if device.type == "cuda":  # pragma: no cover - needs a GPU
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def free_gpu_bytes(device: torch.device) -> int:

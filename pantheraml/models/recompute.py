@@ -82,9 +82,8 @@ def watch(backbone: Any, state: ModelState) -> None:
 
 
 def plan_ahead(model: Any, state: ModelState, tokens: int) -> None:
-    """Plan now for batches of up to ``tokens``, padding included, where the policy leaves a choice."""
-    if state.recompute == "auto" and model.device.type == "cuda":
-        state.plan = _plan(model, state, tokens)
+    """Plan now for batches of up to ``tokens``, padding included."""
+    state.plan = _plan(model, state, tokens)
 
 
 def _before_forward(state: ModelState, backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

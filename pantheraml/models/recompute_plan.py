@@ -116,6 +116,13 @@ def _has_head_norms(model: Any) -> bool:
     return any(name.endswith("self_attn.q_norm") for name, _ in model.named_modules())
 
 
+def kept_bytes(model: Any, plan: RecomputePlan, tokens: int) -> int:
+    """Bytes that all layers keep on the GPU for ``tokens`` under ``plan``."""
+    total, kept = model.config.get_text_config().num_hidden_layers, kept_per_token(model)
+    there = plan.layers - plan.stored + min(plan.stored, _IN_FLIGHT)
+    return (there * getattr(kept, plan.keep) + (total - plan.layers) * kept.all) * tokens
+
+
 def passing_bytes(model: Any, tokens: int) -> int:
     """Bytes that come and go while one layer, and then the head, is computed for ``tokens``; an upper estimate."""
     from pantheraml.models.fused.layer_function import TILE
@@ -209,9 +216,7 @@ def plan_unpacked(model: Any, plan: RecomputePlan, free: int) -> RecomputePlan:
     sizes = [unpacked_bytes(layer) for layer in model.modules() if isinstance(layer, FusedDecoderLayer)]
     if not any(sizes):
         return plan
-    kept = kept_per_token(model)
-    there = plan.layers - plan.stored + min(plan.stored, _IN_FLIGHT)
-    need = (there * getattr(kept, plan.keep) + (len(sizes) - plan.layers) * kept.all) * plan.tokens
+    need = kept_bytes(model, plan, plan.tokens)
     room = int(FREE_SHARE * free) - passing_bytes(model, plan.tokens) - need
     # The margins of the factors are a few columns more than the weights.
     return replace(plan, unpacked=min(len(sizes), max(0, int(room / (1.05 * max(sizes))))))
