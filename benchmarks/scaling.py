@@ -49,7 +49,7 @@ def run(way: str, ranks: int, options: argparse.Namespace, model: str) -> dict[s
     with tempfile.TemporaryDirectory() as folder:
         words += [f"--model={model}", f"--output={folder}", f"--precision={options.precision}"]
         words += [f"--seq={options.seq}", f"--batch={options.batch}", f"--steps={options.steps}"]
-        words += [f"--num-processes={ranks}"]
+        words += [f"--num-processes={ranks}", f"--telemetry={options.telemetry}"]
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -74,8 +74,11 @@ def run(way: str, ranks: int, options: argparse.Namespace, model: str) -> dict[s
 def markdown(lines: list[dict[str, Any]]) -> str:
     """The runs as a table; ``share`` is that of N times the run of one rank."""
     one = next((line["tok_s"] for line in lines if line["status"] == "ok" and line["ranks"] == 1), None)
-    head = "| ranks | by | tok/s | share | ms | start to first step | GiB allocated, reserved | loss | gradient norm |"
-    rows = [head, "|" + "---|" * 9]
+    head = (
+        "| ranks | by | tok/s | share | ms | start to first step | GiB allocated, reserved | host GiB before, while \
+loading, after | own GPU only | telemetry | loss | gradient norm |"
+    )
+    rows = [head, "|" + "---|" * 12]
     for line in lines:
         if line["status"] != "ok":
             rows.append(
@@ -84,9 +87,12 @@ def markdown(lines: list[dict[str, Any]]) -> str:
             continue
         share = f"{line['tok_s'] / (line['ranks'] * one):.3f}" if one else ""
         memory = f"{line['allocated_gib'] or 0:.2f}, {line['reserved_gib'] or 0:.2f}"
+        host = ", ".join(f"{gib:.1f}" for gib in line["host_gib"] or [])
+        own = {True: "yes", False: "no", None: ""}[line["own_gpu_only"]]
         rows.append(
             f"| {line['ranks']} | {line['way']} | {line['tok_s']:,.0f} | {share} | {line['ms']:.1f} | "
-            f"{line['start_to_first_step_s']:.1f} s | {memory} | {line['loss']:.4f} | {line['grad_norm']:.4f} |"
+            f"{line['start_to_first_step_s']:.1f} s | {memory} | {host} | {own} | "
+            f"{line['telemetry_ms']:.2f} ms | {line['loss']:.4f} | {line['grad_norm']:.4f} |"
         )
     return "\n".join(rows)
 
@@ -102,6 +108,7 @@ def main() -> int:
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=4, help="rows of a micro-batch on each rank")
     parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--telemetry", choices=("on", "off"), default="on")
     parser.add_argument("--cpu", action="store_true", help="ranks on the CPU")
     parser.add_argument("--timeout", type=float, default=600, help="seconds that one run may take")
     parser.add_argument("--json", type=Path, help="file for all figures, written after every run")

@@ -26,6 +26,10 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=4, help="rows of a micro-batch on each rank")
     parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--logging-steps", type=int, default=5)
+    parser.add_argument(
+        "--telemetry", choices=("on", "off"), default="on", help="off: no figures of the run at logging steps"
+    )
     parser.add_argument("--num-processes", type=int, help="ranks; by default one for each visible GPU")
     options = parser.parse_args()
     began = float(os.environ.get("SCALING_BEGAN", time.time()))
@@ -40,12 +44,16 @@ def main() -> None:
     from transformers import TrainerCallback
 
     from benchmarks.device import peaks, reset_peaks, synchronize
+    from benchmarks.process_memory import HostPeak, host_share, processes_by_gpu, stays_at_home
     from pantheraml import FastLanguageModel, PantheraMLDistributedTrainer, PantheraMLTrainingArguments
+    from pantheraml.devices.nvml import open_nvml
+    from pantheraml.distributed.process_group import gather_objects
 
-    loading = time.perf_counter()
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        options.model, max_seq_length=options.seq, **PRECISIONS[options.precision]
-    )
+    before, loading = host_share(), time.perf_counter()
+    with HostPeak() as host:
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            options.model, max_seq_length=options.seq, **PRECISIONS[options.precision]
+        )
     model = FastLanguageModel.get_peft_model(model, r=16)
     load_s = time.perf_counter() - loading
     ranks, warm = get_world_size(), max(1, options.steps // 3)
@@ -71,26 +79,47 @@ def main() -> None:
                 else:
                     self.rest, self.memory = time.perf_counter() - self.began, peaks()
 
+    cost: list[float] = []
+
+    class Timed(PantheraMLDistributedTrainer):
+        """Notes what telemetry takes of a logging step, or leaves it out."""
+
+        def figures(self, tokens: int, logs: dict[str, float]) -> dict[str, float]:
+            start = time.perf_counter()
+            found = super().figures(tokens, logs) if options.telemetry == "on" else {}
+            cost.append(time.perf_counter() - start)
+            return found
+
     clock = Clock()
-    trainer = PantheraMLDistributedTrainer(
+    trainer = Timed(
         model=model,
         tokenizer=tokenizer,
         train_dataset=Dataset.from_dict({"input_ids": rows}),
         args=PantheraMLTrainingArguments(
             output_dir=str(options.output), per_device_train_batch_size=options.batch, max_steps=options.steps,
-            learning_rate=1e-4, logging_steps=min(5, options.steps), save_strategy="no", report_to="none",
-            disable_tqdm=True,
+            learning_rate=1e-4, logging_steps=min(options.logging_steps, options.steps), save_strategy="no",
+            report_to="none", disable_tqdm=True,
         ),
         multi_gpu_config=config,
         callbacks=[clock],
     )  # fmt: skip
     trainer.train()
     devices = trainer.get_model_memory_usage()
+    cuda = torch.cuda.is_available()
+    uuid = f"GPU-{torch.cuda.get_device_properties(trainer.args.device).uuid}" if cuda else None
+    uuids, shares = gather_objects(uuid), gather_objects((before, host.gib, host_share()))
     if is_main_process():
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         tokens = (options.steps - warm) * options.batch * options.seq * ranks
+        by_gpu = processes_by_gpu([uuid for uuid in uuids if uuid], open_nvml())
+        # Of all ranks: before loading, at most while loading (each rank's own peak), at the end.
+        host_gib = [sum(column) for column in zip(*shares, strict=True)] if None not in shares[0] else None
         result = {
             "ranks": ranks,
+            "host_gib": host_gib,
+            "gpu_processes_gib": list(by_gpu.values()),
+            "own_gpu_only": stays_at_home(by_gpu),
+            "telemetry_ms": 1e3 * sorted(cost)[len(cost) // 2],
             "tok_s": tokens / clock.rest,
             "ms": 1e3 * clock.rest / (options.steps - warm),
             "start_to_first_step_s": clock.first,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TextIO
+from collections.abc import Callable
+from typing import Any, TextIO
 
 logger = logging.getLogger("pantheraml")
 
@@ -33,6 +34,32 @@ class _Stderr(logging.StreamHandler[TextIO]):
     def stream(self) -> TextIO:  # pyright: ignore[reportIncompatibleVariableOverride]
         return sys.stderr
 
+    def format(self, record: logging.LogRecord) -> str:
+        """The message, drawn where it can be and somebody looks at it."""
+        draw = getattr(record, "draw", None)
+        return _drawn(draw(), self.stream) if draw and self.stream.isatty() else super().format(record)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write above the progress bars, if there are any: they take a line of the terminal each, without its end."""
+        bars = sys.modules.get("tqdm.std")
+        if bars is None:
+            super().emit(record)
+            return
+        try:
+            bars.tqdm.write(self.format(record), file=self.stream)
+        except Exception:  # a message that cannot be written ends no run; logging says why
+            self.handleError(record)
+
+
+def _drawn(drawing: Any, stream: TextIO) -> str:
+    """What rich makes of ``drawing`` for this terminal, without the last line's end."""
+    from rich.console import Console
+
+    console = Console(file=stream, highlight=False)
+    with console.capture() as written:
+        console.print(drawing)
+    return written.get().rstrip("\n")
+
 
 def _ensure_handler() -> None:
     if logger.hasHandlers():
@@ -47,6 +74,19 @@ def say(message: str) -> None:
         return
     _ensure_handler()
     logger.info(message)
+
+
+def show(message: str, draw: Callable[[], Any]) -> None:
+    """Tell the user something (level INFO) that has a form of its own on a terminal.
+
+    Args:
+        message: what logs and files get.
+        draw: makes something that rich can print; called where it will be seen only.
+    """
+    if _quiet:
+        return
+    _ensure_handler()
+    logger.info(message, extra={"draw": draw})
 
 
 def warn(message: str) -> None:

@@ -9,9 +9,11 @@ from typing import Any, Literal, cast
 from pantheraml.errors import ConfigError, NotYetError, did_you_mean
 
 Backend = Literal["nccl", "gloo", "mpi"]
+ReduceDtype = Literal["float32", "bfloat16"]
 Strategy = Literal["auto", "ddp", "fsdp", "deepspeed", "tensor", "pipeline", "none"]
 
 _BACKENDS: tuple[Backend, ...] = ("nccl", "gloo", "mpi")
+_REDUCE_DTYPES: tuple[ReduceDtype | None, ...] = (None, "float32", "bfloat16")
 _STRATEGIES: tuple[Strategy, ...] = ("auto", "ddp", "fsdp", "deepspeed", "tensor", "pipeline", "none")
 # Ways to recompute activations, as every argument of that name takes them.
 RECOMPUTE_POLICIES = (True, False, "auto", "offload", "unsloth")
@@ -41,6 +43,8 @@ class MultiGPUConfig:
         max_memory: as in ``FastLanguageModel.from_pretrained``, for the model that this config is passed with.
         micro_batches: into how many a step of a split model is cut; None is four for each GPU, as far as there
             are rows.
+        reduce_dtype: in what gradients are sent and averaged: None is the dtype of the trained weights (float32 for
+            LoRA, which is exact); ``"bfloat16"`` sends half of that, and rounds; ``"float32"`` is for weights in bf16.
 
     Raises:
         ConfigError: a value that cannot be.
@@ -58,10 +62,12 @@ class MultiGPUConfig:
     num_processes: int | None = None
     max_memory: Mapping[int | str, int | str] | None = None
     micro_batches: int | None = None
+    reduce_dtype: ReduceDtype | None = None
 
     def __post_init__(self) -> None:
         _one_of("backend", self.backend, _BACKENDS)
         _one_of("strategy", self.strategy, _STRATEGIES)
+        _one_of("reduce_dtype", self.reduce_dtype, _REDUCE_DTYPES)
         _one_of("use_gradient_checkpointing", self.use_gradient_checkpointing, RECOMPUTE_POLICIES)
         for name in ("auto_device_map", "find_unused_parameters"):
             _one_of(name, getattr(self, name), (True, False))

@@ -14,6 +14,13 @@ from pantheraml.devices.stage_split import CONTEXT_BYTES
 GIB = 1024**3
 
 
+def describe_bytes(count: int) -> str:
+    """For people: ``39.1 GiB``, ``160 MiB``, ``12 KiB``."""
+    if count >= GIB:
+        return f"{count / GIB:.1f} GiB"
+    return f"{count / 2**20:.0f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
+
+
 def gpu_memory(index: int) -> dict[str, float]:
     """Memory of one GPU, in GiB.
 
@@ -48,6 +55,12 @@ def limit_gpu(index: int, size: int) -> None:
     total = torch.cuda.mem_get_info(index)[1]
     share = max(0.0, min(1.0, (size - CONTEXT_BYTES) / total))
     torch.cuda.set_per_process_memory_fraction(share, index)  # pyright: ignore[reportUnknownMemberType]
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let ``peak_allocated`` of a GPU begin anew; nothing on the CPU, whose peak is the process's."""
+    if device.type == "cuda":  # pragma: no cover - needs a GPU
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def free_gpu_bytes(device: torch.device) -> int:

@@ -16,6 +16,8 @@ NVML_LIBRARY = "libnvidia-ml.so.1"
 GIB = 1024**3
 _UUID_BYTES = 96
 _TEMPERATURE_OF_GPU = 0
+# GiB that CUDA's context, NCCL's buffers and the driver itself may take beside what a process allocates.
+_BESIDE = 3.0
 _OK, _INSUFFICIENT_SIZE = 0, 7
 
 
@@ -40,14 +42,26 @@ class GPUState:
         total: GiB.
         power: W.
         temperature: degrees Celsius.
-        processes: GiB of each process, by its number.
+        processes: GiB of each process, by its number as the driver counts them (in a container: another than ours).
     """
 
     used: float
     total: float
     power: float | None
     temperature: int | None
-    processes: dict[int, float]
+    processes: dict[int, float | None]
+
+    def used_by_others(self, pid: int, reserved: float) -> float:
+        """GiB that other processes took; where the driver does not name ours, what is far more than we need, or 0.
+
+        Args:
+            pid: of this process.
+            reserved: GiB that its allocator holds.
+        """
+        if pid in self.processes:
+            return sum(used or 0.0 for other, used in self.processes.items() if other != pid)
+        rest = self.used - reserved
+        return rest if rest > _BESIDE else 0.0
 
 
 class _Memory(Structure):
@@ -120,7 +134,7 @@ class NVML:
         value = c_uint()
         return value.value if getattr(self._library, function)(device, byref(value)) == _OK else None
 
-    def _processes(self, device: c_void_p) -> dict[int, float]:
+    def _processes(self, device: c_void_p) -> dict[int, float | None]:
         count = c_uint(0)
         ask = self._library.nvmlDeviceGetComputeRunningProcesses_v3
         if ask(device, byref(count), POINTER(_Process)()) not in (_OK, _INSUFFICIENT_SIZE) or not count.value:
@@ -130,7 +144,7 @@ class NVML:
         if ask(device, byref(count), found) != _OK:
             return {}
         unknown = 2**64 - 1  # where the driver does not say, as in some containers
-        return {one.pid: one.used / GIB for one in found[: count.value] if one.used != unknown}
+        return {one.pid: None if one.used == unknown else one.used / GIB for one in found[: count.value]}
 
 
 @lru_cache(maxsize=1)

@@ -105,9 +105,8 @@ def sections(model: Any, state: ModelState) -> list[Section]:
 
 
 def plan_ahead(model: Any, state: ModelState, tokens: int) -> None:
-    """Plan now for batches of up to ``tokens``, padding included, where the policy leaves a choice."""
-    if state.recompute == "auto" and model.device.type == "cuda":
-        state.plans = _plan(model, state, tokens)
+    """Plan now for batches of up to ``tokens``, padding included."""
+    state.plans = _plan(model, state, tokens)
 
 
 def prepare_recompute(model: Any, state: ModelState, tokens: int) -> None:
@@ -156,7 +155,8 @@ def _plan_section(
     if plan.need and is_told and section.device.type == "cuda":
         say(f"recompute{place}: {plan.describe(total)}.")
     if state.keep_dequantized:
-        plan = plan_unpacked(model, plan, _free_bytes(model, section, is_new), section.layers)
+        free = _free_bytes(model, section, is_new)
+        plan = plan_unpacked(model, plan, free, section.layers, section.in_flight)
         if before is None or plan.unpacked != before.unpacked:
             why = (
                 ""

@@ -94,6 +94,16 @@ def kept_per_token(model: Any) -> Kept:
     return _sizes_of(model).kept
 
 
+def kept_bytes(
+    model: Any, plan: RecomputePlan, tokens: int, *, layers: int | None = None, in_flight: float = 1
+) -> int:
+    """Bytes that all layers (or ``layers`` of them) keep on the GPU for ``tokens`` under ``plan``."""
+    total, kept = _num_layers(model) if layers is None else layers, kept_per_token(model)
+    there = plan.layers - plan.stored + min(plan.stored, _IN_FLIGHT)
+    size = there * getattr(kept, plan.keep) + (total - plan.layers) * kept.all
+    return int(size * tokens * in_flight)
+
+
 def passing_bytes(model: Any, tokens: int) -> int:
     """Bytes that come and go while one layer, and then the head, is computed for ``tokens``; an upper estimate."""
     sizes = _sizes_of(model)
@@ -180,7 +190,9 @@ def unpacked_bytes(layer: nn.Module) -> int:
     return sum(math.prod(state.shape) * state.dtype.itemsize for state in states if state is not None)
 
 
-def plan_unpacked(model: Any, plan: RecomputePlan, free: int, layers: list[Any]) -> RecomputePlan:
+def plan_unpacked(
+    model: Any, plan: RecomputePlan, free: int, layers: list[Any], in_flight: float = 1
+) -> RecomputePlan:
     """``plan`` with as many layers kept unpacked as there is memory for beside what it needs.
 
     Args:
@@ -188,15 +200,14 @@ def plan_unpacked(model: Any, plan: RecomputePlan, free: int, layers: list[Any])
         plan: what recomputes, and for how many tokens.
         free: bytes free on the device, those of layers that are unpacked now included.
         layers: those of the device.
+        in_flight: as in ``plan_recompute``.
     """
     from pantheraml.models.fused import FusedDecoderLayer
 
     sizes = [unpacked_bytes(layer) for layer in layers if isinstance(layer, FusedDecoderLayer)]
     if not any(sizes):
         return plan
-    kept = kept_per_token(model)
-    there = plan.layers - plan.stored + min(plan.stored, _IN_FLIGHT)
-    need = (there * getattr(kept, plan.keep) + (len(sizes) - plan.layers) * kept.all) * plan.tokens
+    need = kept_bytes(model, plan, plan.tokens, layers=len(layers), in_flight=in_flight)
     room = int(FREE_SHARE * free) - passing_bytes(model, plan.tokens) - need
     # The margins of the factors are a few columns more than the weights.
     return replace(plan, unpacked=min(len(sizes), max(0, int(room / (1.05 * max(sizes))))))

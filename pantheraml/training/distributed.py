@@ -24,6 +24,7 @@ from pantheraml.log import say
 from pantheraml.models.recompute import check_policy
 from pantheraml.models.split import is_split
 from pantheraml.models.state import get_state
+from pantheraml.training.banner import describe_ranks, device_name
 from pantheraml.training.telemetry import Telemetry, number_devices
 from pantheraml.training.trainer import PantheraMLTrainer
 
@@ -88,11 +89,9 @@ class PantheraMLDistributedTrainer(PantheraMLTrainer):
 
     def _say_plan(self) -> None:
         """Who takes part, and then as ``PantheraMLTrainer``."""
-        hosts = gather_objects(socket.gethostname())
-        count = len(hosts)
-        if count > 1:
-            places = ", ".join(f"{hosts.count(host)} on {host}" for host in dict.fromkeys(hosts))
-            say(f"{count} ranks ({places}); each has the whole model and rows of its own (DDP).")
+        places = gather_objects((socket.gethostname(), device_name(self.args.device)))
+        if len(places) > 1:
+            say(describe_ranks(places, config_of(self._multi_gpu).strategy))
         super()._say_plan()
 
 

@@ -3,11 +3,16 @@
 So a step of W ranks with A micro-batches of B rows each is made of the same W * A * B rows as a step of one rank with
 W * A micro-batches. Nothing is lost or seen twice: the last batch may be short, and ranks for which there is none get a
 row without labels, so that every rank takes every step.
+
+A stream is read by every rank, which keeps its own batches: nobody knows how long a stream is, so nobody could hand out
+parts of it that come to the same steps. It costs each rank the reading and tokenising of all rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sized
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +21,13 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 from trl import SFTTrainer
 
+from pantheraml.distributed.process_group import gather_objects
+from pantheraml.errors import DataError
+from pantheraml.log import say_once
+
 Batch = dict[str, Any]
+# Rows of a stream by which ranks see whether they read the same one.
+_COMPARED = 16
 
 
 class RankBatches(Sampler[list[int]]):
@@ -76,6 +87,36 @@ class RankBatches(Sampler[list[int]]):
             return list(self._sampler)
 
 
+class RankStream(IterableDataset[list[Any]]):
+    """One rank's batches of a stream, as lists of rows; an empty list where the stream has run out.
+
+    Args:
+        rows: the stream, in the same order on all ranks.
+        batch_size: rows of a batch.
+        world_size: number of ranks.
+        rank: this one.
+        drop_last: leave out what fills no batch on every rank.
+    """
+
+    def __init__(
+        self, rows: Iterable[Any], batch_size: int, *, world_size: int, rank: int, drop_last: bool = False
+    ) -> None:
+        self._rows, self._size, self._drop_last = rows, batch_size, drop_last
+        self._world_size, self._rank = world_size, rank
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch whose order comes next."""
+        if hasattr(self._rows, "set_epoch"):
+            self._rows.set_epoch(epoch)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        rows = iter(self._rows)
+        start, turn = self._rank * self._size, self._world_size * self._size
+        while found := list(islice(rows, turn)):
+            if not self._drop_last or len(found) == turn:
+                yield found[start : start + self._size]
+
+
 class FilledCollator:
     """A collator that makes a batch of no rows: one row, none of whose tokens is a label.
 
@@ -91,13 +132,52 @@ class FilledCollator:
         """The batch on the CPU."""
         if examples:
             return self.collator(examples)
-        batch = self.collator([self._row])
-        batch["labels"] = torch.full_like(batch["labels"], -100)
-        return batch
+        return without_labels(self.collator([self._row]))
+
+
+def without_labels(batch: Batch) -> Batch:
+    """A batch of the same rows that trains nothing."""
+    return batch | {"labels": torch.full_like(batch["labels"], -100)}
+
+
+def first_row(rows: Iterable[Any]) -> Any:
+    """The first row of a stream; every rank calls this.
+
+    Raises:
+        DataError: there is none, or ranks read different streams.
+    """
+    found = list(islice(rows, _COMPARED))
+    prints = gather_objects(hashlib.sha256(repr(found).encode()).hexdigest())
+    if len(set(prints)) > 1:
+        raise DataError(
+            got="The ranks read streams whose first rows differ.",
+            need="Every rank reads the whole stream, in the same order, and takes its own share of the rows.",
+            fix="Write .shuffle(seed=3407), with a seed, and leave split_dataset_by_node out.",
+        )
+    if not found:
+        raise DataError(
+            got="The stream has no rows.",
+            need="At least one row is needed.",
+            fix="Check what was filtered out of it.",
+        )
+    return found[0]
 
 
 class RankedRows(SFTTrainer):
-    """The part of the trainer that gives each rank its rows; with one process it changes nothing."""
+    """The part of the trainer that gives each rank its rows; to one process it gives TRL's."""
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of a step; a step in which a stream ends is filled up with ones that train nothing.
+
+        The trainer knows the last step of an epoch by the number of batches. That of a stream is not known, and what is
+        left at its end would wait, as gradients, for the first step of the next epoch.
+        """
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and num_items is not None:
+            batches += [without_labels(batches[-1])] * (num_batches - len(batches))
+        return batches, num_items
 
     def _get_dataloader(
         self,
@@ -108,8 +188,8 @@ class RankedRows(SFTTrainer):
         is_training: bool = False,
         dataloader_key: str | None = None,
     ) -> Any:
-        """TRL's; with several ranks over rows that can be counted, this rank's share of them."""
-        if self.args.world_size == 1 or isinstance(dataset, IterableDataset):
+        """TRL's; with several ranks, this rank's share of the rows."""
+        if self.args.world_size == 1:
             return super()._get_dataloader(
                 dataset, description, batch_size, sampler_fn, is_training, dataloader_key
             )
@@ -118,6 +198,17 @@ class RankedRows(SFTTrainer):
             dataset = self._remove_unused_columns(dataset, description=description)
         else:
             collator = self._get_collator_with_removed_columns(collator, description=description)
+        share = self._share_of_stream if isinstance(dataset, IterableDataset) else self._share_of_rows
+        loader = share(dataset, batch_size, collator, sampler_fn, is_training)
+        # The rows are shared out already: accelerate moves batches to the device and knows where the epoch ends.
+        return prepare_data_loader(
+            loader, device=self.accelerator.device, num_processes=1, process_index=0, put_on_device=True,
+            dispatch_batches=False, non_blocking=bool(self.accelerator.non_blocking),
+        )  # fmt: skip
+
+    def _share_of_rows(
+        self, dataset: Any, batch_size: int, collator: Any, sampler_fn: Any, is_training: bool
+    ) -> DataLoader[Any]:
         sampler = sampler_fn(dataset) if sampler_fn is not None else None
         batches = RankBatches(
             dataset,
@@ -128,17 +219,30 @@ class RankedRows(SFTTrainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             drop_last=is_training and self.args.dataloader_drop_last,
         )
-        loader = DataLoader(
+        return self._loader(dataset, FilledCollator(collator, dataset[0]), batch_sampler=batches)
+
+    def _share_of_stream(
+        self, dataset: Any, batch_size: int, collator: Any, sampler_fn: Any, is_training: bool
+    ) -> DataLoader[Any]:
+        if self.args.dataloader_num_workers > 1:
+            say_once("a stream is read by one worker of each rank, so that all ranks read it in one order.")
+        stream = RankStream(
             dataset,
-            batch_sampler=batches,
-            collate_fn=FilledCollator(collator, dataset[0]),
-            num_workers=self.args.dataloader_num_workers,
+            batch_size,
+            world_size=self.args.world_size,
+            rank=self.args.process_index,
+            drop_last=is_training and self.args.dataloader_drop_last,
+        )
+        return self._loader(stream, FilledCollator(collator, first_row(dataset)), batch_size=None)
+
+    def _loader(self, dataset: Any, collator: FilledCollator, **batches: Any) -> DataLoader[Any]:
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            dataset,
+            collate_fn=collator,
+            num_workers=min(workers, 1) if isinstance(dataset, RankStream) else workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            **batches,
         )
-        # The rows are shared out already: accelerate moves batches to the device and knows where the epoch ends.
-        return prepare_data_loader(
-            loader, device=self.accelerator.device, num_processes=1, process_index=0, put_on_device=True,
-            dispatch_batches=False, non_blocking=bool(self.accelerator.non_blocking),
-        )  # fmt: skip

@@ -1,16 +1,18 @@
 """What a run does to its GPUs, once a logging step: tokens per second, share of the peak, memory, power.
 
-    console     one line, from rank 0
+    console     one line, from rank 0; on a terminal a small table, a row for each GPU
     report_to   ``tokens_per_second``, ``mfu`` and ``peak_allocated_gib``, beside the loss, to the trackers of the run
     file        ``telemetry.jsonl`` in the output folder: one line for each logging step, with every rank's devices
 
-Measuring is a few reads of counters on each rank and one exchange of some hundred bytes between CPUs.
+Measuring is a few reads of counters on each rank and one exchange of some hundred bytes between CPUs; a step that is
+not logged costs nothing.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,8 @@ from pantheraml.devices.nvml import open_nvml
 from pantheraml.devices.peaks import peak_tflops
 from pantheraml.distributed.process_group import gather_objects, is_main_process
 from pantheraml.errors import first_line
-from pantheraml.log import say, say_once
-
-Stats = dict[str, dict[str, float]]
+from pantheraml.log import say_once, show
+from pantheraml.training.telemetry_lines import Stats, draw_lines, plain_line
 
 
 def operations_per_token(model: nn.Module) -> int:
@@ -55,6 +56,7 @@ def device_stats() -> Stats:
         state = nvml.state(uuid)
         if state is not None:
             told = {"used_by_all": state.used, "power": state.power, "temperature": state.temperature}
+            told["used_by_others"] = state.used_by_others(os.getpid(), row["reserved"])
             row.update({key: float(value) for key, value in told.items() if value is not None})
     return stats
 
@@ -102,7 +104,7 @@ class Telemetry:
         if peaks:
             figures["peak_allocated_gib"] = max(peaks)
         if is_main_process():
-            say(_line(step, figures, devices))
+            show(plain_line(step, figures, devices), lambda: draw_lines(step, figures, devices))
             self._write({"step": step, "time": time.time(), **logs, **figures, "devices": devices})
         return figures
 
@@ -126,17 +128,3 @@ def number_devices(by_rank: list[Stats]) -> Stats:
             kind = name.split("_")[0]
             found[f"{kind}_{rank}"] = row
     return found
-
-
-def _line(step: int, figures: dict[str, float], devices: Stats) -> str:
-    words = [f"step {step}", f"{figures['tokens_per_second']:,.0f} tokens/s"]
-    if "mfu" in figures:
-        words.append(f"{100 * figures['mfu']:.0f} % of the peak")
-    for name, row in devices.items():
-        if "allocated" not in row:
-            continue
-        text = f"{name} {row['allocated']:.1f} GiB (peak {row['peak_allocated']:.1f}, free {row['free']:.1f})"
-        text += f" {row['power']:.0f} W" if "power" in row else ""
-        text += f" {row['temperature']:.0f} °C" if "temperature" in row else ""
-        words.append(text)
-    return ", ".join(words)

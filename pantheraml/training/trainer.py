@@ -17,12 +17,12 @@ from trl import SFTConfig
 from pantheraml.checkpoint.partial import removed_on_failure
 from pantheraml.data.masking import check_labels
 from pantheraml.data.preview import describe_sample
-from pantheraml.devices.memory import format_memory_stats, get_memory_stats
-from pantheraml.distributed.process_group import group_size
+from pantheraml.devices.memory import forget_peak, format_memory_stats, get_memory_stats, gpu_memory
+from pantheraml.distributed.process_group import gather_objects, group_size
 from pantheraml.distributed.strategies import ddp
 from pantheraml.errors import DataError
 from pantheraml.log import say
-from pantheraml.models.adapters import count_parameters
+from pantheraml.models.memory_estimate import MemoryEstimate
 from pantheraml.models.packed_rows import keep_documents_apart
 from pantheraml.models.patching import PatchSet
 from pantheraml.models.recompute import is_recompute_forced, plan_ahead
@@ -36,6 +36,13 @@ from pantheraml.training.arguments import (
     to_sft_config,
     written_recompute,
 )
+from pantheraml.training.banner import (
+    compare_memory,
+    describe_memory,
+    describe_run,
+    longest_batch,
+    predict_memory,
+)
 from pantheraml.training.evaluation import TokenSums
 from pantheraml.training.given import one_tokenizer, refuse_name
 from pantheraml.training.head import bind_cpu_head, bind_head, needs_cpu_head, why_not_fused
@@ -47,7 +54,6 @@ from pantheraml.training.rows import (
     given_rows,
     prepared_once,
     report_cut_rows,
-    token_counts,
 )
 from pantheraml.training.step_figures import StepFigures
 
@@ -83,6 +89,8 @@ class PantheraMLTrainer(PipelinedSteps):
         ConfigError: arguments that contradict each other.
         DataError: rows that cannot be recognised, are empty, or leave nothing to train on.
     """
+
+    _predicted: MemoryEstimate | None = None
 
     def __init__(
         self,
@@ -155,14 +163,16 @@ class PantheraMLTrainer(PipelinedSteps):
         self._place_head(fused=state is not None and state.kernels == "auto")
         self._check_rows()
 
-    def _plan_recompute(self) -> None:
-        """Plan recompute for the longest batch, where rows are known and the policy leaves a choice."""
-        model, rows = cast(torch.nn.Module, self.model), self.train_dataset
+    def _plan_memory(self) -> MemoryEstimate | None:
+        """Plan recompute and merging for the longest batch, and predict what a step takes."""
+        model, longest = cast(torch.nn.Module, self.model), longest_batch(self.train_dataset, self.args)
         state = get_state(model)
-        if state is None or not isinstance(rows, Dataset) or "input_ids" not in rows.column_names:
-            return
-        rows_at_a_time = -(-self.args.per_device_train_batch_size // max(1, self._pieces))
-        plan_ahead(model, state, int(token_counts(rows).max()) * rows_at_a_time)
+        self.plan_pipeline()
+        if state is not None and longest is not None:
+            longest = -(-longest // max(1, self._pieces))
+            plan_ahead(model, state, longest)
+        self.plan_merging()
+        return predict_memory(model, self.args, longest, self._most_tokens)
 
     def _place_head(self, *, fused: bool) -> None:
         """Put our head where TRL's is slower or cannot run."""
@@ -175,13 +185,14 @@ class PantheraMLTrainer(PipelinedSteps):
             bind_head(base, PatchSet())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as SFTTrainer does, after one line about the run and one row with what is trained on marked."""
+        """Train as SFTTrainer does, after some lines about the run and one row with what is trained on marked."""
         self._check_rows()  # rows may have been masked since
-        self.plan_pipeline()
-        self._plan_recompute()
-        self.plan_merging()
+        self._predicted = self._plan_memory()
         self._say_plan()
-        return super().train(*args, **kwargs)
+        forget_peak(self.args.device)
+        result = super().train(*args, **kwargs)
+        self._say_memory()
+        return result
 
     # --- data -----------------------------------------------------------------------------------------------
 
@@ -227,23 +238,22 @@ class PantheraMLTrainer(PipelinedSteps):
     def _say_plan(self) -> None:
         """Show one row with what is trained on marked, and what the run will do."""
         rows: Any = self.train_dataset
-        args, model, tokenizer = (
-            self.args,
-            cast(torch.nn.Module, self.model),
-            cast(Any, self.processing_class),
-        )
         sample = next(iter(rows))
         if "input_ids" in sample:
-            say(describe_sample(sample, tokenizer))
-        trainable, total = count_parameters(model)
-        precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
-        count = f"{len(rows)} rows" if isinstance(rows, Dataset) else "streamed rows"
-        step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        say(
-            f"{trainable:,} of {total:,} parameters are trained on {args.device} in {precision}; {count}; "
-            f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size} = {step} "
-            f"rows a step (per device x accumulation x ranks)."
-        )
+            say(describe_sample(sample, cast(Any, self.processing_class)))
+        say(describe_run(cast(torch.nn.Module, self.model), self.args, rows))
+        if self._predicted is not None:
+            device = self.args.device
+            total = gpu_memory(device.index or 0)["total"] if device.type == "cuda" else None
+            say(describe_memory(self._predicted, total))
+
+    def _say_memory(self) -> None:
+        """Compare the memory that was predicted with the peaks of all ranks' GPUs."""
+        if self._predicted is None or self.args.device.type != "cuda":
+            return
+        index = self.args.device.index or 0  # pragma: no cover - needs a GPU
+        peaks = gather_objects(gpu_memory(index)["peak_allocated"])  # pragma: no cover - needs a GPU
+        say(compare_memory(self._predicted, peaks))  # pragma: no cover - needs a GPU
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 

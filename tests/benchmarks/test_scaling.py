@@ -1,11 +1,20 @@
-"""The scaling benchmark runs on CPU ranks and tells what failed."""
+"""The scaling benchmark runs on CPU ranks, counts whole processes' memory and tells what failed."""
 
 from __future__ import annotations
 
 import json
+import mmap
+import sys
+import time
+
+import pytest
 
 from benchmarks import scaling
+from benchmarks.process_memory import HostPeak, host_share, processes_by_gpu, stays_at_home
+from pantheraml.devices.nvml import NVML
 from tests import tiny
+from tests.devices.test_nvml import stand_in  # noqa: F401
+from tests.distributed.ranks import run_ranks
 
 
 def test_two_ranks_and_one(tmp_path, monkeypatch, capsys):
@@ -19,7 +28,58 @@ def test_two_ranks_and_one(tmp_path, monkeypatch, capsys):
     lines = json.loads((tmp_path / "out.json").read_text())["lines"]
     assert [(line["ranks"], len(line["devices"])) for line in lines] == [(1, 1), (2, 2)]
     assert all(line["tok_s"] > 0 and line["grad_norm"] > 0 for line in lines)
+    assert all(line["telemetry_ms"] > 0 and line["own_gpu_only"] is None for line in lines)
+    assert all(0 < line["host_gib"][0] <= line["host_gib"][1] for line in lines)
     assert "| 1 | python |" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["scaling", f"--model={tmp_path / 'nothing'}", "--gpus=1", *words[1:]])
     assert scaling.main() == 1
     assert "code 1" in capsys.readouterr().out
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+
+
+@linux
+def test_the_shares_of_ranks_add_up_to_one_copy(tmp_path):
+    """64 MiB of a file, mapped and read by three processes: a third each; what one writes is its own."""
+    size = 2**26
+    (tmp_path / "file").write_bytes(b"x" * size)
+
+    def share():
+        import torch.distributed as dist
+
+        before = host_share()
+        with (tmp_path / "file").open("rb") as file:
+            pages = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
+        assert pages[::4096].count(b"x") == size // 4096
+        dist.barrier()
+        mapped = host_share()
+        dist.barrier()
+        with HostPeak() as peak:
+            own = bytearray(b"y") * size
+            time.sleep(0.5)
+            del own
+        after = host_share()
+        dist.barrier()  # the share of a process that has ended falls to the others
+        return before, mapped, peak.gib, after
+
+    found = run_ranks(3, share)
+    assert sum(mapped - before for before, mapped, _, _ in found) == pytest.approx(size / 2**30, rel=0.3)
+    for _, mapped, peak, after in found:
+        assert after == pytest.approx(mapped, abs=0.02)
+        assert peak - after > 0.9 * size / 2**30
+
+
+def test_a_share_is_read_from_the_rollup(tmp_path):
+    (tmp_path / "rollup").write_text("55d0-7ff [rollup]\nRss:  900 kB\nPss:  524288 kB\nPss_Anon: 1 kB\n")
+    assert host_share(tmp_path / "rollup") == 0.5
+    assert host_share(tmp_path / "nothing") is None
+
+
+def test_processes_on_gpus(stand_in):  # noqa: F811
+    by_gpu = processes_by_gpu(["GPU-aaaa1111-0000", "GPU-cccc"], NVML(stand_in))
+    assert by_gpu == {"GPU-aaaa1111-0000": {100: 2.0, 101: None}}
+    assert stays_at_home(by_gpu) is False, "two processes on one GPU"
+    assert processes_by_gpu(["GPU-aaaa1111-0000"], None) == {} and stays_at_home({}) is None
+    assert stays_at_home({"a": {1: 2.0}, "b": {2: 2.0}}) is True
+    assert stays_at_home({"a": {1: 2.0}, "b": {1: 0.5}}) is False

@@ -32,6 +32,7 @@ def test_the_guides_fields_and_defaults():
         (dict(num_processes=0), "a whole number of 1 or more"),
         (dict(auto_device_map="yes"), "one of True, False"),
         (dict(find_unused_parameters=1), "one of True, False"),
+        (dict(reduce_dtype="bfloat"), "Did you mean 'bfloat16'"),
         (dict(use_gradient_checkpointing="sometimes"), "'offload'"),
     ],
 )

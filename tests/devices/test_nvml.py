@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pantheraml.devices.nvml import NVML, open_nvml
+from pantheraml.devices.nvml import NVML, GPUState, open_nvml
 
 COMPILER = shutil.which("cc")
 
@@ -29,9 +29,21 @@ def test_gpus_as_the_driver_tells(stand_in):
     assert nvml.gpus() == [("GPU-aaaa1111-0000", False), ("GPU-bbbb2222-0000", True)]
     first, second = (nvml.state(gpu.uuid) for gpu in nvml.gpus())
     assert (first.used, first.total, first.power, first.temperature) == (3.0, 8.0, 250.5, 61)
-    assert first.processes == {100: 2.0}, "one of two does not say how much it holds"
+    assert first.processes == {100: 2.0, 101: None}, "of one of two it is not known how much it holds"
     assert second.power is None and second.processes == {}
     assert nvml.state("GPU-cccc") is None
+
+
+def test_others_on_a_gpu_are_seen():
+    def others(used, processes, reserved):
+        state = GPUState(used, 80.0, power=None, temperature=None, processes=processes)
+        return state.used_by_others(7, reserved)
+
+    assert others(20.0, {7: 12.0, 8: 6.5, 9: None}, 11.5) == 6.5
+    assert others(12.6, {7: 12.0}, 11.5) == 0
+    # In a container the driver names no process, or others than ours.
+    assert others(13.0, {}, 11.5) == 0
+    assert others(20.0, {4711: 12.0}, 11.5) == 8.5
 
 
 def test_a_machine_without_a_driver():

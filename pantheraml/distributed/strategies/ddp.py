@@ -8,11 +8,15 @@ The gradients of an adapter are one small bucket.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
+import torch
+import torch.distributed as dist
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import nn
+from torch import Tensor, nn
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
@@ -24,9 +28,36 @@ _ONE_BUCKET = 2**30
 
 @dataclass
 class _Settings(DistributedDataParallelKwargs):
-    """Accelerate's, with the name that torch 2.13 gave to one of them."""
+    """Accelerate's, with the name that torch 2.13 gave to one of them, and the dtype of the reduction."""
 
     forward_sync_buffers: bool = True
+    reduce_dtype: torch.dtype | None = None
+
+    def to_dict(self, ignore_keys: tuple[str, ...] = ()) -> dict[str, Any]:
+        """What torch's constructor takes."""
+        found = super().to_dict()
+        return {name: value for name, value in found.items() if name not in ("reduce_dtype", *ignore_keys)}
+
+    def register_comm_hook(self, model: Any) -> None:
+        """How the wrapped model reduces its gradients."""
+        if self.reduce_dtype is None:
+            super().register_comm_hook(model)
+        else:
+            model.register_comm_hook(None, averaging_in(self.reduce_dtype))
+
+
+def averaging_in(dtype: torch.dtype) -> Callable[..., Future[Tensor]]:
+    """A hook of DDP that averages gradients over all ranks, sent and added up in ``dtype``; they keep their own."""
+
+    # Without annotations: torch compares them with classes, and here they are text.
+    def average(state, bucket):  # pyright: ignore[reportMissingParameterType]
+        gradients = bucket.buffer()
+        # Divided before the sum, so that numbers of a small range do not overflow.
+        sent = gradients.to(dtype, copy=True).div_(dist.get_world_size())
+        done = cast(dist.Work, dist.all_reduce(sent, async_op=True))
+        return done.get_future().then(lambda _: gradients.copy_(sent))
+
+    return average
 
 
 def configure(
@@ -38,7 +69,7 @@ def configure(
         accelerator: of the trainer; its model is not wrapped yet.
         args: the ``ddp_*`` arguments.
         model: the model that will be wrapped.
-        config: its ``find_unused_parameters`` counts.
+        config: its ``find_unused_parameters`` and ``reduce_dtype`` count.
     """
     given = accelerator.ddp_handler or DistributedDataParallelKwargs()
     # Gradients are views of their bucket: nothing is copied in or out.
@@ -49,6 +80,8 @@ def configure(
     if args.ddp_broadcast_buffers is None:  # they are the same on all ranks: tables of angles
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         found["forward_sync_buffers" if renamed else "broadcast_buffers"] = False
+    if config is not None and config.reduce_dtype is not None:
+        found["reduce_dtype"] = getattr(torch, config.reduce_dtype)
     trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
     if args.ddp_bucket_cap_mb is None and trained <= _ONE_BUCKET:
         found["bucket_cap_mb"] = 1 + trained // 2**20

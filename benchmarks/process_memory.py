@@ -1,0 +1,68 @@
+"""Memory of whole processes, as the system counts it: on the host by shares, on GPUs by the driver."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+ROLLUP = Path("/proc/self/smaps_rollup")
+
+
+def host_share(file: Path = ROLLUP) -> float | None:
+    """GiB of this process on the host, pages that N processes share counted as 1/N (PSS): shares add up.
+
+    None where the system does not tell.
+    """
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 / GIB for line in lines if line.startswith("Pss:")), None)
+
+
+class HostPeak:
+    """The largest ``host_share`` within a block, looked at ten times a second."""
+
+    def __init__(self) -> None:
+        self.gib = host_share()
+        self._over = threading.Event()
+
+    def __enter__(self) -> HostPeak:
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._look()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.1):
+            self._look()
+
+    def _look(self) -> None:
+        if self.gib is not None:
+            self.gib = max(self.gib, host_share() or 0.0)
+
+
+def processes_by_gpu(uuids: Iterable[str], nvml: Any) -> dict[str, dict[int, float | None]]:
+    """GiB of each process on each of the GPUs, as NVML counts them; empty without NVML.
+
+    Args:
+        uuids: of the GPUs, ``GPU-...``.
+        nvml: ``pantheraml.devices.nvml.NVML``, or None.
+    """
+    states = {uuid: nvml.state(uuid) for uuid in uuids} if nvml is not None else {}
+    return {uuid: state.processes for uuid, state in states.items() if state is not None}
+
+
+def stays_at_home(by_gpu: dict[str, dict[int, float | None]]) -> bool | None:
+    """Whether each process is on one GPU and each GPU has one process; None where the driver lists none."""
+    pids = [pid for processes in by_gpu.values() for pid in processes]
+    if not pids:
+        return None
+    return len(set(pids)) == len(pids) and all(len(processes) == 1 for processes in by_gpu.values())

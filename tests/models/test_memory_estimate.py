@@ -1,0 +1,104 @@
+"""Predicted memory: its parts are what a step really makes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pantheraml import FastLanguageModel
+from pantheraml.models.memory_estimate import MemoryEstimate, predicted_bytes, weight_bytes
+from pantheraml.models.recompute_plan import RecomputePlan, kept_bytes, kept_per_token, passing_bytes
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tiny.save_checkpoint(tmp_path_factory.mktemp("model"), "llama")
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=64, load_in_4bit=False, device_map="cpu"
+    )
+    return FastLanguageModel.get_peft_model(model, r=4)
+
+
+@pytest.mark.parametrize(
+    ("optim", "build"),
+    [
+        ("adamw_torch", torch.optim.AdamW),
+        ("sgd", torch.optim.SGD),
+        ("rmsprop", torch.optim.RMSprop),
+    ],
+)
+def test_gradients_and_moments_are_those_of_a_step(model, optim, build):
+    predicted = predicted_bytes(model, 8, RecomputePlan(8, 0), optim)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = build(trained, lr=1e-3)
+    model(input_ids=torch.arange(8)[None] + 5, labels=torch.arange(8)[None] + 5).loss.backward()
+    optimizer.step()
+    moments = [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value) and value.dim()
+    ]
+    assert predicted.gradients == sum(p.grad.nbytes for p in trained) > 0
+    assert predicted.optimizer == sum(moment.nbytes for moment in moments)
+    assert (predicted.optimizer > 0) == (optim != "sgd")
+
+
+def test_eight_bit_moments_take_a_byte(model):
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert predicted_bytes(model, 8, RecomputePlan(8, 0), "paged_adamw_8bit").optimizer == 2 * trained
+
+
+def test_weights_are_what_lies_there(model):
+    named = [*model.named_parameters(), *model.named_buffers()]
+    assert weight_bytes(model) == sum(tensor.nbytes for _, tensor in named)
+    tied = nn.ModuleList([nn.Linear(8, 4, bias=False), nn.Linear(8, 4, bias=False)])
+    tied[1].weight = tied[0].weight
+    assert weight_bytes(tied) == 4 * 8 * 4
+
+
+def test_packed_weights_count_with_their_scales():
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(64, 128, bias=False, quant_type="nf4", compress_statistics=True).to("cpu")
+    state = layer.weight.quant_state
+    parts = [layer.weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    assert layer.weight.nbytes == 64 * 128 // 2
+    assert weight_bytes(layer) == sum(part.nbytes for part in parts)
+
+
+def test_activations_follow_the_plan(model):
+    kept, layers = kept_per_token(model), model.config.num_hidden_layers
+
+    def activations(tokens, *plan):
+        return predicted_bytes(model, tokens, RecomputePlan(tokens, *plan)).activations
+
+    assert activations(64, 0) == 64 * layers * kept.all + passing_bytes(model, 64)
+    assert activations(64, 1) == 64 * (kept.attended + (layers - 1) * kept.all) + passing_bytes(model, 64)
+    assert activations(64, layers, "input") == 64 * layers * kept.input + passing_bytes(model, 64)
+
+
+def test_layers_keep_no_more_than_predicted(model):
+    """What autograd really holds for a batch, weights left out."""
+    held = {}
+
+    def hold(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        output = model.base_model.model.model(input_ids=torch.arange(128).view(2, 64))
+    for tensor in (*model.parameters(), *model.buffers()):
+        held.pop(tensor.untyped_storage().data_ptr(), None)
+    assert output.last_hidden_state.requires_grad
+    predicted = kept_bytes(model, RecomputePlan(128, 0), 128)
+    assert 0.5 * predicted < sum(held.values()) < predicted
+
+
+def test_the_sum_and_its_words():
+    found = MemoryEstimate(weights=15 * 2**30, gradients=160 * 2**20, optimizer=320 * 2**20, activations=3000)
+    assert found.total == 15 * 2**30 + 480 * 2**20 + 3000
+    assert found.describe() == "15.0 GiB weights + 160 MiB gradients + 320 MiB optimizer + 3 KiB activations"
