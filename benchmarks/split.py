@@ -1,0 +1,188 @@
+"""How a split model scales: tokens per second of device_map="balanced" on 1, 2, 4, ... GPUs, in one process each.
+
+    python -m benchmarks.split --model /models/llama-8b --gpus 1,2,4 --micro-batches 16 --json split.json
+    python -m benchmarks.split --gpus 1,2 --batch 1 --device-map sequential --max-memory 20GiB
+
+A step has --micro-batches times --batch rows of --seq tokens, on any number of GPUs. Without --model a checkpoint of the
+shape is made. The exit code is 1 when a run fails. The first third of the steps is warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import PRECISIONS
+from benchmarks.scaling import ROOT, visible
+from benchmarks.shapes import SHAPES, checkpoint
+
+
+def train(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One run in this process, on all GPUs that it sees."""
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    from benchmarks.device import reset_peaks, synchronize
+    from pantheraml import (
+        FastLanguageModel,
+        MultiGPUConfig,
+        PantheraMLDistributedTrainer,
+        PantheraMLTrainingArguments,
+    )
+
+    count, warm = max(1, torch.cuda.device_count()), max(1, options.steps // 3)
+    limits = dict.fromkeys(range(count), options.max_memory) if options.max_memory else None
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        options.model, max_seq_length=options.seq, device_map=options.device_map, max_memory=limits,
+        **PRECISIONS[options.precision],
+    )  # fmt: skip
+    model = FastLanguageModel.get_peft_model(model, r=16)
+    generator = torch.Generator().manual_seed(0)
+    vocab, rows = min(model.config.vocab_size, 128000), options.micro_batches * options.batch
+    data = torch.randint(3, vocab, (options.steps * rows, options.seq), generator=generator).tolist()
+    host: list[float] = []
+
+    class Clock(TrainerCallback):
+        """Waits for the devices at both ends of what is timed only."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == warm:
+                _of_all(synchronize)
+                _of_all(reset_peaks)
+                self.began = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == options.steps:
+                _of_all(synchronize)
+                self.rest = time.perf_counter() - self.began
+
+    class Timed(PantheraMLDistributedTrainer):
+        """Notes how long the host takes to launch a pipelined step."""
+
+        def _pipelined_step(self, *args: Any) -> Any:
+            start = time.perf_counter()
+            found = super()._pipelined_step(*args)
+            host.append(time.perf_counter() - start)
+            return found
+
+    clock = Clock()
+    config = MultiGPUConfig(micro_batches=options.micro_batches, strategy="none") if count > 1 else None
+    trainer = Timed(
+        model=model,
+        tokenizer=tokenizer,
+        train_dataset=Dataset.from_dict({"input_ids": data}),
+        args=PantheraMLTrainingArguments(
+            output_dir=str(folder), per_device_train_batch_size=options.batch, max_steps=options.steps,
+            gradient_accumulation_steps=options.micro_batches, learning_rate=1e-4, logging_steps=options.steps,
+            save_strategy="no", report_to="none", disable_tqdm=True,
+        ),
+        multi_gpu_config=config,
+        callbacks=[clock],
+    )  # fmt: skip
+    trainer.train()
+    log = next(entry for entry in reversed(trainer.state.log_history) if "grad_norm" in entry)
+    timed = options.steps - warm
+    peaks = [torch.cuda.max_memory_allocated(index) / 2**30 for index in range(torch.cuda.device_count())]
+    return {
+        "gpus": count,
+        "tok_s": timed * rows * options.seq / clock.rest,
+        "ms": 1e3 * clock.rest / timed,
+        "host_ms": 1e3 * sorted(host)[len(host) // 2] if host else None,
+        "allocated_gib": peaks,
+        "loss": log["loss"],
+        "grad_norm": log["grad_norm"],
+    }
+
+
+def _of_all(function: Any) -> None:
+    """Call a function of ``benchmarks.device`` for every GPU."""
+    import torch
+
+    for index in range(torch.cuda.device_count()):
+        with torch.cuda.device(index):
+            function()
+    if not torch.cuda.device_count():
+        function()
+
+
+def run(gpus: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of a run of its own process, or how it failed, with the end of what it printed."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment["CUDA_VISIBLE_DEVICES"] = "" if options.cpu else visible(gpus)
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["-m", "benchmarks.split", *sys.argv[1:], f"--model={options.model}", f"--run-in={folder}"]
+        done = subprocess.run(
+            [sys.executable, *words], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, timeout=options.timeout, check=False,
+        )  # fmt: skip
+        result = Path(folder, "result.json")
+        if done.returncode or not result.exists():
+            return {"gpus": gpus, "status": f"code {done.returncode}", "printed": done.stdout[-6000:]}
+        return {"status": "ok", "printed": done.stdout[-6000:], **json.loads(result.read_text())}
+
+
+def markdown(lines: list[dict[str, Any]]) -> str:
+    """The runs as a table."""
+    one = next((line["tok_s"] for line in lines if line["status"] == "ok" and line["gpus"] == 1), None)
+    rows = [
+        "| GPUs | tok/s | x one | ms | host ms | GiB of each | loss | gradient norm |",
+        "|" + "---|" * 8,
+    ]
+    for line in lines:
+        if line["status"] != "ok":
+            rows.append(f"| {line['gpus']} | {line['status']}: {line['printed'].splitlines()[-1][:100]} |")
+            continue
+        times = f"{line['tok_s'] / one:.2f}" if one else ""
+        host = "" if line["host_ms"] is None else f"{line['host_ms']:.0f}"
+        memory = ", ".join(f"{gib:.1f}" for gib in line["allocated_gib"])
+        rows.append(
+            f"| {line['gpus']} | {line['tok_s']:,.0f} | {times} | {line['ms']:.0f} | {host} | {memory} | "
+            f"{line['loss']:.4f} | {line['grad_norm']:.4f} |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", help="model folder or hub id")
+    parser.add_argument("--shape", choices=SHAPES, default="llama8b")
+    parser.add_argument("--layers", type=int, help="layers of the checkpoint that is made")
+    parser.add_argument("--gpus", default="1,2", help="numbers of GPUs, with commas")
+    parser.add_argument("--device-map", choices=("balanced", "sequential", "auto"), default="balanced")
+    parser.add_argument("--max-memory", help="of each GPU, such as 20GiB")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
+    parser.add_argument("--seq", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=4, help="rows of a micro-batch")
+    parser.add_argument("--micro-batches", type=int, default=16, help="of a step")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--cpu", action="store_true", help="no GPUs")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds that one run may take")
+    parser.add_argument("--json", type=Path, help="file for all figures, written after every run")
+    parser.add_argument("--run-in", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run_in is not None:
+        (options.run_in / "result.json").write_text(json.dumps(train(options, options.run_in)))
+        return 0
+    options.model = str(
+        Path(options.model).resolve() if options.model else checkpoint(options.shape, options.layers)
+    )
+    lines: list[dict[str, Any]] = []
+    for gpus in map(int, options.gpus.split(",")):
+        lines.append(run(gpus, options))
+        print(markdown(lines[-1:]).splitlines()[-1], flush=True)
+        if options.json:
+            options.json.write_text(json.dumps({"command": sys.argv, "lines": lines}, indent=1) + "\n")
+    print(markdown(lines))
+    return int(any(line["status"] != "ok" for line in lines))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
