@@ -3,8 +3,8 @@
     python -m benchmarks.split --model /models/llama-8b --gpus 1,2,4 --micro-batches 16 --json split.json
     python -m benchmarks.split --gpus 1,2 --batch 1 --device-map sequential --max-memory 20GiB
 
-A step has --micro-batches times --batch rows of --seq tokens, on any number of GPUs. Without --model a checkpoint of the
-shape is made. The exit code is 1 when a run fails. The first third of the steps is warm-up.
+A step has --micro-batches times --batch rows of --seq tokens, on any number of GPUs. Without --model a checkpoint of
+the shape is made. The exit code is 1 when a run fails. The first third of the steps is warm-up.
 """
 
 from __future__ import annotations
