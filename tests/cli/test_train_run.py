@@ -147,6 +147,9 @@ def test_an_adapter_is_trained_further(settings):
         (["data={loader: 'json:lod'}"], DataError, "json has no function lod"),
         (["trainer.output_dir=rows.jsonl"], SaveError, "cannot be written"),
         (["devices=63"], HardwareError, "63"),
+        (["devices=[0, 1]"], HardwareError, "GPU 0 was asked for, but this process sees no GPU"),
+        (["multi_gpu.num_processes=2", "data.path=nothing.jsonl"], DataError, "nothing.jsonl"),
+        (["multi_gpu.num_processes=2"], ConfigError, "2 ranks were asked for, and this process runs pytest"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused(settings, overrides, error, says):
