@@ -36,14 +36,13 @@ def run_training(config: RunConfig) -> dict[str, Any]:
     Raises:
         PantheraMLError: when a part of the run cannot be done.
     """
-    from pantheraml.distributed.process_group import is_first_of_group, setup_multi_gpu
+    from pantheraml.distributed.process_group import group_size, is_first_of_group, setup_multi_gpu
     from pantheraml.launch.environment import LaunchEnvironment
 
     is_rank = LaunchEnvironment.detect().is_rank
     if is_rank:  # before the arguments, which would be those of one process
         setup_multi_gpu(config.multi_gpu.to_config() if config.multi_gpu else None)
-    else:
-        check_devices(config)
+    check_devices(config, group_size())
     # Arguments take hold of a GPU, which a process that starts ranks must not.
     may_start_ranks = not is_rank and config.multi_gpu is not None and config.multi_gpu.may_start_ranks
     arguments = None if may_start_ranks else build_arguments(config)
@@ -66,14 +65,27 @@ def run_training(config: RunConfig) -> dict[str, Any]:
     return {"metrics": metrics, "paths": {name: str(path) for name, path in paths.items()}}
 
 
-def check_devices(config: RunConfig) -> None:
+def check_devices(config: RunConfig, ranks: int) -> None:
     """Refuse devices that are not there, before anything is loaded.
 
+    Args:
+        config: the run.
+        ranks: of the process group; 1 without one.
+
     Raises:
+        ConfigError: one GPU is named, and there are several ranks.
         HardwareError: one of them is not there; the error names those that are.
     """
     from pantheraml.devices.inventory import gpu_device
 
+    if ranks > 1:
+        if config.device not in (None, "cpu"):
+            raise ConfigError(
+                f"devices names {config.device} alone, and this is one of {ranks} ranks.",
+                "Each rank has a GPU of its own.",
+                "Leave devices out; CUDA_VISIBLE_DEVICES says which GPUs are used.",
+            )
+        return  # a rank may see its own alone
     for name in device_names(config.devices):
         if name != "cpu":
             gpu_device(int(name.partition(":")[2]))

@@ -157,6 +157,15 @@ def test_what_cannot_work_is_refused(settings, overrides, error, says):
         run(settings(*overrides))
 
 
+def test_one_gpu_is_not_that_of_several_ranks(settings):
+    from pantheraml.cli.train import check_devices
+
+    with pytest.raises(ConfigError, match="devices names cuda:0 alone, and this is one of 2 ranks"):
+        check_devices(settings("devices=[0]"), 2)
+    check_devices(settings("devices=[0, 1]"), 2)
+    check_devices(settings("devices=cpu"), 2)
+
+
 @pytest.mark.parametrize(
     ("body", "overrides", "says"),
     [
