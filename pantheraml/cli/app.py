@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -48,19 +49,31 @@ def main(arguments: list[str] | None = None) -> None:
 
 @contextmanager
 def _clean_errors(debug: bool) -> Iterator[None]:
-    """Print our own errors as text and leave with their exit code."""
+    """Print our own errors as text and leave with their exit code.
+
+    They go through ``sys.excepthook``: a rank puts its own in front, which lets the first failure of all ranks through.
+    """
+    before = sys.excepthook
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, PantheraMLError) and not debug:
+            print(f"pantheraml: {error}", file=sys.stderr)
+        elif isinstance(error, KeyboardInterrupt) and not debug:
+            print("pantheraml: interrupted", file=sys.stderr)
+        else:
+            before(kind, error, trace)
+
+    sys.excepthook = show
     try:
         yield
-    except PantheraMLError as error:
+    except (PantheraMLError, KeyboardInterrupt) as error:
         if debug:
             raise
-        print(f"pantheraml: {error}", file=sys.stderr)
-        raise typer.Exit(FAILED) from None
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        print("pantheraml: interrupted", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
+        sys.excepthook(type(error), error, error.__traceback__)
+        raise typer.Exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED) from None
+    finally:
+        if sys.excepthook is show:
+            sys.excepthook = before
 
 
 def _print_version(wanted: bool) -> None:

@@ -28,7 +28,7 @@ def _rows(config: RunConfig) -> list[tuple[str, str]]:
             f"{model.model_name}, {_precision(config)}, sequences of up to {model.max_seq_length} tokens",
         ),
         ("trained", _trained(config)),
-        ("device", config.device or "the first GPU, or the CPU"),
+        ("device", _device(config)),
         ("rows", _training_rows(config)),
         ("evaluation", _evaluation_rows(config)),
         ("batch", _batch(config)),
@@ -57,6 +57,25 @@ def _precision(config: RunConfig) -> str:
     if model.load_in_16bit or model.load_in_4bit is False:
         return model.dtype or "16-bit"
     return "4-bit"
+
+
+def _device(config: RunConfig) -> str:
+    model, ranks = config.model, _num_ranks(config)
+    if model.device_map is not None or model.auto_device_map:
+        return f"by device_map {model.device_map or 'auto'}"
+    if ranks == 1:
+        return config.device or "the first GPU, or the CPU"
+    count = "ranks" if ranks is None else f"{ranks} ranks"
+    return f"{count} on the CPU" if config.device == "cpu" else f"{count}, each with a visible GPU of its own"
+
+
+def _num_ranks(config: RunConfig) -> int | None:
+    """Ranks on this machine; None where there is one for each visible GPU."""
+    section, device_map = config.multi_gpu, config.model.device_map
+    is_split = isinstance(device_map, dict) or device_map in ("balanced", "sequential")
+    if section is None or not section.may_start_ranks or is_split:
+        return 1
+    return section.num_processes
 
 
 def _trained(config: RunConfig) -> str:
@@ -90,7 +109,11 @@ def _batch(config: RunConfig) -> str:
     steps = config.trainer.gradient_accumulation_steps
     if rows is None or steps is None:
         return f"rows per device: {rows or _LIBRARY}; accumulated: {steps or _LIBRARY}"
-    return f"{rows} per device x {steps} accumulated = {rows * steps} per step"
+    ranks = _num_ranks(config)
+    if ranks is None:
+        return f"{rows} per device x {steps} accumulated x a rank for each visible GPU"
+    several = f" x {ranks} ranks" if ranks > 1 else ""
+    return f"{rows} per device x {steps} accumulated{several} = {rows * steps * ranks} per step"
 
 
 def _duration(config: RunConfig) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pantheraml.cli.rows import call_loader, find_loader, read_rows
+from pantheraml.config.devices import device_names
 from pantheraml.config.load import dump_config
 from pantheraml.config.run import ResponseMarks, RunConfig
 from pantheraml.errors import ConfigError, SaveError, did_you_mean
@@ -15,13 +16,18 @@ from pantheraml.log import say
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from pantheraml.cli.rows import Rows
     from pantheraml.training.arguments import PantheraMLTrainingArguments
+    from pantheraml.training.trainer import PantheraMLTrainer
 
 
 def run_training(config: RunConfig) -> dict[str, Any]:
     """Train as ``config`` says, save what it names, and print where everything is.
 
     What can fail early does: settings, device, folders and rows are checked before the model is loaded.
+
+    With several GPUs, each rank runs this, and rank 0 writes and prints. A process that nobody started as a rank may
+    start them where the model would be loaded, and does not come back from there.
 
     Returns:
         ``{"metrics": {...}, "paths": {...}}``: what the trainer measured, and the folder of each saved
@@ -30,34 +36,59 @@ def run_training(config: RunConfig) -> dict[str, Any]:
     Raises:
         PantheraMLError: when a part of the run cannot be done.
     """
-    from pantheraml.data.masking import train_on_responses_only
-    from pantheraml.training.trainer import PantheraMLTrainer
+    from pantheraml.distributed.process_group import group_size, is_first_of_group, setup_multi_gpu
+    from pantheraml.launch.environment import LaunchEnvironment
 
-    arguments = build_arguments(config)
+    is_rank = LaunchEnvironment.detect().is_rank
+    if is_rank:  # before the arguments, which would be those of one process
+        setup_multi_gpu(config.multi_gpu.to_config() if config.multi_gpu else None)
+    check_devices(config, group_size())
+    # Arguments take hold of a GPU, which a process that starts ranks must not.
+    may_start_ranks = not is_rank and config.multi_gpu is not None and config.multi_gpu.may_start_ranks
+    arguments = None if may_start_ranks else build_arguments(config)
     loader = find_loader(config.data.loader) if config.data.loader else None
-    paths = _prepare_folders(config, Path(str(arguments.output_dir)))
     rows = read_rows(config) if loader is None else None
-    model, tokenizer = load_model(config)
+    loaded = load_model(config) if may_start_ranks else None
+    arguments = arguments or build_arguments(config)
+    paths = _prepare_folders(config, Path(str(arguments.output_dir)))
+    model, tokenizer = loaded or load_model(config)
     train_rows, eval_rows = rows or call_loader(loader, config, tokenizer)
 
-    trainer = PantheraMLTrainer(
-        model=model,
-        tokenizer=tokenizer,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        args=arguments,
-    )
-    if config.train_on_responses:
-        marks = config.train_on_responses
-        parts = dict(marks) if isinstance(marks, ResponseMarks) else {}
-        trainer = train_on_responses_only(trainer, **parts)
+    trainer = _build_trainer(config, model, tokenizer, arguments, train_rows, eval_rows)
     result = trainer.train(resume_from_checkpoint=config.trainer.resume_from_checkpoint)
     metrics = dict(result.metrics)
     if eval_rows is not None:
         metrics |= trainer.evaluate()
     _save(config, model, tokenizer, paths)
-    print("\n".join(["Training has ended.", *(f"  {name}: {path}" for name, path in paths.items())]))
+    if is_first_of_group():
+        print("\n".join(["Training has ended.", *(f"  {name}: {path}" for name, path in paths.items())]))
     return {"metrics": metrics, "paths": {name: str(path) for name, path in paths.items()}}
+
+
+def check_devices(config: RunConfig, ranks: int) -> None:
+    """Refuse devices that are not there, before anything is loaded.
+
+    Args:
+        config: the run.
+        ranks: of the process group; 1 without one.
+
+    Raises:
+        ConfigError: one GPU is named, and there are several ranks.
+        HardwareError: one of them is not there; the error names those that are.
+    """
+    from pantheraml.devices.inventory import gpu_device
+
+    if ranks > 1:
+        if config.device not in (None, "cpu"):
+            raise ConfigError(
+                f"devices names {config.device} alone, and this is one of {ranks} ranks.",
+                "Each rank has a GPU of its own.",
+                "Leave devices out; CUDA_VISIBLE_DEVICES says which GPUs are used.",
+            )
+        return  # a rank may see its own alone
+    for name in device_names(config.devices):
+        if name != "cpu":
+            gpu_device(int(name.partition(":")[2]))
 
 
 def build_arguments(config: RunConfig) -> PantheraMLTrainingArguments:
@@ -65,9 +96,7 @@ def build_arguments(config: RunConfig) -> PantheraMLTrainingArguments:
 
     Raises:
         ConfigError: when ``trainer.extra`` has an unknown name, or the library refuses a value.
-        HardwareError: when the run's device is not there.
     """
-    from pantheraml.devices.inventory import gpu_device
     from pantheraml.training.arguments import PantheraMLTrainingArguments
 
     trainer = config.trainer
@@ -79,9 +108,6 @@ def build_arguments(config: RunConfig) -> PantheraMLTrainingArguments:
             "It takes fields of SFTConfig.",
             " ".join(filter(None, (did_you_mean(name, known) for name in unknown))),
         )
-    index = int(config.device.partition(":")[2]) if config.device and config.device != "cpu" else None
-    if index is not None:
-        gpu_device(index)  # its error names the devices there are
     values = {"dataset_text_field": config.data.text_field, **trainer.given(), **trainer.extra}
     values.pop("resume_from_checkpoint", None)  # given to train(), which also takes True
     if config.device == "cpu":
@@ -98,6 +124,8 @@ def build_arguments(config: RunConfig) -> PantheraMLTrainingArguments:
 def load_model(config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load the model and tokenizer, put on the chat template, attach the adapter if it has none.
 
+    A process with the ``multi_gpu`` section that nobody started as a rank starts the ranks here.
+
     Returns:
         The model ready for a trainer, and its tokenizer.
     """
@@ -111,6 +139,8 @@ def load_model(config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
     template = settings.pop("chat_template")
     if config.device is not None:
         settings["device_map"] = config.device
+    if config.multi_gpu is not None:
+        settings["use_multi_gpu"] = config.multi_gpu.to_config()
     model, tokenizer = FastLanguageModel.from_pretrained(**settings)
     if template is not None:
         tokenizer = get_chat_template(tokenizer, chat_template=template)
@@ -121,21 +151,60 @@ def load_model(config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
+def _build_trainer(
+    config: RunConfig,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: PantheraMLTrainingArguments,
+    train_rows: Rows,
+    eval_rows: Rows | None,
+) -> PantheraMLTrainer:
+    """The trainer of the run; that of several GPUs where the run asks for them, or has ranks."""
+    from pantheraml.data.masking import train_on_responses_only
+    from pantheraml.distributed.process_group import group_size
+    from pantheraml.training.distributed import PantheraMLDistributedTrainer
+    from pantheraml.training.trainer import PantheraMLTrainer
+
+    given: dict[str, Any] = {
+        "model": model,
+        "tokenizer": tokenizer,
+        "train_dataset": train_rows,
+        "eval_dataset": eval_rows,
+        "args": arguments,
+    }
+    if config.multi_gpu is not None:
+        trainer = PantheraMLDistributedTrainer(**given, multi_gpu_config=config.multi_gpu.to_config())
+    else:
+        trainer = (PantheraMLDistributedTrainer if group_size() > 1 else PantheraMLTrainer)(**given)
+    if config.train_on_responses:
+        marks = config.train_on_responses
+        parts = dict(marks) if isinstance(marks, ResponseMarks) else {}
+        trainer = train_on_responses_only(trainer, **parts)
+    return trainer
+
+
 def _prepare_folders(config: RunConfig, output_dir: Path) -> dict[str, Path]:
-    """Make the run's folders and write its resolved settings; a full or read-only disk shows here."""
+    """Make the run's folders and write its resolved settings, on rank 0; a full or read-only disk shows here.
+
+    No rank goes on before the folders are there.
+    """
+    from pantheraml.distributed.process_group import barrier, is_first_of_group
+
     folder = Path(config.save.folder) if config.save.folder else output_dir
     paths = {name: folder / name for name in config.save.formats or ()}
     paths |= {"output_dir": output_dir, "run_file": output_dir / "run.yaml"}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        paths["run_file"].write_text(dump_config(config), encoding="utf-8")
+        if is_first_of_group():
+            folder.mkdir(parents=True, exist_ok=True)
+            output_dir.mkdir(parents=True, exist_ok=True)
+            paths["run_file"].write_text(dump_config(config), encoding="utf-8")
     except OSError as error:
         raise SaveError(
             f"The run's folders cannot be written: {error}.",
             "Checkpoints and the trained model go there.",
             "Set trainer.output_dir and save.folder to folders that can be written.",
         ) from error
+    barrier()
     return paths
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
+from pantheraml.config.devices import device_names, num_ranks, visible_devices
+from pantheraml.config.multi_gpu import later_fields
 from pantheraml.config.names import KNOWN_ELSEWHERE
 
 if TYPE_CHECKING:
@@ -37,18 +39,10 @@ class Conflicts(ValueError):
 
 def find_conflicts(config: RunConfig) -> list[Conflict]:
     """Every set of settings of ``config`` that does not fit together."""
-    checks = (_precision, _adapter, _lengths, _rows, _evaluation, _loss_marks, _devices, _extra, _saving)
+    of_training = (_precision, _adapter, _lengths, _rows, _evaluation, _loss_marks, _extra, _saving)
+    of_places = (_devices, _several_devices, _device_map, _ranks, _both_sections)
+    checks = (*of_training, *of_places)
     return [conflict for check in checks for conflict in check(config)]
-
-
-def device_names(devices: object) -> list[str]:
-    """``[0, "cpu"]`` -> ``["cuda:0", "cpu"]``; a single device counts as a list of one."""
-    if devices is None:
-        return []
-    listed = cast("list[object]", devices) if isinstance(devices, list) else [devices]
-    return [
-        "cuda:0" if one == "cuda" else f"cuda:{one}" if isinstance(one, int) else str(one) for one in listed
-    ]
 
 
 def _precision(config: RunConfig) -> Iterator[Conflict]:
@@ -190,22 +184,105 @@ def _devices(config: RunConfig) -> Iterator[Conflict]:
     names = device_names(config.devices)
     if config.devices == []:
         yield Conflict(("devices",), "devices is empty. Give one device, such as 0 or cpu, or leave it out.")
-    if len(names) > 1:
-        yield Conflict(
-            ("devices",),
-            f"devices names {len(names)}: {', '.join(names)}. Training on several GPUs is not available in "
-            "this version; give one device.",
-        )
-    if names and config.model.device_map is not None:
-        yield Conflict(
-            ("devices", "model.device_map"),
-            "devices and model.device_map both place the model. Keep one of them.",
-        )
+    if names and (config.model.device_map is not None or config.model.auto_device_map):
+        path = "model.auto_device_map" if config.model.device_map is None else "model.device_map"
+        yield Conflict(("devices", path), f"devices and {path} both place the model. Keep one of them.")
     if names and names[0] != "cpu" and config.trainer.use_cpu:
         yield Conflict(
             ("devices", "trainer.use_cpu"),
             f"devices names {names[0]}, and trainer.use_cpu asks for the CPU. Keep one of them.",
         )
+    if len(names) == 1 and config.multi_gpu is not None and config.multi_gpu.may_start_ranks:
+        if names[0] != "cpu":
+            yield Conflict(
+                ("devices", "multi_gpu"),
+                f"devices names {names[0]} alone, and multi_gpu trains on several GPUs. Keep one of them.",
+            )
+        elif config.multi_gpu.num_processes is None:
+            yield Conflict(
+                ("devices", "multi_gpu"),
+                "devices is cpu, and multi_gpu starts a rank for each GPU. "
+                "Write multi_gpu.num_processes for ranks on the CPU, or leave devices out.",
+            )
+
+
+def _several_devices(config: RunConfig) -> Iterator[Conflict]:
+    names, ranks, section = device_names(config.devices), num_ranks(config.devices), config.multi_gpu
+    if len(names) > 1 and ranks is None:
+        visible = visible_devices(names)
+        fix = "Write [0, 1] for the first two, or cpu with multi_gpu.num_processes for ranks on the CPU."
+        if visible is not None:
+            fix = f"Type CUDA_VISIBLE_DEVICES={visible} pantheraml train ... with multi_gpu: true and without devices."
+        yield Conflict(
+            ("devices",),
+            f"devices names {', '.join(names)}. Several devices are GPUs, counted from 0 on. {fix}",
+        )
+    if ranks is None or section is None:
+        return
+    if section.strategy == "none":
+        yield Conflict(
+            ("devices", "multi_gpu.strategy"),
+            f"devices names {ranks} GPUs, and multi_gpu.strategy is none, which is one process. Keep one of them.",
+        )
+    if section.num_processes not in (None, ranks):
+        yield Conflict(
+            ("devices", "multi_gpu.num_processes"),
+            f"devices names {ranks} GPUs, and multi_gpu.num_processes is {section.num_processes}. "
+            "Keep one of them.",
+        )
+    if section.auto_device_map and "auto_device_map" in section.model_fields_set:
+        yield Conflict(
+            ("devices", "multi_gpu.auto_device_map"),
+            "devices gives each of its GPUs the whole model, and multi_gpu.auto_device_map may split it between "
+            "all visible GPUs. Keep one of them.",
+        )
+
+
+def _device_map(config: RunConfig) -> Iterator[Conflict]:
+    device_map, section = config.model.device_map, config.multi_gpu
+    if config.model.auto_device_map and device_map not in (None, "auto"):
+        yield Conflict(
+            ("model.auto_device_map", "model.device_map"),
+            "model.auto_device_map and model.device_map both place the model. Keep one of them.",
+        )
+    if device_map is None or section is None or not section.may_start_ranks:
+        return
+    written = list(device_map.values()) if isinstance(device_map, dict) else device_map
+    places = sorted(set(device_names(written)))
+    if len(places) == 1 and places[0].startswith("cuda:"):
+        yield Conflict(
+            ("model.device_map", "multi_gpu"),
+            f"model.device_map places the model on {places[0]}, and multi_gpu gives each rank a GPU of its own. "
+            "Keep one of them.",
+        )
+    splits = len(places) > 1 or device_map in ("balanced", "sequential")
+    if splits and section.num_processes is not None:
+        yield Conflict(
+            ("model.device_map", "multi_gpu.num_processes"),
+            f"model.device_map splits the model in one process, and multi_gpu.num_processes asks for "
+            f"{section.num_processes}. Keep one of them.",
+        )
+
+
+def _ranks(config: RunConfig) -> Iterator[Conflict]:
+    for name in [] if config.multi_gpu is None else later_fields(config.multi_gpu):
+        yield Conflict(
+            (f"multi_gpu.{name}",),
+            f"multi_gpu.{name} is {getattr(config.multi_gpu, name)}, which this version does not have: it copies the "
+            "model to every GPU, or splits its layers between them. Leave it out; for a model that is larger than a "
+            "GPU, write model.device_map: balanced.",
+        )
+
+
+def _both_sections(config: RunConfig) -> Iterator[Conflict]:
+    """Settings that the sections model and multi_gpu both have."""
+    for name, unset in (("max_memory", None), ("use_gradient_checkpointing", "auto")):
+        here, there = getattr(config.model, name), getattr(config.multi_gpu, name, unset)
+        if unset not in (here, there) and here != there:
+            yield Conflict(
+                (f"model.{name}", f"multi_gpu.{name}"),
+                f"model.{name} and multi_gpu.{name} differ. Keep one of them.",
+            )
 
 
 def _extra(config: RunConfig) -> Iterator[Conflict]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from pantheraml.errors import ConfigError, NotYetError, did_you_mean
 
@@ -12,11 +12,11 @@ Backend = Literal["nccl", "gloo", "mpi"]
 ReduceDtype = Literal["float32", "bfloat16"]
 Strategy = Literal["auto", "ddp", "fsdp", "deepspeed", "tensor", "pipeline", "none"]
 
-_BACKENDS: tuple[Backend, ...] = ("nccl", "gloo", "mpi")
-_REDUCE_DTYPES: tuple[ReduceDtype | None, ...] = (None, "float32", "bfloat16")
-_STRATEGIES: tuple[Strategy, ...] = ("auto", "ddp", "fsdp", "deepspeed", "tensor", "pipeline", "none")
+# Names of ways to recompute activations; True and False are ways, too.
+Recompute = Literal["auto", "offload", "unsloth"]
+
 # Ways to recompute activations, as every argument of that name takes them.
-RECOMPUTE_POLICIES = (True, False, "auto", "offload", "unsloth")
+RECOMPUTE_POLICIES = (True, False, *get_args(Recompute))
 # Micro-batches of a split model for each GPU, where no number is given: a tenth to a fifth of the time is waiting.
 PER_GPU = 4
 _LATER = ("fsdp", "deepspeed", "tensor", "pipeline")
@@ -65,9 +65,9 @@ class MultiGPUConfig:
     reduce_dtype: ReduceDtype | None = None
 
     def __post_init__(self) -> None:
-        _one_of("backend", self.backend, _BACKENDS)
-        _one_of("strategy", self.strategy, _STRATEGIES)
-        _one_of("reduce_dtype", self.reduce_dtype, _REDUCE_DTYPES)
+        _one_of("backend", self.backend, get_args(Backend))
+        _one_of("strategy", self.strategy, get_args(Strategy))
+        _one_of("reduce_dtype", self.reduce_dtype, (None, *get_args(ReduceDtype)))
         _one_of("use_gradient_checkpointing", self.use_gradient_checkpointing, RECOMPUTE_POLICIES)
         for name in ("auto_device_map", "find_unused_parameters"):
             _one_of(name, getattr(self, name), (True, False))
@@ -84,8 +84,7 @@ class MultiGPUConfig:
         self._refuse_later()
 
     def _refuse_later(self) -> None:
-        asked = [name for name in ("tensor_parallel", "pipeline_parallel") if getattr(self, name)]
-        asked += ["strategy"] if self.strategy in _LATER else []
+        asked = later_fields(self)
         if asked:
             raise NotYetError(
                 got=" and ".join(f"MultiGPUConfig({name}={getattr(self, name)!r})" for name in asked)
@@ -94,6 +93,12 @@ class MultiGPUConfig:
                 fix=f"Leave {' and '.join(asked)} out; for a model that is larger than a GPU, pass "
                 'device_map="balanced" to from_pretrained.',
             )
+
+
+def later_fields(settings: object) -> list[str]:
+    """Fields of a config (or of what has its attributes) that ask for a strategy which this version does not have."""
+    asked = [name for name in ("tensor_parallel", "pipeline_parallel") if getattr(settings, name)]
+    return [*asked, "strategy"] if getattr(settings, "strategy", None) in _LATER else asked
 
 
 def config_of(value: object) -> MultiGPUConfig:

@@ -43,5 +43,8 @@ KNOWN_ELSEWHERE = {
     "lora_rank": "lora.r",
     "alpha": "lora.lora_alpha",
     "dropout": "lora.lora_dropout",
+    "num_gpus": "multi_gpu.num_processes",
+    "nproc_per_node": "multi_gpu.num_processes",
+    "use_multi_gpu": "multi_gpu.num_processes, or multi_gpu: true for all visible GPUs",
     "save_method": "save.formats",
 }

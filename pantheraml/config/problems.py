@@ -18,7 +18,9 @@ from pantheraml.config.run import RunConfig
 from pantheraml.config.source import KeyPath
 from pantheraml.errors import did_you_mean
 
-_SECTIONS = ("model", "lora", "data", "trainer", "save")
+_SECTIONS = ("model", "lora", "data", "trainer", "save", "multi_gpu")
+# Those that may be missing; in YAML, an empty section is null as well.
+_OPTIONAL = ("lora", "multi_gpu")
 _SECRET = {("model", "token")}
 _LONGEST_VALUE = 60
 
@@ -49,8 +51,7 @@ def check(data: dict[str, Any]) -> tuple[RunConfig | None, list[Finding]]:
     """
     data = _plain(data)
     for section in _SECTIONS:
-        # An empty section in YAML is null. For lora, null has a meaning of its own.
-        if section != "lora" and section in data and data[section] is None:
+        if section not in _OPTIONAL and section in data and data[section] is None:
             data[section] = {}
     findings: list[Finding] = []
     removed: set[KeyPath] = set()

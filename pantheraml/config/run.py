@@ -10,7 +10,10 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pantheraml.config.conflicts import Conflicts, device_names, find_conflicts
+from pantheraml.config.conflicts import Conflicts, find_conflicts
+from pantheraml.config.devices import device_names, num_ranks
+from pantheraml.config.multi_gpu import Recompute
+from pantheraml.config.multi_gpu_section import MaxMemory, MultiGPU, MultiGPUSettings
 from pantheraml.config.names import SECTION_ALIASES
 from pantheraml.config.section import (
     Count,
@@ -63,6 +66,12 @@ class ModelSettings(Section):
     device_map: str | dict[str, CountOrZero | str] | None = Field(
         default=None, description="Placement of the model; use devices instead where one device is meant."
     )
+    max_memory: MaxMemory | None = Field(
+        default=None, description="Bytes that may be taken of each GPU, such as {0: 20GB, 1: 10GiB}."
+    )
+    auto_device_map: bool = Field(
+        default=False, description="Same as device_map: auto, which splits a model that needs several GPUs."
+    )
     rope_scaling: dict[str, Any] | None = Field(
         default=None, description="RoPE parameters that replace the model's."
     )
@@ -70,7 +79,7 @@ class ModelSettings(Section):
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that comes with the checkpoint."
     )
-    use_gradient_checkpointing: bool | Literal["auto", "offload", "unsloth"] = Field(
+    use_gradient_checkpointing: bool | Recompute = Field(
         default="auto", description="Recompute activations in the backward pass to save memory."
     )
     keep_dequantized: bool = Field(
@@ -170,7 +179,7 @@ class RunConfig(Section):
     """All settings of a run.
 
     Building it checks each setting and how they fit together. ``random_state``, ``trainer.seed``,
-    ``lora`` and ``save.formats`` are filled in where they follow from other settings.
+    ``lora``, ``save.formats`` and ``multi_gpu`` are filled in where they follow from other settings.
 
     Raises:
         pydantic.ValidationError: when a setting is wrong. ``parse_config`` and ``load_config`` raise a
@@ -185,7 +194,11 @@ class RunConfig(Section):
     trainer: TrainerSettings = Field(default_factory=TrainerSettings, description="How to train.")
     save: SaveSettings = Field(default_factory=SaveSettings, description="What to write at the end.")
     devices: list[CountOrZero | DeviceName] | CountOrZero | DeviceName | None = Field(
-        default=None, description="The device to train on: a GPU's index, cuda:0 or cpu; chosen when null."
+        default=None,
+        description="The device to train on: a GPU's index, cuda:0 or cpu; chosen when null. [0, 1] is two ranks.",
+    )
+    multi_gpu: MultiGPU = Field(
+        default=None, description="How to train on several GPUs; true or {} for all that are visible."
     )
     train_on_responses: bool | ResponseMarks = Field(
         default=False, description="Loss on the assistant's turns alone; the marks are found when true."
@@ -216,13 +229,18 @@ class RunConfig(Section):
         for section in (self.model, self.lora):
             if section is not None and section.random_state is None:
                 section.random_state = self.seed
+        ranks = num_ranks(self.devices)
+        if ranks is not None:
+            self.multi_gpu = self.multi_gpu or MultiGPUSettings()
+            self.multi_gpu.num_processes = ranks
+            self.multi_gpu.auto_device_map = False  # a split would take all visible GPUs
         return self
 
     @property
     def device(self) -> str | None:
-        """The device to train on (``"cpu"``, ``"cuda:1"``), None when the library chooses."""
+        """The one device to train on (``"cpu"``, ``"cuda:1"``), None when the library chooses, and for several."""
         named = device_names(self.devices)
-        return named[0] if named else None
+        return named[0] if len(named) == 1 else None
 
 
 def rename_sections(data: dict[str, Any]) -> dict[str, Any]:

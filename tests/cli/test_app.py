@@ -91,6 +91,14 @@ def test_a_dry_run_shows_the_resolved_settings_and_what_would_happen(cli, run_fi
         (["train_on_responses=true"], "the assistant's turns alone"),
         (["save={formats: [adapter, merged_16bit], folder: final}"], "final/adapter, final/merged_16bit"),
         (["save={formats: []}"], "checkpoints only"),
+        (["devices=[0, 1]"], "2 ranks, each with a visible GPU of its own"),
+        (["devices=[0, 1]"], "2 per device x 4 accumulated x 2 ranks = 16 per step"),
+        (["devices=cpu", "multi_gpu.num_processes=3"], "3 ranks on the CPU"),
+        (["multi_gpu=true"], "2 per device x 4 accumulated x a rank for each visible GPU"),
+        (["multi_gpu=true", "model.device_map=balanced"], "by device_map balanced"),
+        (["multi_gpu=true", "model.device_map=balanced"], "2 per device x 4 accumulated = 8 per step"),
+        (["multi_gpu.strategy=none"], "the first GPU, or the CPU"),
+        (["model.auto_device_map=true"], "by device_map auto"),
     ],
 )  # fmt: skip
 def test_the_table_of_a_dry_run(cli, run_file, overrides, row):

@@ -147,11 +147,23 @@ def test_an_adapter_is_trained_further(settings):
         (["data={loader: 'json:lod'}"], DataError, "json has no function lod"),
         (["trainer.output_dir=rows.jsonl"], SaveError, "cannot be written"),
         (["devices=63"], HardwareError, "63"),
+        (["devices=[0, 1]"], HardwareError, "GPU 0 was asked for, but this process sees no GPU"),
+        (["multi_gpu.num_processes=2", "data.path=nothing.jsonl"], DataError, "nothing.jsonl"),
+        (["multi_gpu.num_processes=2"], ConfigError, "2 ranks were asked for, and this process runs pytest"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused(settings, overrides, error, says):
     with pytest.raises(error, match=says):
         run(settings(*overrides))
+
+
+def test_one_gpu_is_not_that_of_several_ranks(settings):
+    from pantheraml.cli.train import check_devices
+
+    with pytest.raises(ConfigError, match="devices names cuda:0 alone, and this is one of 2 ranks"):
+        check_devices(settings("devices=[0]"), 2)
+    check_devices(settings("devices=[0, 1]"), 2)
+    check_devices(settings("devices=cpu"), 2)
 
 
 @pytest.mark.parametrize(

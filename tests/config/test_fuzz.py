@@ -23,6 +23,7 @@ trainer:
   extra: {ddp_timeout: 60}
 save: {formats: [adapter], folder: out}
 devices: [0]
+multi_gpu: {num_processes: 1, timeout_minutes: 5, max_memory: {0: 10GB}}
 train_on_responses: {instruction_part: U, response_part: A}
 seed: 1
 """
@@ -31,7 +32,9 @@ VALUES = [
     "no", "null", "a: b", "\n", "é", "\u2028", [], [1], ["a", None], {}, {"a": 1}, {"": {}}, [[[]]],
     {"r": {"r": []}},
 ]  # fmt: skip
-KEYS = ["model", "lora", "trainer", "peft_config", "r", "lr", "seed", "extra", "model_name", "a.b", "", "zz"]
+KEYS = [
+    "model", "multi_gpu", "lora", "trainer", "peft_config", "r", "lr", "seed", "extra", "model_name", "a.b", "", "zz",
+]  # fmt: skip
 SEED = 20
 
 
@@ -63,7 +66,7 @@ def test_mutated_run_files(tmp_path):
     good = parse_value(GOOD)
     path = tmp_path / "run.yaml"
     results = []
-    for _ in range(120):
+    for _ in range(220):
         data = good
         for _ in range(rng.randint(1, 4)):
             data = mutate(data, rng)

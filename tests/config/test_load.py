@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from pantheraml.config.load import dump_config, json_schema, load_config, parse_config
+from pantheraml.config.multi_gpu import MultiGPUConfig
+from pantheraml.config.multi_gpu_section import MultiGPUSettings
 from pantheraml.errors import ConfigError
 
 GUIDE = """\
@@ -143,9 +147,39 @@ def test_one_device(write, devices, device):
     assert load_config(write(SMALL), [f"devices={devices}"]).device == device
 
 
+@pytest.mark.parametrize("written", ["[0, 1, 2]", "[cuda, 1, 'cuda:2']"])
+def test_several_devices_are_ranks(write, written):
+    config = load_config(write(SMALL), [f"devices={written}", "multi_gpu.timeout_minutes=5"])
+    assert config.device is None
+    assert config.multi_gpu.to_config() == MultiGPUConfig(
+        num_processes=3, timeout_minutes=5, auto_device_map=False
+    )
+    assert load_config(write(SMALL), ["devices=[3]"]).multi_gpu is None
+
+
+@pytest.mark.parametrize(
+    ("written", "config"),
+    [
+        ("true", MultiGPUConfig()),
+        ("{}", MultiGPUConfig()),
+        ("{strategy: ddp, max_memory: {0: 10GB}}", MultiGPUConfig(strategy="ddp", max_memory={"0": "10GB"})),
+        ("null", None),
+    ],
+)
+def test_the_section_of_several_gpus(write, written, config):
+    section = load_config(write(SMALL), [f"multi_gpu={written}"]).multi_gpu
+    assert (section and section.to_config()) == config
+    assert config is None or load_config(write(f"{SMALL}multi_gpu: {written}\n")).multi_gpu == section
+
+
+def test_the_section_has_every_field_of_the_dataclass():
+    fields = {field.name: field.default for field in dataclasses.fields(MultiGPUConfig)}
+    assert {name: field.default for name, field in MultiGPUSettings.model_fields.items()} == fields
+
+
 def test_every_problem_is_listed_with_its_place(write):
     path = write("""\
-devices: [0, 1]
+devices: [0, 2]
 trainer_config:
   lr: 1e-4
   learning_rte: 2e-4
@@ -161,12 +195,17 @@ model:
   load_in_8bit: true
 learning_rate: 3
 flavour: 1
+multi_gpu:
+  backend: ncll
+  num_processes: 0
+  strategy: fsdp
+  gpus: 2
 """)
     assert refusal(path, "trainer.max_steps=ten", "trainer.packing", "seed.a=1") == [
         "run.yaml: No training rows are named. Give one of data.path (a Hub id, a folder or a file), "
         "data.use_debug_dataset: true and data.loader (package.module:function).",
-        "run.yaml:1: devices names 2: cuda:0, cuda:1. Training on several GPUs is not available in this "
-        "version; give one device.",
+        "run.yaml:1: devices names cuda:0, cuda:2. Several devices are GPUs, counted from 0 on. "
+        "Type CUDA_VISIBLE_DEVICES=0,2 pantheraml train ... with multi_gpu: true and without devices.",
         "run.yaml:3: there is no setting trainer.lr. Write trainer.learning_rate.",
         "run.yaml:4: there is no setting trainer.learning_rte. Did you mean 'learning_rate'?",
         "run.yaml:5: there is no setting trainer.max_seq_length. "
@@ -181,6 +220,12 @@ flavour: 1
         "weights have one precision. Keep one.",
         "run.yaml:15: there is no setting learning_rate. It belongs elsewhere: write trainer.learning_rate.",
         "run.yaml:16: there is no setting flavour. `pantheraml schema` prints all settings.",
+        'run.yaml:18: multi_gpu.backend is "ncll"; it takes "nccl", "gloo", "mpi".',
+        "run.yaml:19: multi_gpu.num_processes is 0; it takes a whole number of at least 1 or null.",
+        "run.yaml:20: multi_gpu.strategy is fsdp, which this version does not have: it copies the model to every "
+        "GPU, or splits its layers between them. Leave it out; for a model that is larger than a GPU, write "
+        "model.device_map: balanced.",
+        "run.yaml:21: there is no setting multi_gpu.gpus. `pantheraml schema` prints all settings.",
         "override trainer.packing: it is written key=value, such as trainer.learning_rate=1e-4.",
         'override trainer.max_steps: trainer.max_steps is "ten"; it takes a whole number or null.',
         'override seed.a: seed is {"a": 1}; it takes a whole number of at least 0.',
@@ -212,6 +257,10 @@ flavour: 1
         ("trainer.optim=[", "expected the node content"),
         ("=1", "it is written key=value"),
         ("trainer..optim=1", "it is written key=value"),
+        ("multi_gpu=5", "multi_gpu is 5; it takes a mapping of settings or true or null."),
+        ("multi_gpu.gpus=2", "there is no setting multi_gpu.gpus."),
+        ("num_gpus=2", "there is no setting num_gpus. Write multi_gpu.num_processes."),
+        ("model.max_memory=5", "model.max_memory is 5; it takes a mapping or null."),
         ("seed.a.b=1", 'seed is {"a": {"b": 1}}; it takes a whole number of at least 0.'),
         ("data.path.x=1", "data.path is not a mapping; give its whole value."),
     ],
@@ -253,7 +302,28 @@ def test_every_way_to_recompute_can_be_written(write, policy):
         (["train_on_responses=true", "trainer.assistant_only_loss=true"], "both decide which tokens"),
         (["train_on_responses=true", "trainer.completion_only_loss=true"], "both decide which tokens"),
         (["trainer.embedding_learning_rate=1e-5"], "neither embed_tokens nor lm_head is trained"),
-        (["devices=[0, 1]"], "Training on several GPUs is not available in this version; give one device."),
+        (["devices=[0, 2]"], "Type CUDA_VISIBLE_DEVICES=0,2 pantheraml train ... with multi_gpu: true"),
+        (["devices=[1, 0]"], "Type CUDA_VISIBLE_DEVICES=1,0 pantheraml train"),
+        (["devices=[0, 0]"], "Several devices are GPUs, counted from 0 on. Write [0, 1] for the first two"),
+        (["devices=[cpu, cpu]"], "or cpu with multi_gpu.num_processes for ranks on the CPU"),
+        (["devices=[0, 1]", "model.device_map=balanced"], "devices and model.device_map both place"),
+        (["devices=[0, 1]", "model.auto_device_map=true"], "devices and model.auto_device_map both place"),
+        (["devices=[0, 1]", "multi_gpu.num_processes=4"], "names 2 GPUs, and multi_gpu.num_processes is 4"),
+        (["devices=[0, 1]", "multi_gpu.strategy=none"], "is none, which is one process"),
+        (["devices=[0, 1]", "multi_gpu.auto_device_map=true"], "may split it between all visible GPUs"),
+        (["devices=1", "multi_gpu=true"], "devices names cuda:1 alone, and multi_gpu trains on several"),
+        (["devices=cpu", "multi_gpu={}"], "Write multi_gpu.num_processes for ranks on the CPU"),
+        (["model.device_map=cuda:1", "multi_gpu=true"], "gives each rank a GPU of its own"),
+        (["model.device_map={'': 0}", "multi_gpu=true"], "model.device_map places the model on cuda:0"),
+        (["model.device_map=sequential", "multi_gpu.num_processes=2"], "splits the model in one process"),
+        (["model.device_map={a: 0, b: 1}", "multi_gpu.num_processes=2"], "splits the model in one process"),
+        (["model.auto_device_map=true", "model.device_map=balanced"], "both place the model"),
+        (["model.max_memory={0: 1GB}", "multi_gpu.max_memory={0: 2GB}"], "multi_gpu.max_memory differ"),
+        (
+            ["model.use_gradient_checkpointing=true", "multi_gpu.use_gradient_checkpointing=offload"],
+            "multi_gpu.use_gradient_checkpointing differ",
+        ),
+        (["multi_gpu.tensor_parallel=2"], "multi_gpu.tensor_parallel is 2, which this version does not have"),
         (["devices=[]"], "devices is empty"),
         (["devices=0", "model.device_map=auto"], "both place the model"),
         (["devices=0", "trainer.use_cpu=true"], "trainer.use_cpu asks for the CPU"),
@@ -285,6 +355,13 @@ def test_settings_that_do_not_fit_together(write, overrides, says):
         ["save.formats=[]"],
         ["save.formats=[adapter, merged_16bit]"],
         ["devices=cpu", "trainer.use_cpu=true"],
+        ["devices=cpu", "multi_gpu.num_processes=2"],
+        ["devices=1", "multi_gpu.num_processes=1"],
+        ["devices=1", "multi_gpu.strategy=none"],
+        ["devices=[0, 1]", "multi_gpu={num_processes: 2, auto_device_map: false}"],
+        ["model.device_map=balanced", "multi_gpu=true"],
+        ["model.device_map=auto", "model.auto_device_map=true", "multi_gpu.num_processes=2"],
+        ["model.max_memory={0: 1GB}", "multi_gpu.max_memory={0: 1GB}"],
     ],
 )
 def test_settings_that_do_fit_together(write, overrides):
@@ -350,7 +427,14 @@ def test_a_file_that_cannot_be_read(tmp_path):
         load_config("a\0b")
 
 
-@pytest.mark.parametrize("overrides", [[], ["model.full_finetuning=true", "save.formats=[merged_16bit]"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.full_finetuning=true", "save.formats=[merged_16bit]"],
+        ["devices=[0, 1]", "model.max_memory={0: 10GB, 1: 500}"],
+    ],
+)
 def test_what_is_written_is_read_back(write, overrides):
     tricky = [
         "trainer.run_name='1e5'",
@@ -390,7 +474,7 @@ def test_the_schema_describes_every_section():
     schema = json_schema()
     assert schema["required"] == ["model"]
     assert set(schema["properties"]) == {
-        "model", "lora", "data", "trainer", "save", "devices", "train_on_responses", "seed",
+        "model", "lora", "data", "trainer", "save", "devices", "multi_gpu", "train_on_responses", "seed",
     }  # fmt: skip
     for name, part in {**schema["$defs"], "run": schema}.items():
         assert part["additionalProperties"] is False, name

@@ -54,6 +54,7 @@ def test_older_names_point_to_settings_that_exist():
         "lora": "LoraSettings",
         "data": "DataSettings",
         "save": "SaveSettings",
+        "multi_gpu": "MultiGPUSettings",
     }
     models["trainer"] = "TrainerSettings"
     for old, hint in KNOWN_ELSEWHERE.items():

@@ -65,6 +65,25 @@ def run_file_with_three_problems(shop: Workshop) -> None:
 
 
 @case
+def run_file_with_scattered_gpus(shop: Workshop) -> None:
+    from pantheraml.config.load import load_config
+
+    text = """
+        model:
+          model_name: org/name
+          device_map: cuda:1
+        data:
+          path: rows.jsonl
+        devices: [0, 2]
+        multi_gpu:
+          strategy: fsdp
+          timeout_minutes: 0
+          num_gpus: 4
+    """
+    load_config(shop.file("run.yaml", textwrap.dedent(text)))
+
+
+@case
 def run_file_that_is_not_there(shop: Workshop) -> None:
     from pantheraml.config.load import load_config
 

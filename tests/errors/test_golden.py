@@ -13,8 +13,8 @@ import pytest
 from tests.errors.workshop import CASES, GOLDEN, CannotHappenHere, Workshop, error_of, golden_text, load_cases
 
 load_cases()
-# The one text that lists several problems.
-LISTS = {"run_file_with_three_problems"}
+# The texts that list several problems.
+LISTS = {"run_file_with_three_problems", "run_file_with_scattered_gpus"}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,75 @@
+"""The ``multi_gpu`` section: the fields of ``MultiGPUConfig``, with its defaults."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from pantheraml.config.multi_gpu import Backend, MultiGPUConfig, Recompute, ReduceDtype, Strategy
+from pantheraml.config.section import Count, CountOrZero, PositiveNumber, Section
+
+# Limits of GPUs: 0, "0" or "cuda:0" to bytes or "10GB". Keys of YAML are text.
+MaxMemory = dict[str, CountOrZero | str]
+
+
+class MultiGPUSettings(Section):
+    """How the run is spread over GPUs: the fields of ``MultiGPUConfig``."""
+
+    backend: Backend = Field(default=MultiGPUConfig.backend, description="How ranks talk.")
+    timeout_minutes: PositiveNumber = Field(
+        default=float(MultiGPUConfig.timeout_minutes), description="How long a collective waits for a rank."
+    )
+    auto_device_map: bool = Field(
+        default=MultiGPUConfig.auto_device_map,
+        description="Split a model that does not fit on one GPU between all of them.",
+    )
+    tensor_parallel: bool | int = Field(
+        default=MultiGPUConfig.tensor_parallel, description="Not in this version."
+    )
+    pipeline_parallel: bool | int = Field(
+        default=MultiGPUConfig.pipeline_parallel, description="Not in this version."
+    )
+    use_gradient_checkpointing: bool | Recompute = Field(
+        default="auto", description="As in the model section; auto leaves it to that."
+    )
+    find_unused_parameters: bool = Field(
+        default=MultiGPUConfig.find_unused_parameters, description="For models of which parts are skipped."
+    )
+    strategy: Strategy = Field(
+        default=MultiGPUConfig.strategy,
+        description="auto and ddp copy the model to every GPU, none is one process; others are not in this version.",
+    )
+    num_processes: Count | None = Field(
+        default=MultiGPUConfig.num_processes, description="Ranks on this machine; null is one for each GPU."
+    )
+    max_memory: MaxMemory | None = Field(
+        default=None, description="Bytes that may be taken of each GPU, as in the model section."
+    )
+    micro_batches: Count | None = Field(
+        default=MultiGPUConfig.micro_batches, description="Pieces of a step of a split model."
+    )
+    reduce_dtype: ReduceDtype | None = Field(
+        default=MultiGPUConfig.reduce_dtype,
+        description="In what gradients are averaged; null is the trained weights' own.",
+    )
+
+    @property
+    def may_start_ranks(self) -> bool:
+        """Whether these settings mean several processes, where there are several GPUs."""
+        return self.strategy != "none" and self.num_processes != 1
+
+    def to_config(self) -> MultiGPUConfig:
+        """The same settings as ``from_pretrained`` and the trainer take them."""
+        return MultiGPUConfig(**dict(self))
+
+
+def _all_gpus(value: object) -> object:
+    return {} if value is True else value
+
+
+# ``true`` is short for ``{}``: all visible GPUs.
+MultiGPU = Annotated[
+    MultiGPUSettings | None,
+    BeforeValidator(_all_gpus, json_schema_input_type=MultiGPUSettings | Literal[True] | None),
+]
