@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from pantheraml.checkpoint.publish import recover
 from pantheraml.errors import AdapterError, ConfigError, NotYetError, did_you_mean
-from pantheraml.export.adapter import check_adapter_matches
-from pantheraml.export.binding import bind_saving
 from pantheraml.log import say
 
 if TYPE_CHECKING:
@@ -149,7 +147,12 @@ class FastLanguageModel:
             attn_implementation=attn_implementation,
             num_labels=num_labels,
         )
-        request = join(request, use_multi_gpu, auto_device_map)
+        request = join(
+            request, use_multi_gpu, auto_device_map
+        )  # what starts ranks has loaded no libraries yet
+        from pantheraml.export.adapter import check_adapter_matches
+        from pantheraml.export.binding import bind_saving
+
         if Path(model_name).is_dir():
             recover(model_name)  # a save there that was killed between two renames is finished first
         _download_once(request)
@@ -212,6 +215,7 @@ class FastLanguageModel:
                 that PEFT refuses.
             ConfigError: an unknown or impossible setting.
         """
+        from pantheraml.export.binding import bind_saving
         from pantheraml.models.adapters import (
             attach_adapter,
             build_lora_config,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
 from pantheraml.devices.visible_gpus import visible_memory
@@ -84,14 +85,20 @@ def _as_rank(request: LoadRequest, config: MultiGPUConfig | None, is_split: bool
             fix="Run python FILE for the split, or leave device_map out to copy the model to every GPU.",
         )
     setup_multi_gpu(config_of(config))
-    named = isinstance(request.device_map, int) or str(request.device_map).startswith("cuda:")
-    if get_world_size() > 1 and named:
+    if get_world_size() > 1 and _names_a_gpu(request.device_map):
         raise ConfigError(
             got=f"device_map={request.device_map!r} was given to {get_world_size()} ranks.",
             need="Each rank has a GPU of its own, and this would put all of them on one.",
             fix="Leave device_map out; CUDA_VISIBLE_DEVICES says which GPUs are used.",
         )
     return replace(request, is_alone=group_size() == 1)
+
+
+def _names_a_gpu(device_map: object) -> bool:
+    """Whether it is one GPU, ``1``, ``"cuda:1"`` or ``{"": 1}``, which all ranks would share."""
+    if isinstance(device_map, Mapping):
+        return any(_names_a_gpu(place) for place in cast("Mapping[str, object]", device_map).values())
+    return isinstance(device_map, int) or str(device_map).startswith("cuda:")
 
 
 def _one_max_memory(request: LoadRequest, config: MultiGPUConfig | None) -> object:

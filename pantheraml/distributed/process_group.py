@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,6 +27,8 @@ from pantheraml.log import say_once
 T = TypeVar("T")
 # A wait in the store that only the end of the run ends.
 _LONG = timedelta(days=7)
+# Seconds for a rank that failed to say why, before those that waited for it say that it did.
+_CAUSE_FIRST = 5.0
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
@@ -215,6 +218,7 @@ def main_process_first(local: bool = True) -> Iterator[None]:
         store.wait([key], _LONG)
         said = store.get(key).decode()
         if said:
+            time.sleep(_CAUSE_FIRST)
             raise RuntimeError(f"The first rank failed where this one waited for it: {said}")
     said = ""
     try:

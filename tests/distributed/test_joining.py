@@ -100,8 +100,9 @@ def test_a_rank_keeps_to_its_gpu(machine, request_for):
     assert not joining.join(request_for("auto"), None, False).is_alone
     with pytest.raises(ConfigError, match="A model is split between all GPUs by one process"):
         joining.join(request_for("balanced"), None, False)
-    with pytest.raises(ConfigError, match="would put all of them on one"):
-        joining.join(request_for("cuda:1"), None, False)
+    for device_map in ("cuda:1", 1, {"": 0}):
+        with pytest.raises(ConfigError, match="would put all of them on one"):
+            joining.join(request_for(device_map), None, False)
 
 
 def test_limits_come_from_either_place(machine, request_for):

@@ -44,7 +44,7 @@ def test_torchrun_on_two_machines_gives_the_numbers_of_one_process(tmp_path):
     assert [agent.returncode for agent in agents] == [0, 0], said
     done = [line for out, _ in said for line in out.splitlines() if line.endswith("is done")]
     assert sorted(done) == [f"rank {rank} is done" for rank in range(4)]
-    assert "4 ranks (2 on one, 2 on two)" in said[0][1]
+    assert "4 ranks (2 on one: CPU; 2 on two: CPU)" in said[0][1]
     want, found = (json.loads((folder / "result.json").read_text()) for folder in (alone, together))
     assert len(want["logs"]) == 4
     for mine, theirs in zip(found["logs"], want["logs"], strict=True):
