@@ -304,7 +304,8 @@ def test_large_models_are_placed_at_once():
                 assert works
             except ConfigError:
                 assert not works
-            assert time.process_time() - start < 0.2, (kind, limit)
+            # 0.06 s; several times that where lines are counted.
+            assert time.process_time() - start < 1, (kind, limit)
 
 
 def test_planning_loads_no_torch():
