@@ -18,6 +18,7 @@ from pantheraml.config.multi_gpu import PER_GPU, MultiGPUConfig
 from pantheraml.devices.flight import in_flight
 from pantheraml.distributed.pipeline.step import Context, Pipeline
 from pantheraml.errors import ConfigError
+from pantheraml.kernels.attention.layout import read_layout
 from pantheraml.log import say_once
 from pantheraml.models.recompute import prepare_recompute
 from pantheraml.models.state import ModelState, get_state
@@ -137,6 +138,7 @@ class PipelinedSteps(MergedSteps):
         # Asked before anything is computed, so that the host waits for nothing later.
         labels = [_read_labels(piece["labels"], head) for piece in pieces]
         tokens = [_num_tokens(piece).to(head) for piece in pieces]
+        settle_masks(pieces)
         if num_items is None:
             num_items = sum(one.index.numel() for one in labels)
         total = torch.as_tensor(num_items, device=head).clamp(min=1)
@@ -165,6 +167,37 @@ def cut(batch: Batch, pieces: int) -> list[Batch]:
         for part, chunk in zip(parts, chunks, strict=True):
             part[name] = chunk
     return parts
+
+
+def settle_masks(batches: list[Batch]) -> None:
+    """Say of each batch what stages would otherwise ask its tensors, and wait for the answer.
+
+    Padding behind the tokens of a row needs no mask: no token looks ahead, and what padding computes has no label.
+    Documents of a packed row are given by their offsets.
+    """
+    masked = [batch for batch in batches if batch.get("attention_mask") is not None]
+    needless = [_is_behind(batch["attention_mask"]) for batch in masked]
+    for batch, is_needless in zip(masked, torch.stack(needless).tolist() if needless else [], strict=True):
+        if is_needless:
+            del batch["attention_mask"]
+        else:
+            say_once(
+                'the host waits for every stage, since rows are padded in front; padding_side="right" avoids it.'
+            )
+    for batch in batches:
+        positions = batch.get("position_ids")
+        if positions is None or positions.shape[0] != 1 or "cu_seq_lens_q" in batch:
+            continue
+        layout = read_layout(tuple(batch["input_ids"].shape), positions.device, positions)
+        if layout.cu_seqlens is not None:
+            batch["cu_seq_lens_q"], batch["max_length_q"] = layout.cu_seqlens, layout.max_seqlen
+
+
+def _is_behind(mask: Tensor) -> Tensor:
+    """Whether all padding of a mask (B, S) is behind the tokens; no for masks of another kind."""
+    if mask.dim() != 2:
+        return torch.zeros((), dtype=torch.bool, device=mask.device)
+    return (mask[:, 1:] <= mask[:, :-1]).all()
 
 
 def _base(model: Any) -> Any:

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from transformers import masking_utils
 
 from pantheraml import (
     FastLanguageModel,
@@ -16,12 +17,15 @@ from pantheraml import (
 from pantheraml.distributed.pipeline import step
 from pantheraml.distributed.pipeline.link import Link
 from pantheraml.errors import ConfigError
+from pantheraml.kernels.attention import layout
+from pantheraml.models.fused import attention as fused_attention
+from pantheraml.models.fused.attention import apply_attention
 from pantheraml.models.fused.decoder_layer import apply_layers
 from pantheraml.models.patching import PatchSet
 from pantheraml.models.split import Split, StagePlace, carry_between
 from pantheraml.models.state import get_state
 from pantheraml.training.head import score
-from pantheraml.training.pipelining import cut
+from pantheraml.training.pipelining import cut, settle_masks
 from tests import tiny
 from tests.distributed.test_parity import rows
 
@@ -39,16 +43,17 @@ def gradients(model):
     return found
 
 
-def batch_of(model, packed):
+def batch_of(kind):
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(5, 400, (6, 12), generator=generator)
     labels = ids.clone()
     labels[:, :3], labels[4] = -100, -100
     mask = torch.ones_like(ids)
-    if packed:
+    if kind == "packed":
         positions = torch.arange(12).remainder(5)[None].expand(6, -1).contiguous()
         return dict(input_ids=ids, labels=labels, position_ids=positions)
-    mask[1, 7:], labels[1, 7:] = 0, -100
+    padded = slice(7, None) if kind == "padded behind" else slice(0, 5)
+    mask[1, padded], labels[1, padded] = 0, -100
     return dict(input_ids=ids, labels=labels, attention_mask=mask)
 
 
@@ -61,16 +66,17 @@ def loss_of(model, hidden, labels, count):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["padded behind", "padded in front", "packed"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_losses_and_gradients_are_those_of_the_whole_model(family, packed, fused):
+def test_losses_and_gradients_are_those_of_the_whole_model(family, kind, fused):
     from pantheraml.models.families import find_family
 
     model = tiny.build_model(family, num_hidden_layers=LAYERS).train()
     found = find_family(model.config)
     if fused:
         apply_layers(model, found, PatchSet(), on_cpu=True)
-    batch = batch_of(model, packed)
+        apply_attention(model, found, PatchSet())
+    batch = batch_of(kind)
     inputs = {name: one for name, one in batch.items() if name != "labels"}
     count = (batch["labels"][:, 1:] != -100).sum()
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
@@ -80,6 +86,8 @@ def test_losses_and_gradients_are_those_of_the_whole_model(family, packed, fused
     for bounds, rounds in (((0, 2, 4), 1), ((0, 1, 2, 3, 4), 1), ((0, 1, 2, 3, 4), 2)):
         pipeline = step.Pipeline(model, found, split_at(*bounds, rounds=rounds))
         pieces = cut(batch, 3)
+        settle_masks(pieces)
+        assert ("attention_mask" in pieces[0]) is (kind == "padded in front")
         loss = pipeline.step(
             pieces, lambda h, i, pieces=pieces: loss_of(model, h, pieces[i]["labels"], count)
         )
@@ -222,6 +230,32 @@ def test_what_cannot_be_pipelined_goes_through_the_stages_in_turn(folder, tmp_pa
         trainer = train(folder, tmp_path, (0, 2, 4), loss_type="dft")
     assert not calls and "one after the other: the loss is not the plain one" in caplog.text
     assert trainer.state.log_history[-1]["train_loss"] > 0
+
+
+def test_the_host_asks_no_device_within_a_step(folder, tmp_path, monkeypatch):
+    """What transformers and our attention ask of tensors would let the host wait for all that a device has to do."""
+
+    def asked(*_, **__):
+        raise AssertionError("the host waits")
+
+    run = step.Pipeline.step
+
+    def watched(self, *args, **kwargs):
+        with monkeypatch.context() as during:
+            during.setattr(layout, "_find_documents", asked)
+            during.setattr(fused_attention, "_all_real", asked)
+            during.setattr(masking_utils, "find_packed_sequence_indices", asked)
+            for name in ("item", "tolist", "__bool__", "cpu", "nonzero"):
+                during.setattr(torch.Tensor, name, asked)
+            return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(step.Pipeline, "step", watched)
+    trainer = train(folder, tmp_path, (0, 2, 4), max_steps=2)
+    assert trainer.model.config._attn_implementation == fused_attention.NAME
+    packed = train(
+        folder, tmp_path / "packed", (0, 2, 4), max_steps=2, padding_free=True, per_device=2, accumulation=4
+    )
+    assert packed.state.global_step == 2
 
 
 def test_a_batch_is_cut_along_its_rows():

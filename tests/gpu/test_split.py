@@ -130,6 +130,25 @@ def test_recompute_on_every_stage(folders, tmp_path, policy, calls):
         assert mine == pytest.approx(theirs, rel=2e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("settings", [{}, dict(padding_free=True)])
+def test_the_host_waits_for_no_gpu_within_a_step(folders, tmp_path, monkeypatch, settings):
+    run, seen = step.Pipeline.step, []
+
+    def watched(self, *args, **kwargs):
+        seen.append(1)
+        # The first step compiles kernels and tries attention backends.
+        torch.cuda.set_sync_debug_mode("error" if len(seen) > 1 else "default")
+        try:
+            return run(self, *args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(step.Pipeline, "step", watched)
+    rows_at_a_time = dict(per_device_train_batch_size=1, gradient_accumulation_steps=8) if settings else {}
+    train(folders("llama"), tmp_path, "balanced", bf16=True, **rows_at_a_time, **settings)
+    assert len(seen) > 2
+
+
 def test_a_loss_that_is_not_plain_goes_stage_by_stage(folders, tmp_path, calls):
     whole = train(folders("llama"), tmp_path / "one", "cuda:0", loss_type="dft")
     split = train(folders("llama"), tmp_path / "split", "balanced", loss_type="dft")

@@ -102,6 +102,19 @@ def read_layout(
     return layout
 
 
+def known_positions(rows: int, length: int, device: torch.device) -> Tensor:
+    """Positions (1, ``length``) of a batch whose rows are one document each; ``read_layout`` knows that without a look.
+
+    Args:
+        rows: of the batch that they are for.
+        length: tokens of each row.
+        device: where the batch is.
+    """
+    positions = torch.arange(length, device=device)[None]
+    _layouts[positions] = (positions._version, (rows, length), Layout((rows, length), device, None, length))
+    return positions
+
+
 def _find_documents(positions: Tensor) -> tuple[Tensor, int]:
     """Document offsets among the tokens of ``positions`` (B, S), on the CPU, and the longest length."""
     begins = torch.ones(positions.shape, dtype=torch.bool, device=positions.device)
