@@ -74,7 +74,7 @@ def reference(folder, output):
         (2, 4, 1, {}),
         (2, 1, 4, {}),
         (2, 2, 2, dict(merge_micro_batches=True)),
-        (4, 2, 1, dict(dataloader_num_workers=1)),
+        (4, 2, 1, {}),
         (4, 1, 2, {}),
     ],
 )

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 from datasets.distributed import split_dataset_by_node
+from torch.utils.data import DataLoader
 
 from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments
 from pantheraml.errors import DataError
@@ -48,9 +49,9 @@ def train(folder, output, per_device, settings):
 
 
 @functools.cache
-def reference(folder, output, workers):
-    """One rank's; datasets shuffles in a worker in another way than in the process itself."""
-    return train(folder, output, 12, dict(dataloader_num_workers=workers))
+def reference(folder, output):
+    """One rank's."""
+    return train(folder, output, 12, {})
 
 
 @pytest.mark.parametrize(
@@ -59,13 +60,13 @@ def reference(folder, output, workers):
         (1, 3, dict(gradient_accumulation_steps=4)),
         (2, 6, {}),
         (2, 3, dict(gradient_accumulation_steps=2, merge_micro_batches=True)),
-        (3, 2, dict(gradient_accumulation_steps=2, dataloader_num_workers=2)),
+        (3, 2, dict(gradient_accumulation_steps=2)),
     ],
 )
 def test_any_number_of_ranks_trains_the_same(folder, tmp_path_factory, ranks, per_device, settings):
     """Nine steps of 12 rows: three epochs of 29 rows, each of which ends in a step of five."""
     output = tmp_path_factory.getbasetemp()
-    logs, eval_loss = reference(folder, output, min(1, settings.get("dataloader_num_workers", 0)))
+    logs, eval_loss = reference(folder, output)
     assert len(logs) == 9
     for mine, mine_eval in run_ranks(ranks, train, folder, output, per_device, settings):
         for step, (found, want) in enumerate(zip(mine, logs, strict=True)):
@@ -73,9 +74,9 @@ def test_any_number_of_ranks_trains_the_same(folder, tmp_path_factory, ranks, pe
         assert mine_eval == pytest.approx(eval_loss, rel=1e-5)
 
 
-def read(folder, output, settings):
+def read(folder, output):
     """The trained rows of each of two epochs."""
-    loader = build(folder, output, 2, **settings).get_train_dataloader()
+    loader = build(folder, output, 2).get_train_dataloader()
     epochs = []
     for epoch in range(2):
         loader.set_epoch(epoch)
@@ -90,9 +91,8 @@ def read(folder, output, settings):
     return epochs
 
 
-@pytest.mark.parametrize("settings", [{}, dict(dataloader_num_workers=2)])
-def test_each_row_is_on_one_rank(folder, tmp_path, settings):
-    by_rank = run_ranks(3, read, folder, tmp_path, settings)
+def test_each_row_is_on_one_rank(folder, tmp_path):
+    by_rank = run_ranks(3, read, folder, tmp_path)
     for epoch in range(2):
         found = [row for rank in by_rank for row in rank[epoch]]
         assert sorted(found) == sorted(tuple(row["input_ids"]) for row in rows())
@@ -107,6 +107,25 @@ def test_all_ranks_have_as_many_batches():
     assert batches(8) == [[[0, 1], [6, 7]], [[2, 3], []], [[4, 5], []]]
     assert batches(8, drop_last=True) == [[[0, 1]], [[2, 3]], [[4, 5]]]
     assert batches(0) == [[], [], []]
+
+
+def test_a_worker_reads_in_the_same_order_for_every_rank():
+    """In one process: ranks of a test are forked, and workers of such ranks may wait for threads that are not there."""
+    shares = [
+        DataLoader(
+            RankStream(stream(), 2, world_size=3, rank=rank), batch_size=None, num_workers=1, collate_fn=list
+        )
+        for rank in range(3)
+    ]
+    found = [tuple(row["input_ids"]) for share in shares for batch in share for row in batch]
+    assert sorted(found) == sorted(tuple(row["input_ids"]) for row in rows())
+
+
+def test_a_stream_has_one_worker(folder, tmp_path, caplog):
+    with caplog.at_level("INFO", "pantheraml"):
+        trainer = build(folder, tmp_path, 2, dataloader_num_workers=3)
+        loader = trainer._share_of_stream(stream(), 2, trainer.data_collator, None, True)
+    assert loader.num_workers == 1 and "read by one worker of each rank" in caplog.text
 
 
 def refused(folder, output, make):
