@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,20 @@ loading, after | own GPU only | telemetry | loss | gradient norm |"
     return "\n".join(rows)
 
 
+def tell(
+    runs: Iterable[dict[str, Any]], table: Callable[[list[dict[str, Any]]], str], file: Path | None
+) -> int:
+    """Print each run as it ends, all of them at the end, and keep them in ``file``; 1 if one failed."""
+    lines: list[dict[str, Any]] = []
+    for line in runs:
+        lines.append(line)
+        print(table(lines[-1:]).splitlines()[-1], flush=True)
+        if file:
+            file.write_text(json.dumps({"command": sys.argv, "lines": lines}, indent=1) + "\n")
+    print(table(lines))
+    return int(any(line["status"] != "ok" for line in lines))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", help="model folder or hub id")
@@ -114,15 +129,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for all figures, written after every run")
     options = parser.parse_args()
     model = str(Path(options.model).resolve() if options.model else checkpoint(options.shape, options.layers))
-    lines: list[dict[str, Any]] = []
-    for ranks in map(int, options.gpus.split(",")):
-        for way in options.ways.split(","):
-            lines.append(run(way, ranks, options, model))
-            print(markdown(lines[-1:]).splitlines()[-1], flush=True)
-            if options.json:
-                options.json.write_text(json.dumps({"command": sys.argv, "lines": lines}, indent=1) + "\n")
-    print(markdown(lines))
-    return int(any(line["status"] != "ok" for line in lines))
+    ranks, ways = map(int, options.gpus.split(",")), options.ways.split(",")
+    return tell((run(way, count, options, model) for count in ranks for way in ways), markdown, options.json)
 
 
 if __name__ == "__main__":

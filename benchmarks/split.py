@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import PRECISIONS
-from benchmarks.scaling import ROOT, visible
+from benchmarks.scaling import ROOT, tell, visible
 from benchmarks.shapes import SHAPES, checkpoint
 
 
@@ -174,14 +174,8 @@ def main() -> int:
     options.model = str(
         Path(options.model).resolve() if options.model else checkpoint(options.shape, options.layers)
     )
-    lines: list[dict[str, Any]] = []
-    for gpus in map(int, options.gpus.split(",")):
-        lines.append(run(gpus, options))
-        print(markdown(lines[-1:]).splitlines()[-1], flush=True)
-        if options.json:
-            options.json.write_text(json.dumps({"command": sys.argv, "lines": lines}, indent=1) + "\n")
-    print(markdown(lines))
-    return int(any(line["status"] != "ok" for line in lines))
+    counts = map(int, options.gpus.split(","))
+    return tell((run(gpus, options) for gpus in counts), markdown, options.json)
 
 
 if __name__ == "__main__":

@@ -147,9 +147,8 @@ class FastLanguageModel:
             attn_implementation=attn_implementation,
             num_labels=num_labels,
         )
-        request = join(
-            request, use_multi_gpu, auto_device_map
-        )  # what starts ranks has loaded no libraries yet
+        # Before the heavy libraries are loaded: a process that starts ranks needs none of them.
+        request = join(request, use_multi_gpu, auto_device_map)
         from pantheraml.export.adapter import check_adapter_matches
         from pantheraml.export.binding import bind_saving
 
@@ -358,13 +357,8 @@ def _check_device_map(auto_device_map: bool, device_map: Any) -> None:
 def _download_once(request: LoadRequest) -> None:
     """Let one rank of each machine fetch the files before the others look for them."""
     from pantheraml.distributed.process_group import is_distributed_available, main_process_first
-    from pantheraml.models.source import resolve_source
+    from pantheraml.models.assembly import find_source
 
     if is_distributed_available():
         with main_process_first():
-            resolve_source(
-                request.model_name,
-                revision=request.revision,
-                token=request.token,
-                trust_remote_code=request.trust_remote_code,
-            )
+            find_source(request)

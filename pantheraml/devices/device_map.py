@@ -14,6 +14,7 @@ from typing import Literal
 
 from pantheraml.devices.flight import in_flight
 from pantheraml.devices.model_parts import ModelParts, PartSizes
+from pantheraml.devices.nvml import GIB
 from pantheraml.devices.stage_split import (
     CONTEXT_BYTES,
     Cut,
@@ -29,7 +30,6 @@ __all__ = ["Kind", "ModelParts", "PartSizes", "Placement", "describe", "fits", "
 
 Kind = Literal["auto", "balanced", "sequential"]
 
-_GIB = 2**30
 # How much slower the slowest GPU may get by a second round, which saves several times that.
 _UNEVEN = 1.02
 
@@ -218,4 +218,4 @@ def _runs(indices: list[int]) -> str:
 
 
 def _gib(size: int) -> str:
-    return f"{size / _GIB:.1f}"
+    return f"{size / GIB:.1f}"

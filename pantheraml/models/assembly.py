@@ -62,16 +62,21 @@ class LoadRequest:
     num_labels: int | None
 
 
-def before_loading(request: LoadRequest) -> Unplaced:
-    """What is to be placed, without a look at any GPU."""
-    import torch
-
-    source = resolve_source(
+def find_source(request: LoadRequest) -> ModelSource:
+    """The files of ``request``, fetched if they are not on this machine."""
+    return resolve_source(
         request.model_name,
         revision=request.revision,
         token=request.token,
         trust_remote_code=request.trust_remote_code,
     )
+
+
+def before_loading(request: LoadRequest) -> Unplaced:
+    """What is to be placed, without a look at any GPU."""
+    import torch
+
+    source = find_source(request)
     config = loading.load_config(source.folder, trust_remote_code=request.trust_remote_code)
     # Bytes are asked for: which of the 16-bit types it will be does not matter.
     dtype = request.dtype if request.flags.full_finetuning else request.dtype or "bfloat16"
@@ -97,9 +102,7 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
     from pantheraml.models.split import carry_between
 
     trust = request.trust_remote_code
-    source = resolve_source(
-        request.model_name, revision=request.revision, token=request.token, trust_remote_code=trust
-    )
+    source = find_source(request)
     if source.adapter is not None and request.flags.full_finetuning:
         raise ConfigError(
             got=f"full_finetuning=True was given for the adapter '{request.model_name}'.",

@@ -30,6 +30,7 @@ from pantheraml.models.fused.decoder_layer import FusedDecoderLayer
 from pantheraml.models.fused.decoding_layer import apply_decoding_layers
 from pantheraml.models.patching import PatchSet
 from pantheraml.models.recorded_step import RecordedStep, Step, record_cuda_graph
+from pantheraml.models.split import is_split
 from pantheraml.models.state import get_state
 
 # Lengths of caches are multiples of this, so that calls of similar lengths share one cache and one recording.
@@ -131,7 +132,7 @@ def why_not_recorded(model: PreTrainedModel, *, on_cpu: bool = False) -> str | N
     """Why steps of ``model`` are not recorded, or None when they are."""
     if model.device.type != "cuda" and not on_cpu:
         return "CUDA graphs need a GPU"
-    if len({parameter.device for parameter in model.parameters()}) > 1:
+    if is_split(model):
         return "its layers are on several devices"
     missing = [name for name in _METHODS if not hasattr(model, name)]
     if missing:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from pantheraml.config.multi_gpu import PER_GPU
 from pantheraml.devices.device_map import Kind, Placement, describe, fits, interleaved, place
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from pantheraml.devices.model_parts import ModelParts
     from pantheraml.models.precision import Precision
     from pantheraml.models.split import Split
-
-_AUTOMATIC = ("auto", "balanced", "sequential")
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def find_place(model: Unplaced, device_map: object, max_memory: object, *, is_al
             need="It leaves the first GPU to what generates; in training every GPU has a share of the layers.",
             fix='Write device_map="balanced"; max_memory={0: "10GB", 1: "40GB"} leaves room on the first one.',
         )
-    may_split = gpus > 1 and isinstance(device_map, str) and device_map in _AUTOMATIC
+    may_split = gpus > 1 and isinstance(device_map, str) and device_map in get_args(Kind)
     if not may_split and not names_several(device_map, gpus):
         device = resolve_device(device_map)
         return Place(device, {"": str(device)}, limits=_limit_of(model, device, max_memory))

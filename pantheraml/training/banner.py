@@ -13,6 +13,7 @@ from pantheraml.devices.memory import GIB, describe_bytes
 from pantheraml.models.adapters import count_parameters
 from pantheraml.models.memory_estimate import MemoryEstimate, predicted_bytes
 from pantheraml.models.recompute_plan import RecomputePlan
+from pantheraml.models.split import is_split
 from pantheraml.models.state import get_state
 from pantheraml.training.rows import token_counts
 
@@ -72,7 +73,7 @@ def predict_memory(
         merged: tokens up to which micro-batches are merged; 0 where they are not.
     """
     state = get_state(model)
-    if state is None or longest is None or len({p.device for p in model.parameters()}) > 1:
+    if state is None or longest is None or is_split(model):
         return None
     tokens = max(longest, min(merged, longest * args.gradient_accumulation_steps))
     # Micro-batches are merged up to what needs no recompute.
