@@ -27,6 +27,7 @@ from pantheraml.models.state import get_state
 from pantheraml.training.head import score
 from pantheraml.training.pipelining import cut, settle_masks
 from tests import tiny
+from tests.distributed.pipelined import count_micro_batches
 from tests.distributed.test_parity import rows
 
 CPU = torch.device("cpu")
@@ -151,14 +152,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def calls(monkeypatch):
     """The numbers of micro-batches of each pipelined step."""
-    found = []
-    run = step.Pipeline.step
-    monkeypatch.setattr(
-        step.Pipeline,
-        "step",
-        lambda self, batches, *a, **k: found.append(len(batches)) or run(self, batches, *a, **k),
-    )
-    return found
+    return count_micro_batches(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from pantheraml.distributed.pipeline import step
 from pantheraml.distributed.pipeline.link import Link
 from pantheraml.models.state import get_state
 from tests import tiny
+from tests.distributed.pipelined import count_micro_batches
 from tests.distributed.test_parity import rows
 
 pytestmark = [
@@ -69,14 +70,7 @@ def logs_of(trainer):
 @pytest.fixture
 def calls(monkeypatch):
     """The numbers of micro-batches of each pipelined step."""
-    found = []
-    run = step.Pipeline.step
-    monkeypatch.setattr(
-        step.Pipeline,
-        "step",
-        lambda self, batches, *a, **k: found.append(len(batches)) or run(self, batches, *a, **k),
-    )
-    return found
+    return count_micro_batches(monkeypatch)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
