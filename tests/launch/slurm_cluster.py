@@ -112,19 +112,24 @@ class Cluster:
             check=False,
         )
 
-    def type(self, typed: str, *command: str | Path, seconds: float = 60) -> None:
-        """Run a command where users log in, and type into it.
+    def type(self, typed: str, *command: str | Path, seconds: float = 60) -> str:
+        """Run a command that opens a shell where users log in, type into it, and return what is shown.
 
         The keyboard stays there until the command ends: a shell that meets its end first may not run what was typed.
+        SHELL is what a login sets and the daemons of a CI do not; SLURM opens no shell without it.
         """
-        with subprocess.Popen(
-            self._machines.inside("control", *command),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=self._variables(),
-            text=True,
-        ) as process:
+        screen = self._folder / "screen"
+        with (
+            screen.open("wb") as shown,
+            subprocess.Popen(
+                self._machines.inside("control", *command),
+                stdin=subprocess.PIPE,
+                stdout=shown,
+                stderr=shown,
+                env=self._variables() | {"SHELL": "/bin/sh"},
+                text=True,
+            ) as process,
+        ):
             assert process.stdin is not None
             process.stdin.write(typed)
             process.stdin.flush()
@@ -132,6 +137,7 @@ class Cluster:
                 process.wait(seconds)
             finally:
                 process.kill()
+        return screen.read_text(errors="replace")
 
     def _variables(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}

@@ -136,7 +136,8 @@ def test_a_batch_script_submitted_from_within_a_step(cluster, tmp_path):
 
 def test_the_shell_of_salloc_is_one_process(cluster, tmp_path):
     output = tmp_path / "said"
-    cluster.type(f"{DETECT} > {output}\nexit\n", "salloc", "--nodes=2", "--gpus-per-node=2")
+    shown = cluster.type(f"{DETECT} > {output}\nexit\n", "salloc", "--nodes=2", "--gpus-per-node=2")
+    assert output.exists(), shown
     (found,) = said(output.read_text())
     assert (found["kind"], found["world_size"]) == ("python", 1)
     assert "the GPUs of node1 alone" in found["note"]
