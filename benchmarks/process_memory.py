@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,19 @@ def host_share(file: Path = ROLLUP) -> float | None:
     return next((int(line.split()[1]) * 1024 / GIB for line in lines if line.startswith("Pss:")), None)
 
 
-class HostPeak:
-    """The largest ``host_share`` within a block, looked at ten times a second."""
+class HostWatch:
+    """The ``host_share`` of this process within a block, looked at ten times a second.
+
+    Attributes:
+        seen: GiB by the second of the clock that all processes of a host share (``time.time()``).
+    """
 
     def __init__(self) -> None:
-        self.gib = host_share()
+        self.seen: list[tuple[float, float]] = []
         self._over = threading.Event()
 
-    def __enter__(self) -> HostPeak:
+    def __enter__(self) -> HostWatch:
+        self._look()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
@@ -45,8 +51,26 @@ class HostPeak:
             self._look()
 
     def _look(self) -> None:
-        if self.gib is not None:
-            self.gib = max(self.gib, host_share() or 0.0)
+        share = host_share()
+        if share is not None:
+            self.seen.append((time.time(), share))
+
+
+def peak_together(watched: Sequence[Sequence[tuple[float, float]]]) -> float | None:
+    """The most GiB that several processes held at one time; None where the system does not tell.
+
+    Args:
+        watched: what each of them saw (``HostWatch.seen``); before the first look and after the last one it is taken
+            to have held as much as then.
+    """
+    if not watched or not all(watched):
+        return None
+    now = [seen[0][1] for seen in watched]
+    peak = sum(now)
+    for _, index, share in sorted((at, index, share) for index, seen in enumerate(watched) for at, share in seen):
+        now[index] = share
+        peak = max(peak, sum(now))
+    return peak
 
 
 def processes_by_gpu(uuids: Iterable[str], nvml: Any) -> dict[str, dict[int, float | None]]:

@@ -33,29 +33,43 @@ def main() -> None:
     parser.add_argument("--num-processes", type=int, help="ranks; by default one for each visible GPU")
     options = parser.parse_args()
     began = float(os.environ.get("SCALING_BEGAN", time.time()))
+    passed: dict[str, float] = {}
 
+    def note(name: str) -> None:
+        passed[name] = round(time.time() - began, 2)
+
+    note("process")
     from pantheraml import MultiGPUConfig, get_world_size, is_main_process, setup_multi_gpu
 
     config = setup_multi_gpu(
         None if "RANK" in os.environ else MultiGPUConfig(num_processes=options.num_processes)
     )
+    note("rank")
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
 
     from benchmarks.device import peaks, reset_peaks, synchronize
-    from benchmarks.process_memory import HostPeak, host_share, processes_by_gpu, stays_at_home
+    from benchmarks.process_memory import (
+        HostWatch,
+        host_share,
+        peak_together,
+        processes_by_gpu,
+        stays_at_home,
+    )
     from pantheraml import FastLanguageModel, PantheraMLDistributedTrainer, PantheraMLTrainingArguments
     from pantheraml.devices.nvml import open_nvml
     from pantheraml.distributed.process_group import gather_objects
 
+    note("libraries")
     before, loading = host_share(), time.perf_counter()
-    with HostPeak() as host:
+    with HostWatch() as host:
         model, tokenizer = FastLanguageModel.from_pretrained(
             options.model, max_seq_length=options.seq, **PRECISIONS[options.precision]
         )
     model = FastLanguageModel.get_peft_model(model, r=16)
     load_s = time.perf_counter() - loading
+    note("model")
     ranks, warm = get_world_size(), max(1, options.steps // 3)
     generator = torch.Generator().manual_seed(0)
     count = options.steps * options.batch * ranks
@@ -75,7 +89,7 @@ def main() -> None:
             if state.global_step in (1, options.steps):
                 synchronize()
                 if state.global_step == 1:
-                    self.first = time.time() - began
+                    note("first step")
                 else:
                     self.rest, self.memory = time.perf_counter() - self.began, peaks()
 
@@ -103,17 +117,19 @@ def main() -> None:
         multi_gpu_config=config,
         callbacks=[clock],
     )  # fmt: skip
+    note("trainer")
     trainer.train()
     devices = trainer.get_model_memory_usage()
     cuda = torch.cuda.is_available()
     uuid = f"GPU-{torch.cuda.get_device_properties(trainer.args.device).uuid}" if cuda else None
-    uuids, shares = gather_objects(uuid), gather_objects((before, host.gib, host_share()))
+    uuids, shares = gather_objects(uuid), gather_objects((before, host.seen, host_share()))
     if is_main_process():
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         tokens = (options.steps - warm) * options.batch * options.seq * ranks
         by_gpu = processes_by_gpu([uuid for uuid in uuids if uuid], open_nvml())
-        # Of all ranks: before loading, at most while loading (each rank's own peak), at the end.
-        host_gib = [sum(column) for column in zip(*shares, strict=True)] if None not in shares[0] else None
+        first, watched, last = zip(*shares, strict=True)
+        # Of all ranks together: before loading, at most while loading, at the end.
+        host_gib = [sum(first), peak_together(watched), sum(last)] if None not in first else None
         result = {
             "ranks": ranks,
             "host_gib": host_gib,
@@ -122,7 +138,9 @@ def main() -> None:
             "telemetry_ms": 1e3 * sorted(cost)[len(cost) // 2],
             "tok_s": tokens / clock.rest,
             "ms": 1e3 * clock.rest / (options.steps - warm),
-            "start_to_first_step_s": clock.first,
+            # Seconds since the command was started, at the end of each.
+            "start_to_first_step_s": passed["first step"],
+            "passed_s": passed,
             "load_s": load_s,
             "loss": logs[-1]["loss"],
             "grad_norm": logs[-1]["grad_norm"],

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 # How often the thread looks for a question.
@@ -36,6 +37,7 @@ class Question:
         self._name, self._answer, self._connect = name, answer, connect
         self._rank, self._world_size = rank, world_size
         self._store, self._over = connect(), threading.Event()
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._thread = threading.Thread(target=self._listen, name=f"pantheraml-{name}", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -69,6 +71,8 @@ class Question:
         return None
 
     def _listen(self) -> None:
+        if self._gpu is not None:  # a new thread begins on GPU 0, where asking for memory would take some
+            torch.cuda.set_device(self._gpu)
         turn = 1
         try:
             store = self._connect()

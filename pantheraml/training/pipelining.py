@@ -186,11 +186,14 @@ def settle_masks(batches: list[Batch]) -> None:
             )
     for batch in batches:
         positions = batch.get("position_ids")
-        if positions is None or positions.shape[0] != 1 or "cu_seq_lens_q" in batch:
+        if positions is None or batch["input_ids"].shape[0] != 1 or "cu_seq_lens_q" in batch:
             continue
-        layout = read_layout(tuple(batch["input_ids"].shape), positions.device, positions)
-        if layout.cu_seqlens is not None:
-            batch["cu_seq_lens_q"], batch["max_length_q"] = layout.cu_seqlens, layout.max_seqlen
+        length = positions.shape[1]
+        layout = read_layout((1, length), positions.device, positions)
+        offsets = layout.cu_seqlens
+        if offsets is None:
+            offsets = torch.arange(0, length + 1, length, dtype=torch.int32, device=positions.device)
+        batch["cu_seq_lens_q"], batch["max_length_q"] = offsets, layout.max_seqlen
 
 
 def _is_behind(mask: Tensor) -> Tensor:

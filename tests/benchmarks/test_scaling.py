@@ -10,7 +10,13 @@ import time
 import pytest
 
 from benchmarks import scaling
-from benchmarks.process_memory import HostPeak, host_share, processes_by_gpu, stays_at_home
+from benchmarks.process_memory import (
+    HostWatch,
+    host_share,
+    peak_together,
+    processes_by_gpu,
+    stays_at_home,
+)
 from pantheraml.devices.nvml import NVML
 from tests import tiny
 from tests.devices.test_nvml import stand_in  # noqa: F401
@@ -30,6 +36,9 @@ def test_two_ranks_and_one(tmp_path, monkeypatch, capsys):
     assert all(line["tok_s"] > 0 and line["grad_norm"] > 0 for line in lines)
     assert all(line["telemetry_ms"] > 0 and line["own_gpu_only"] is None for line in lines)
     assert all(0 < line["host_gib"][0] <= line["host_gib"][1] for line in lines)
+    for line in lines:
+        assert list(line["passed_s"]) == ["process", "rank", "libraries", "model", "trainer", "first step"]
+        assert sorted(line["passed_s"].values()) == list(line["passed_s"].values())
     assert "| 1 | python |" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["scaling", f"--model={tmp_path / 'nothing'}", "--gpus=1", *words[1:]])
     assert scaling.main() == 1
@@ -55,19 +64,28 @@ def test_the_shares_of_ranks_add_up_to_one_copy(tmp_path):
         dist.barrier()
         mapped = host_share()
         dist.barrier()
-        with HostPeak() as peak:
+        with HostWatch() as watch:
             own = bytearray(b"y") * size
             time.sleep(0.5)
             del own
         after = host_share()
         dist.barrier()  # the share of a process that has ended falls to the others
-        return before, mapped, peak.gib, after
+        return before, mapped, watch.seen, after
 
     found = run_ranks(3, share)
     assert sum(mapped - before for before, mapped, _, _ in found) == pytest.approx(size / 2**30, rel=0.3)
-    for _, mapped, peak, after in found:
+    for _, mapped, seen, after in found:
         assert after == pytest.approx(mapped, abs=0.02)
-        assert peak - after > 0.9 * size / 2**30
+        assert peak_together([seen]) - after > 0.9 * size / 2**30
+
+
+def test_a_peak_together_is_of_one_moment():
+    """Ranks that hold a copy one after the other never hold two."""
+    early, late = [(0.0, 1.0), (1.0, 9.0), (2.0, 1.0)], [(0.5, 1.0), (3.0, 9.0), (4.0, 2.0)]
+    assert peak_together([early, late]) == 10.0
+    assert peak_together([early, [(at - 2.0, share) for at, share in late]]) == 18.0
+    assert peak_together([early]) == 9.0
+    assert peak_together([]) is peak_together([early, []]) is None
 
 
 def test_a_share_is_read_from_the_rollup(tmp_path):

@@ -52,8 +52,11 @@ def train(folder, output, device_map, *, config=None, flags=None, **settings):
     model, tokenizer = load(folder, device_map, **flags or {})
     args = PantheraMLTrainingArguments(
         output_dir=str(output), num_train_epochs=2, learning_rate=1e-3, logging_steps=1, report_to="none",
-        disable_tqdm=True, max_grad_norm=0.5, bf16=False, fp16=False,
-        **{"save_strategy": "no", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2} | settings,
+        disable_tqdm=True, max_grad_norm=0.5,
+        **{
+            "save_strategy": "no", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+            "bf16": False, "fp16": False,
+        } | settings,
     )  # fmt: skip
     trainer = PantheraMLDistributedTrainer(
         model, args, train_dataset=rows(), eval_dataset=rows(), tokenizer=tokenizer, multi_gpu_config=config
@@ -118,12 +121,13 @@ def test_recompute_on_every_stage(folders, tmp_path, policy, calls):
         folders("llama"), tmp_path / "split", "balanced", flags=dict(use_gradient_checkpointing=policy)
     )
     state = get_state(split.model)
-    assert calls and [plan.layers for plan in state.plans] == [2, 2]
+    assert calls and sum(plan.layers for plan in state.plans) == LAYERS and len(state.plans) == 2
     assert policy is True or set(state.stores) == {torch.device("cuda", 0), torch.device("cuda", 1)}
     for mine, theirs in zip(logs_of(split), logs_of(whole), strict=True):
         assert mine == pytest.approx(theirs, rel=2e-5, abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("settings", [{}, dict(padding_free=True)])
 def test_the_host_waits_for_no_gpu_within_a_step(folders, tmp_path, monkeypatch, settings):
     run, seen = step.Pipeline.step, []
