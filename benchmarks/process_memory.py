@@ -67,7 +67,9 @@ def peak_together(watched: Sequence[Sequence[tuple[float, float]]]) -> float | N
         return None
     now = [seen[0][1] for seen in watched]
     peak = sum(now)
-    for _, index, share in sorted((at, index, share) for index, seen in enumerate(watched) for at, share in seen):
+    for _, index, share in sorted(
+        (at, index, share) for index, seen in enumerate(watched) for at, share in seen
+    ):
         now[index] = share
         peak = max(peak, sum(now))
     return peak

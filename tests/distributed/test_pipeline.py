@@ -6,6 +6,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import masking_utils
 
 from pantheraml import (
@@ -21,6 +23,7 @@ from pantheraml.kernels.attention import layout
 from pantheraml.models.fused import attention as fused_attention
 from pantheraml.models.fused.attention import apply_attention
 from pantheraml.models.fused.decoder_layer import apply_layers
+from pantheraml.models.fused.read_layer import LayerReader
 from pantheraml.models.patching import PatchSet
 from pantheraml.models.split import Split, StagePlace, carry_between
 from pantheraml.models.state import get_state
@@ -98,6 +101,47 @@ def test_losses_and_gradients_are_those_of_the_whole_model(family, kind, fused):
         for name, gradient in mine.items():
             scale = expected[name].abs().max() + 1e-6
             assert (gradient - expected[name]).abs().max() <= 1e-5 * scale, name
+
+
+def test_layers_are_read_once_a_step(monkeypatch):
+    """What changes between steps acts at once; within a step nothing changes."""
+    model = tiny.build_model("llama", num_hidden_layers=LAYERS).train()
+    family = find(model)
+    apply_layers(model, family, PatchSet(), on_cpu=True)
+    apply_attention(model, family, PatchSet())
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.0))
+    reads, read = [], LayerReader._read
+
+    def counted(self, *arguments):
+        reads.append(self)
+        return read(self, *arguments)
+
+    monkeypatch.setattr(LayerReader, "_read", counted)
+    pipeline = step.Pipeline(model, family, split_at(0, 2, 4))
+    batch = {name: one for name, one in batch_of("padded behind").items() if name != "attention_mask"}
+    count = (batch["labels"][:, 1:] != -100).sum()
+
+    def run():
+        reads.clear()
+        pieces = cut(batch, 3)
+        settle_masks(pieces)
+        found = pipeline.step(pieces, lambda h, i: loss_of(model, h, pieces[i]["labels"], count))
+        return found, len(reads)
+
+    first, times = run()
+    assert times == LAYERS
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.data.normal_()  # which no version counter sees
+    second, times = run()
+    assert times == LAYERS and abs(first - second) > 1e-3
+    want = loss_of(model, model.base_model(batch["input_ids"]).last_hidden_state, batch["labels"], count)
+    torch.testing.assert_close(second, want.detach(), rtol=1e-5, atol=1e-6)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.5)
+    assert run()[1] == 3 * LAYERS, "each micro-batch drops values of its own"
 
 
 def test_hooks_bring_tensors_and_change_nothing():
@@ -243,13 +287,26 @@ def test_the_host_asks_no_device_within_a_step(folder, tmp_path, monkeypatch):
                 during.setattr(torch.Tensor, name, asked)
             return run(self, *args, **kwargs)
 
+    # Between devices, what arrives is another tensor than what was sent.
+    send = Link.send
+    monkeypatch.setattr(Link, "send", lambda self, tensor: send(self, tensor.clone()))
     monkeypatch.setattr(step.Pipeline, "step", watched)
     trainer = train(folder, tmp_path, (0, 2, 4), max_steps=2)
     assert trainer.model.config._attn_implementation == fused_attention.NAME
-    packed = train(
-        folder, tmp_path / "packed", (0, 2, 4), max_steps=2, padding_free=True, per_device=2, accumulation=4
-    )
-    assert packed.state.global_step == 2
+    for per_device in (1, 2):  # one document in a row, and several
+        packed = train(
+            folder, tmp_path / "packed", (0, 2, 4), max_steps=2, padding_free=True, per_device=per_device,
+            accumulation=4,
+        )  # fmt: skip
+        assert packed.state.global_step == 2
+
+
+@pytest.mark.parametrize(("positions", "offsets"), [([0, 1, 2, 3], [0, 4]), ([0, 1, 0, 1], [0, 2, 4])])
+def test_documents_of_a_row_are_known_before_the_step(positions, offsets):
+    """Also to a collator that does not say (TRL 1.15): on a stage's device, positions would have to be looked at."""
+    batch = dict(input_ids=torch.zeros(1, 4, dtype=torch.int64), position_ids=torch.tensor([positions]))
+    settle_masks([batch])
+    assert batch["cu_seq_lens_q"].tolist() == offsets and batch["max_length_q"] == max(positions) + 1
 
 
 def test_a_batch_is_cut_along_its_rows():

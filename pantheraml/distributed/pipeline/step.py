@@ -6,8 +6,8 @@ for each micro-batch, from what arrived to what leaves; gradients go back the wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +18,7 @@ from pantheraml.distributed.pipeline.link import Link, Parcel
 from pantheraml.distributed.pipeline.schedule import one_forward_one_backward
 from pantheraml.distributed.pipeline.stage import Stage, build_stages
 from pantheraml.models.families import ModelFamily
+from pantheraml.models.fused.decoder_layer import FusedDecoderLayer
 from pantheraml.models.split import Split
 
 Batch = dict[str, Any]
@@ -39,6 +40,8 @@ class Pipeline:
         self.stages = build_stages(model, family, split)
         self.gpus, self.rounds = split.num_gpus, split.rounds
         self._embedding: nn.Module = model.get_submodule(family.embedding)
+        layers = model.get_submodule(family.layers).children()
+        self._readers = [layer.reader for layer in layers if isinstance(layer, FusedDecoderLayer)]
         devices = [split.embedding, *(stage.device for stage in self.stages)]
         pairs = list(pairwise(devices))
         # To stage s from the one before, or from the embedding, and back.
@@ -68,7 +71,19 @@ class Pipeline:
         Returns:
             The sum of the losses, detached, on the device of ``loss``.
         """
-        return _Step(self, batches, loss, scale, context).run()
+        with self._unchanging():
+            return _Step(self, batches, loss, scale, context).run()
+
+    @contextmanager
+    def _unchanging(self) -> Iterator[None]:
+        """Weights and adapters stay what they are within: layers read them once for all micro-batches."""
+        for reader in self._readers:
+            reader.hold(True)
+        try:
+            yield
+        finally:
+            for reader in self._readers:
+                reader.hold(False)
 
     def embed(self, ids: Tensor) -> tuple[Tensor, Parcel]:
         """The embeddings of ``ids``, and the same on their way to the first stage.
