@@ -21,6 +21,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from pantheraml.kernels.linear_cross_entropy import TokenScores, linear_log_probs
 from pantheraml.models.patching import PatchSet
+from pantheraml.training.router_balance import Groups, balance_loss, experts_per_token, router_sums
 
 # What a config may multiply its logits by, before a soft-cap; Granite divides by its logits_scaling instead.
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -37,7 +38,7 @@ def why_not_fused(model: PreTrainedModel) -> str | None:
     config: Any = model.config.get_text_config()
     if _read_weight(model) is None:
         return "the head is no plain matrix"
-    if getattr(config, "output_router_logits", False):
+    if getattr(config, "output_router_logits", False) and experts_per_token(config) is None:
         return "the model adds a loss of its own"
     if read_scale(config) is None:
         return "the logits are scaled in a way of their own"
@@ -93,13 +94,14 @@ def _forward(
 ) -> Any:
     if not fused_lm_head or labels is None or "shift_labels" in kwargs or why_not_fused(model) is not None:
         return before(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
-    num_items = kwargs.pop("num_items_in_batch", None)
+    num_items, groups = kwargs.pop("num_items_in_batch", None), kwargs.pop("router_groups", None)
     target = labels[:, 1:]
     mask = target != -100
     # Which rows are labelled is asked before the model runs, so that the answer waits for no layer.
     index = mask.reshape(-1).nonzero()[:, 0]
     backbone: Any = model.base_model
-    hidden = backbone(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1]
+    output = backbone(*args, **{**kwargs, "use_cache": False})
+    hidden = output.last_hidden_state[:, :-1]
     # The last layers of a split model may be on another device than the labels.
     there = hidden.device
     scores = score(
@@ -113,9 +115,27 @@ def _forward(
     if index.numel() == 0:
         log_probs = log_probs + 0.0 * hidden.sum().to(mask.device)
     loss = -log_probs.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
+    balance = _balance(model, output, kwargs.get("attention_mask"), groups)
     return FusedCausalLMOutput(
-        loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask, aux_loss=None
+        loss=loss,
+        log_probs=log_probs,
+        entropy=entropy,
+        is_top1=is_top1,
+        label_mask=mask,
+        aux_loss=None if balance is None else balance.to(mask.device),
     )
+
+
+def _balance(
+    model: PreTrainedModel, output: Any, mask: Tensor | None, groups: Groups | None
+) -> Tensor | None:
+    """The routers' loss, of each micro-batch where there are ``groups``; None where no router tells its logits."""
+    logits = getattr(output, "router_logits", None)
+    top_k = experts_per_token(model.config.get_text_config())
+    if not logits or top_k is None:
+        return None
+    found = balance_loss(router_sums(logits, top_k, mask, groups))
+    return found[0] if groups is None else found
 
 
 def score(model: PreTrainedModel, rows: Tensor, labels: Tensor) -> TokenScores:

@@ -25,6 +25,7 @@ from pantheraml.models.recompute import optimizer_bytes
 from pantheraml.models.recompute_plan import most_tokens
 from pantheraml.models.state import get_state
 from pantheraml.training.rank_batches import RankedRows
+from pantheraml.training.router_balance import Groups
 
 # Tokens beyond which a pass is no faster per token (H200, 8B: 8,192 tokens keep the GPU busy; twice that, to be sure).
 MOST_TOKENS = 16384
@@ -53,7 +54,7 @@ class FlatCollator:
         return batch | {"cu_seq_lens_q": offsets, "lengths": offsets.diff().tolist()}
 
 
-def merge_batches(batches: list[Batch], most: int) -> list[Batch]:
+def merge_batches(batches: list[Batch], most: int, *, grouped: bool = False) -> list[Batch]:
     """As many batches as were given: neighbours joined up to ``most`` tokens, the joined one in the last place.
 
     The others are empty, so that whoever counts micro-batches counts as before.
@@ -61,6 +62,7 @@ def merge_batches(batches: list[Batch], most: int) -> list[Batch]:
     Args:
         batches: of ``FlatCollator``.
         most: tokens of one pass.
+        grouped: say of each token which micro-batch it is from (``router_groups``), and leave none out.
     """
     groups: list[list[Batch]] = []
     size = most
@@ -71,34 +73,45 @@ def merge_batches(batches: list[Batch], most: int) -> list[Batch]:
             size = 0
         groups[-1].append(batch)
         size += tokens
-    return [one for group in groups for one in [*(_empty(batch) for batch in group[:-1]), _joined(group)]]
+    return [
+        one for group in groups for one in [*(_empty(batch) for batch in group[:-1]), _joined(group, grouped)]
+    ]
 
 
 def _empty(batch: Batch) -> Batch:
     return {name: batch[name][:, :0] for name in _PER_TOKEN}
 
 
-def _joined(group: list[Batch]) -> Batch:
+def _joined(group: list[Batch], grouped: bool) -> Batch:
     """One batch as the model takes it: (documents, length) where all have one length, which is faster; else one row.
 
     What has no labels is left out, as long as something stays: a rank without any batch would hold up the others.
     """
-    group = [batch for batch in group if (batch["labels"] != -100).any()] or group[:1]
+    if not grouped:
+        group = [batch for batch in group if (batch["labels"] != -100).any()] or group[:1]
     lengths = [length for batch in group for length in batch["lengths"]]
     tokens = {name: torch.cat([batch[name] for batch in group], dim=1) for name in _PER_TOKEN}
+    beside: Batch = {}
+    if grouped:
+        sizes = torch.tensor([batch["input_ids"].numel() for batch in group])
+        beside["router_groups"] = Groups(
+            index=torch.arange(len(group)).repeat_interleave(sizes), count=len(group)
+        )
     if len(set(lengths)) == 1:
-        return {name: tokens[name].view(len(lengths), lengths[0]) for name in ("input_ids", "labels")}
+        rows = {name: tokens[name].view(len(lengths), lengths[0]) for name in ("input_ids", "labels")}
+        return rows | beside
     offsets: list[Tensor] = [group[0]["cu_seq_lens_q"][:1]]
     before = 0
     for batch in group:
         offsets.append(batch["cu_seq_lens_q"][1:] + before)
         before += batch["input_ids"].numel()
-    return tokens | {"cu_seq_lens_q": torch.cat(offsets), "max_length_q": max(lengths)}
+    return tokens | beside | {"cu_seq_lens_q": torch.cat(offsets), "max_length_q": max(lengths)}
 
 
 class MergedSteps(RankedRows):
     """The part of the trainer that merges micro-batches; ``merge_micro_batches`` of the arguments says whether."""
 
+    _has_own_head = False
     _most_tokens = 0
     _operations_per_token: int | None = None
 
@@ -137,7 +150,12 @@ class MergedSteps(RankedRows):
             return "there is no GPU that would wait"
         if state.recompute not in (False, "auto") and not forced:
             return "recompute was asked for, to save memory"
+        if self.aux_loss_enabled and not (self._has_own_head and self._loss_is_plain()):
+            return "the routers' loss is that of each micro-batch"
         return "documents of one row see one another in this model" if documents_mix(model) else None
+
+    def _loss_is_plain(self) -> bool:
+        raise NotImplementedError
 
     def _room(self) -> int:
         model = cast(Any, self.model)
@@ -170,7 +188,8 @@ class MergedSteps(RankedRows):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._most_tokens:
             # Without the number of label tokens, TRL averages over micro-batches, which then must stay what they are.
-            batches = merge_batches(batches, self._most_tokens if num_items is not None else 0)
+            most = self._most_tokens if num_items is not None else 0
+            batches = merge_batches(batches, most, grouped=self.aux_loss_enabled)
         return batches, num_items
 
     def floating_point_ops(self, inputs: Batch) -> int:

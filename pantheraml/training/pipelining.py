@@ -7,7 +7,7 @@ all stages work on at the same time; the loss is that of the whole step, as ever
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pantheraml.config.multi_gpu import PER_GPU, MultiGPUConfig
 from pantheraml.devices.flight import in_flight
-from pantheraml.distributed.pipeline.step import Context, Pipeline
+from pantheraml.distributed.pipeline.step import TOKEN_MASK, Context, Pipeline
 from pantheraml.errors import ConfigError
 from pantheraml.kernels.attention.layout import read_layout
 from pantheraml.log import say_once
@@ -24,6 +24,7 @@ from pantheraml.models.recompute import prepare_recompute
 from pantheraml.models.state import ModelState, get_state
 from pantheraml.training.head import score, why_not_fused
 from pantheraml.training.merging import MergedSteps
+from pantheraml.training.router_balance import balance_loss, experts_per_token, router_sums
 from pantheraml.training.step_figures import StepFigures
 
 Batch = dict[str, Any]
@@ -76,6 +77,12 @@ class PipelinedSteps(MergedSteps):
 
     def _num_micro_batches(self, asked: int | None, gpus: int) -> int:
         least, rows = self.args.gradient_accumulation_steps, self.args.per_device_train_batch_size
+        if asked is None and self.aux_loss_enabled:
+            say_once(
+                "micro-batches are not cut any smaller, since the routers' loss is that of each one; more "
+                "gradient_accumulation_steps keep more devices busy."
+            )
+            return least
         if asked is None:
             return min(least * rows, max(least, PER_GPU * gpus))
         if not least <= asked <= least * rows:
@@ -101,9 +108,6 @@ class PipelinedSteps(MergedSteps):
         if getattr(self.args, "activation_offloading", False):
             return "activation_offloading was asked for"
         return why_not_fused(_base(model))
-
-    def _loss_is_plain(self) -> bool:
-        raise NotImplementedError
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -138,22 +142,38 @@ class PipelinedSteps(MergedSteps):
         # Asked before anything is computed, so that the host waits for nothing later.
         labels = [_read_labels(piece["labels"], head) for piece in pieces]
         tokens = [_num_tokens(piece).to(head) for piece in pieces]
+        carry = _count_routes(base.config.get_text_config(), pieces) if self.aux_loss_enabled else None
         settle_masks(pieces)
         if num_items is None:
             num_items = sum(one.index.numel() for one in labels)
         total = torch.as_tensor(num_items, device=head).clamp(min=1)
 
-        def loss(hidden: Tensor, i: int) -> Tensor:
+        def loss(hidden: Tensor, i: int, routed: Tensor | None) -> Tensor:
             index, target = labels[i]
             found = score(base, hidden[:, :-1].flatten(0, 1)[index], target)
-            self._figures.add(found.entropy, found.is_top1, torch.ones_like(target), tokens[i])
+            balance = None if routed is None else balance_loss(routed)
+            self._figures.add(found.entropy, found.is_top1, torch.ones_like(target), tokens[i], balance)
             # Without labels every parameter is reached still.
-            return -found.log_probs.sum() / total if index.numel() else 0.0 * hidden.sum()
+            value = -found.log_probs.sum() / total if index.numel() else 0.0 * hidden.sum()
+            return (
+                value if balance is None else value + self.router_aux_loss_coef * balance.sum() / len(pieces)
+            )
 
         scaler = self.accelerator.scaler
         scale = (lambda value: value) if scaler is None else scaler.scale
         context = cast(Context, self.accelerator.autocast)
-        return self._pipeline.step(pieces, loss, scale=scale, context=context).to(self.args.device)
+        found = self._pipeline.step(pieces, loss, scale=scale, context=context, carry=carry)
+        return found.to(self.args.device)
+
+
+def _count_routes(config: Any, pieces: list[Batch]) -> Callable[[Sequence[Tensor], Tensor | None], Tensor]:
+    """What a stage makes of its routers' logits; masks of padding stay for it, whatever becomes of attention's."""
+    for piece in pieces:
+        if piece.get("attention_mask") is not None:
+            piece[TOKEN_MASK] = piece["attention_mask"]
+    top_k = experts_per_token(config)
+    assert top_k is not None  # why_not_fused
+    return lambda logits, mask: router_sums(logits, top_k, mask)
 
 
 def cut(batch: Batch, pieces: int) -> list[Batch]:

@@ -22,11 +22,13 @@ class Figures(NamedTuple):
         entropy: in nats.
         accuracy: share of label tokens that were the most likely ones.
         tokens: that are not padding.
+        balance: the loss of the routers of a mixture of experts, the mean over micro-batches; None without one.
     """
 
     entropy: float
     accuracy: float
     tokens: int
+    balance: float | None = None
 
 
 class StepFigures:
@@ -35,17 +37,27 @@ class StepFigures:
     def __init__(self) -> None:
         self._rows: list[Tensor] = []
 
-    def add(self, entropy: Tensor, is_top1: Tensor, label_mask: Tensor, tokens: Tensor | int) -> None:
-        """Note one micro-batch.
+    def add(
+        self,
+        entropy: Tensor,
+        is_top1: Tensor,
+        label_mask: Tensor,
+        tokens: Tensor | int,
+        balance: Tensor | None = None,
+    ) -> None:
+        """Note one micro-batch, or several that went through the model together.
 
         Args:
             entropy: per position, nats; zero where there is no label.
             is_top1: per position, nonzero where the label is the most likely token.
             label_mask: per position, whether there is a label.
             tokens: number of tokens that are not padding.
+            balance: the routers' loss of each of them, (M,).
         """
         figures = [entropy.detach().sum(), is_top1.sum(), label_mask.sum()]
         figures.append(torch.as_tensor(tokens, device=entropy.device))
+        if balance is not None:
+            figures += [balance.detach().sum(), torch.as_tensor(balance.numel(), device=entropy.device)]
         self._rows.append(torch.stack([figure.to(torch.float64) for figure in figures]))
 
     def take(self) -> Figures | None:
@@ -56,6 +68,7 @@ class StepFigures:
         self._rows.clear()
         if is_distributed_available():
             dist.all_reduce(sums)
-        entropy, correct, labels, tokens = sums.tolist()
+        entropy, correct, labels, tokens, *balance = sums.tolist()
         count = max(labels, 1)
-        return Figures(entropy / count, correct / count, int(tokens))
+        mean = balance[0] / max(balance[1], 1) if balance else None
+        return Figures(entropy / count, correct / count, int(tokens), mean)

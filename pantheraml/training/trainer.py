@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import SFTConfig
 
@@ -175,13 +176,14 @@ class PantheraMLTrainer(PipelinedSteps):
         return predict_memory(model, self.args, longest, self._most_tokens)
 
     def _place_head(self, *, fused: bool) -> None:
-        """Put our head where TRL's is slower or cannot run."""
+        """Put our head where it covers the model, and one where TRL's cannot run."""
         # TRL puts its head on the model for good, and a later trainer does so again; so does this one.
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         base = cast(PreTrainedModel, base)
         if needs_cpu_head(self.args.device):
             bind_cpu_head(base, PatchSet())
-        elif fused and self.args.device.type == "cuda" and why_not_fused(base) is None:
+        self._has_own_head = fused and why_not_fused(base) is None
+        if self._has_own_head:
             bind_head(base, PatchSet())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -283,26 +285,42 @@ class PantheraMLTrainer(PipelinedSteps):
         if return_outputs or not self._loss_is_plain():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs["use_cache"] = False
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
         output = model(**inputs, fused_lm_head=True)
         labels = output.label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
         tokens = mask.sum() if mask is not None else ids.numel() if ids is not None else 0
         tokens = tokens * output.label_mask.any()  # the row without labels of a rank that has run out of rows
-        self._figures.add(output.entropy, output.is_top1, output.label_mask, tokens)
+        balance = output.aux_loss.reshape(-1) if self.aux_loss_enabled else None
+        self._figures.add(output.entropy, output.is_top1, output.label_mask, tokens, balance)
         loss = -output.log_probs.sum() / torch.as_tensor(labels).clamp(min=1)
         # The label tokens are those of all ranks, whose gradients are averaged.
         together = num_items_in_batch is not None and self.args.average_tokens_across_devices
-        return loss * self.args.world_size if together else loss
+        loss = loss * self.args.world_size if together else loss
+        if balance is not None:
+            loss = loss + self._weighted_balance(balance, num_items_in_batch)
+        return loss
+
+    def _weighted_balance(self, balance: Tensor, num_items_in_batch: Any) -> Tensor:
+        """What the routers of a pass add to the loss of its step, as in TRL: the mean over the step's micro-batches.
+
+        Args:
+            balance: their loss in each micro-batch of the pass, (M,).
+            num_items_in_batch: label tokens of the step; without it transformers takes the mean itself.
+        """
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        return self.router_aux_loss_coef * balance.sum() / steps
 
     def _loss_is_plain(self) -> bool:
-        """Whether the loss of this step is the plain negative log-likelihood."""
+        """Whether the loss of this step is the plain negative log-likelihood, beside the routers' own."""
         model = cast(torch.nn.Module, self.model)
         is_nll = (
             cast(SFTConfig, self.args).loss_type == "nll"
             and self.compute_loss_func is None
             and self.label_smoother is None
         )
-        return model.training and is_nll and not self.aux_loss_enabled
+        return model.training and is_nll
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as TRL does, with the figures of the steps since the last line."""
@@ -313,6 +331,8 @@ class PantheraMLTrainer(PipelinedSteps):
             figures["entropy"] = [found.entropy]
             figures["mean_token_accuracy"] = [found.accuracy]
             figures["num_tokens"] = [self._total_train_tokens]
+            if found.balance is not None:
+                figures["aux_loss"] = [found.balance]
             logs.update(self.figures(self._total_train_tokens, logs))
         super().log(logs, start_time)
 

@@ -93,7 +93,7 @@ def test_losses_and_gradients_are_those_of_the_whole_model(family, kind, fused):
         settle_masks(pieces)
         assert ("attention_mask" in pieces[0]) is (kind == "padded in front")
         loss = pipeline.step(
-            pieces, lambda h, i, pieces=pieces: loss_of(model, h, pieces[i]["labels"], count)
+            pieces, lambda h, i, _, pieces=pieces: loss_of(model, h, pieces[i]["labels"], count)
         )
         torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=1e-6)
         mine = gradients(model)
@@ -125,7 +125,7 @@ def test_layers_are_read_once_a_step(monkeypatch):
         reads.clear()
         pieces = cut(batch, 3)
         settle_masks(pieces)
-        found = pipeline.step(pieces, lambda h, i: loss_of(model, h, pieces[i]["labels"], count))
+        found = pipeline.step(pieces, lambda h, i, _: loss_of(model, h, pieces[i]["labels"], count))
         return found, len(reads)
 
     first, times = run()
@@ -224,6 +224,27 @@ def test_the_trainer_gives_the_numbers_of_the_whole_model(
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-7)
     assert len(calls) == len(whole[0]) and max(calls) == count
     assert trainer.evaluate()["eval_loss"] == pytest.approx(whole[1]["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_routers_of_all_stages_have_one_loss(tmp_path, calls, family):
+    """Mixtures of experts: what balances the routers is summed up from stage to stage."""
+    folder = tiny.save_checkpoint(tmp_path / family, family, num_hidden_layers=LAYERS)
+    settings = dict(per_device=2, accumulation=4, router_aux_loss_coef=0.5)
+    whole, split, rounds = (
+        train(folder, tmp_path / str(index), bounds, rounds=turns, **settings)
+        for index, (bounds, turns) in enumerate([(None, 1), ((0, 2, 4), 1), ((0, 1, 2, 3, 4), 2)])
+    )
+    assert max(calls) == 4 and len(calls) == 2 * len(logs_of(whole))
+    for trainer in (split, rounds):
+        for mine, theirs in zip(logs_of(trainer), logs_of(whole), strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-7)
+        balance = [[e["aux_loss"] for e in t.state.log_history if "aux_loss" in e] for t in (trainer, whole)]
+        assert balance[0] == pytest.approx(balance[1], rel=1e-5)
+    # What transformers hooks into layers is there once, for the views of the model and for itself.
+    output = whole.model(torch.arange(5, 9)[None], output_router_logits=True)
+    again = split.model(torch.arange(5, 9)[None], output_router_logits=True)
+    assert len(output.router_logits) == len(again.router_logits) == LAYERS
 
 
 def test_a_trained_embedding_gets_its_gradient(folder, tmp_path, calls):

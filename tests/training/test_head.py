@@ -159,8 +159,10 @@ def test_other_calls_go_to_the_forward_that_was_there():
     assert [one["fused_lm_head"] for one in calls] == [False, False, True, True, True]
 
 
-def test_heads_that_are_left_to_trl():
+def test_heads_that_are_left_to_trl(monkeypatch):
     mixtral = tiny.build_model("mixtral", output_router_logits=True)
+    assert why_not_fused(mixtral) is None
+    monkeypatch.setattr("pantheraml.training.head.experts_per_token", lambda config: None)
     assert why_not_fused(mixtral) == "the model adds a loss of its own"
     model = tiny.build_model()
     assert why_not_fused(model) is None

@@ -83,7 +83,7 @@ def test_it_trains_exactly_like_trl(load, arguments):
     """Same model, rows and arguments in TRL's own trainer give the same losses and gradient norms."""
     histories = []
     for kind in (PantheraMLTrainer, SFTTrainer):
-        model, tokenizer = load()
+        model, tokenizer = load(kernels="off")
         model = FastLanguageModel.get_peft_model(model, r=4)
         rows = Dataset.from_dict({"text": [row["output"] * 3 for row in ALPACA]})
         trainer = kind(
@@ -103,7 +103,7 @@ def test_the_cpu_head_gives_the_figures_of_trls_own(load, arguments):
         pytest.skip("this TRL has no head of its own on a CPU")
     histories = []
     for own in (False, True):
-        model, tokenizer = load()
+        model, tokenizer = load(kernels="off")
         model = FastLanguageModel.get_peft_model(model, r=4)
         trainer = PantheraMLTrainer(model, arguments(max_steps=3), train_dataset=ALPACA, tokenizer=tokenizer)
         if own:

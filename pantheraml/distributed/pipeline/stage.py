@@ -16,6 +16,7 @@ from collections import OrderedDict
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from pantheraml.kernels.attention.layout import known_positions
 from pantheraml.models.families import ModelFamily
@@ -97,12 +98,15 @@ class Stage:
             parts["rotary_emb"] = copy.deepcopy(rotary).to(self.device)
         vars(view).update({"_modules": parts, "training": True}, **{hooks: OrderedDict() for hooks in _HOOKS})
 
-    def forward(self, hidden: Tensor, batch: dict[str, Any]) -> Tensor:
-        """(B, S, H) from the stage before, or the embeddings, -> (B, S, H).
+    def forward(
+        self, hidden: Tensor, batch: dict[str, Any], *, routers: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(B, S, H) from the stage before, or the embeddings, -> (B, S, H), and the logits of this stage's routers.
 
         Args:
             hidden: on this stage's device.
             batch: what else the model is given (masks, positions, offsets), likewise.
+            routers: whether logits of routers are asked for; there are none else.
         """
         if self._arrival is not None:
             self._arrival.hidden = hidden
@@ -110,7 +114,9 @@ class Stage:
         if "position_ids" not in given:
             given["position_ids"] = self._known_positions(hidden.shape[0], hidden.shape[1])
         self._view.config = self._config if "attention_mask" in given else self._maskless
-        return self._view(inputs_embeds=hidden, use_cache=False, **given).last_hidden_state
+        # Said in both cases, since the configuration may ask for them.
+        output = self._view(inputs_embeds=hidden, use_cache=False, output_router_logits=routers, **given)
+        return output.last_hidden_state, tuple(output.router_logits) if routers else ()
 
     def _known_positions(self, rows: int, length: int) -> Tensor:
         if (rows, length) not in self._positions:
@@ -122,4 +128,6 @@ class Stage:
 
 def build_stages(model: Any, family: ModelFamily, split: Split) -> list[Stage]:
     """The stages of ``model``, in order."""
+    # What a model notes of its layers, transformers hooks into them when it is first asked for: once for all views.
+    maybe_install_capturing_hooks(model.get_submodule(family.layers.rpartition(".")[0]))
     return [Stage(model, family, split, index) for index in range(len(split.stages))]

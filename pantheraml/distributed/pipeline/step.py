@@ -23,6 +23,11 @@ from pantheraml.models.split import Split
 
 Batch = dict[str, Any]
 Context = Callable[[], AbstractContextManager[Any]]
+Loss = Callable[[Tensor, int, Tensor | None], Tensor]
+# From the logits (T, E) of a stage's routers and a mask of its T tokens to what is added up over the stages.
+Carry = Callable[[Sequence[Tensor], Tensor | None], Tensor]
+# Where a batch says which of its tokens are no padding, for ``Carry`` alone.
+TOKEN_MASK = "token_mask"
 # What the stages have no use for: tokens go through the embedding, labels into the loss.
 _NOT_FOR_STAGES = ("input_ids", "labels")
 
@@ -55,24 +60,27 @@ class Pipeline:
     def step(
         self,
         batches: Sequence[Batch],
-        loss: Callable[[Tensor, int], Tensor],
+        loss: Loss,
         *,
         scale: Callable[[Tensor], Tensor] = lambda value: value,
         context: Context = nullcontext,
+        carry: Carry | None = None,
     ) -> Tensor:
         """Forward and backward of all micro-batches; gradients are added to those that are there.
 
         Args:
             batches: what the model is given for each micro-batch, on the embedding's device.
-            loss: the loss of micro-batch ``i`` from the last stage's output (B, S, H); they are summed.
+            loss: the loss of micro-batch ``i`` from the last stage's output (B, S, H) and what was carried to it (None
+                without ``carry``); they are summed.
             scale: what is differentiated instead of the loss (a gradient scaler's).
             context: entered for each forward (autocast).
+            carry: what each stage adds up beside its output, where routers of experts have a loss of their own.
 
         Returns:
             The sum of the losses, detached, on the device of ``loss``.
         """
         with self._unchanging():
-            return _Step(self, batches, loss, scale, context).run()
+            return _Step(self, batches, loss, scale, context, carry).run()
 
     @contextmanager
     def _unchanging(self) -> Iterator[None]:
@@ -129,21 +137,22 @@ class _Step:
         self,
         pipeline: Pipeline,
         batches: Sequence[Batch],
-        loss: Callable[[Tensor, int], Tensor],
+        loss: Loss,
         scale: Callable[[Tensor], Tensor],
         context: Context,
+        carry: Carry | None,
     ) -> None:
         self._pipeline, self._batches, self._loss, self._scale = pipeline, batches, loss, scale
-        self._context = context
+        self._context, self._carry = context, carry
         self._stages: list[Stage] = pipeline.stages
         # All of them before anything is computed: later they would wait for what is launched until then.
         self._inputs = [
             [pipeline.send_inputs(stage, batch) for batch in batches] for stage in range(len(self._stages))
         ]
-        self._arriving: dict[tuple[int, int], Parcel] = {}
-        self._returning: dict[tuple[int, int], Parcel] = {}
+        self._arriving: dict[tuple[int, int], list[Parcel]] = {}
+        self._returning: dict[tuple[int, int], list[Parcel]] = {}
         self._embedded: dict[int, Tensor] = {}
-        self._held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._held: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}
         self._total: Tensor | None = None
 
     def run(self) -> Tensor:
@@ -157,37 +166,50 @@ class _Step:
     def _forward(self, index: int, i: int) -> None:
         stage = self._stages[index]
         with self._context(), _on(stage.device):
-            hidden = self._enter(index, i)
+            entered = self._enter(index, i)
             inputs = self._inputs[index][i]
             batch = {name: one.open() if isinstance(one, Parcel) else one for name, one in inputs.items()}
-            output = stage.forward(hidden, batch)
+            mask = batch.pop(TOKEN_MASK, None)
+            hidden, logits = stage.forward(entered[0], batch, routers=self._carry is not None)
+            outputs = [hidden]
+            if self._carry is not None:
+                carried = self._carry(logits, mask)
+                outputs.append(carried + entered[1] if index > 0 else carried)
             if stage.is_last:
-                output = self._loss(output, i)
-                self._total = output.detach() if self._total is None else self._total + output.detach()
-        self._held[index, i] = hidden, output
+                outputs = [self._loss(hidden, i, *(outputs[1:] or [None]))]
+                found = outputs[0].detach()
+                self._total = found if self._total is None else self._total + found
+        self._held[index, i] = entered, outputs
         if not stage.is_last:
-            self._arriving[index + 1, i] = self._pipeline.send_on(index, output.detach())
+            self._arriving[index + 1, i] = [
+                self._pipeline.send_on(index, output.detach()) for output in outputs
+            ]
 
-    def _enter(self, index: int, i: int) -> Tensor:
+    def _enter(self, index: int, i: int) -> list[Tensor]:
         """What the stage computes with: the beginning of its graph."""
         needs_gradient = index > 0
         if index == 0:
-            embedded, self._arriving[0, i] = self._pipeline.embed(self._batches[i]["input_ids"])
+            embedded, parcel = self._pipeline.embed(self._batches[i]["input_ids"])
+            self._arriving[0, i] = [parcel]
             needs_gradient = embedded.requires_grad
             if needs_gradient:
                 self._embedded[i] = embedded
-        return self._arriving.pop((index, i)).open().detach().requires_grad_(needs_gradient)
+        return [one.open().detach().requires_grad_(needs_gradient) for one in self._arriving.pop((index, i))]
 
     def _backward(self, index: int, i: int) -> None:
-        hidden, output = self._held.pop((index, i))
+        entered, outputs = self._held.pop((index, i))
         if self._stages[index].is_last:
-            torch.autograd.backward(self._scale(output))
-        elif output.requires_grad:
-            torch.autograd.backward(output, self._returning.pop((index, i)).open())
-        if hidden.grad is None:
-            return
-        parcel = self._pipeline.send_back(index, hidden.grad)
-        if index > 0:
-            self._returning[index - 1, i] = parcel
+            torch.autograd.backward(self._scale(outputs[0]))
         else:
-            torch.autograd.backward(self._embedded.pop(i), parcel.open())
+            returned = [parcel.open() for parcel in self._returning.pop((index, i), [])]
+            pairs = [pair for pair in zip(outputs, returned, strict=False) if pair[0].requires_grad]
+            if pairs:
+                torch.autograd.backward(*zip(*pairs, strict=True))
+        gradients = [one.grad for one in entered if one.grad is not None]
+        if len(gradients) < len(entered):
+            return  # nothing before this stage is trained
+        parcels = [self._pipeline.send_back(index, gradient) for gradient in gradients]
+        if index > 0:
+            self._returning[index - 1, i] = parcels
+        else:
+            torch.autograd.backward(self._embedded.pop(i), parcels[0].open())
