@@ -2,9 +2,12 @@
 
     python -m benchmarks.scaling --model /models/llama-8b --gpus 1,2,4,8 --json scaling.json
     python -m benchmarks.scaling --gpus 1,2 --ways python,torchrun,accelerate --precision nf4
+    python -m benchmarks.scaling --gpus 1,4 --ways python,alone
 
 Each run is a process of its own that sees the first N GPUs of CUDA_VISIBLE_DEVICES; ``--cpu`` takes ranks on the CPU
-instead. Without --model a checkpoint of the shape is made. The exit code is 1 when a run fails.
+instead. "alone" is N runs of one GPU each at the same time, which say nothing to one another: what their sum lacks of N
+times one GPU is the machine's (power, heat, GPUs that differ), not the ranks'. Without --model a checkpoint of the
+shape is made. The exit code is 1 when a run fails.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from benchmarks.shapes import SHAPES, checkpoint
 ROOT = Path(__file__).parents[1]
 WAYS: dict[str, list[str]] = {
     "python": [],
+    "alone": [],
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node={ranks}"],
     "accelerate": [
         "-m", "accelerate.commands.launch", "--num_processes={ranks}", "--num_machines=1", "--main_process_port=0",
@@ -34,14 +39,24 @@ WAYS: dict[str, list[str]] = {
 }  # fmt: skip
 
 
-def visible(count: int) -> str:
-    """CUDA_VISIBLE_DEVICES of a run on ``count`` of the GPUs that this process sees."""
+def visible(count: int, first: int = 0) -> str:
+    """CUDA_VISIBLE_DEVICES of a run on ``count`` of the GPUs that this process sees, from the ``first`` on."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return ",".join((names.split(",") if names else [str(index) for index in range(count)])[:count])
+    found = names.split(",") if names else [str(index) for index in range(first + count)]
+    return ",".join(found[first : first + count])
 
 
 def run(way: str, ranks: int, options: argparse.Namespace, model: str) -> dict[str, Any]:
     """The figures of one run, or how it failed, with the end of what it printed."""
+    if way != "alone":
+        return run_once(way, ranks, visible(ranks), options, model)
+    with ThreadPoolExecutor(ranks) as pool:
+        runs = [pool.submit(run_once, way, 1, visible(1, index), options, model) for index in range(ranks)]
+    return together([one.result() for one in runs])
+
+
+def run_once(way: str, ranks: int, gpus: str, options: argparse.Namespace, model: str) -> dict[str, Any]:
+    """One run of ``ranks`` on ``gpus``."""
     words = ["-m", "benchmarks.scaling_run"]
     launcher = [word.format(ranks=ranks) for word in WAYS[way]]
     if way == "accelerate":
@@ -55,7 +70,7 @@ def run(way: str, ranks: int, options: argparse.Namespace, model: str) -> dict[s
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
-        environment["CUDA_VISIBLE_DEVICES"] = "" if options.cpu else visible(ranks)
+        environment["CUDA_VISIBLE_DEVICES"] = "" if options.cpu else gpus
         environment["SCALING_BEGAN"] = str(time.time())
         done = subprocess.run(
             [sys.executable, *launcher, *words], env=environment, cwd=folder, stdout=subprocess.PIPE,
@@ -70,6 +85,16 @@ def run(way: str, ranks: int, options: argparse.Namespace, model: str) -> dict[s
                 "printed": done.stdout[-4000:],
             }
         return {"way": way, "status": "ok", **json.loads(result.read_text())}
+
+
+def together(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Runs at the same time as one line: their tokens in all, and the rest of the slowest."""
+    failed = next((one for one in runs if one["status"] != "ok"), None)
+    if failed is not None:
+        return failed | {"ranks": len(runs)}
+    slowest = min(runs, key=lambda one: one["tok_s"])
+    of_each = [one["tok_s"] for one in runs]
+    return slowest | {"ranks": len(runs), "tok_s": sum(of_each), "tok_s_of_each": of_each}
 
 
 def markdown(lines: list[dict[str, Any]]) -> str:

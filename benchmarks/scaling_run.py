@@ -80,6 +80,8 @@ def main() -> None:
         """Waits for the device at both ends of what is timed only."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 0:
+                note("plan")
             if state.global_step == warm:
                 synchronize()
                 reset_peaks()

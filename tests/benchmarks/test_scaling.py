@@ -37,7 +37,15 @@ def test_two_ranks_and_one(tmp_path, monkeypatch, capsys):
     assert all(line["telemetry_ms"] > 0 and line["own_gpu_only"] is None for line in lines)
     assert all(0 < line["host_gib"][0] <= line["host_gib"][1] for line in lines)
     for line in lines:
-        assert list(line["passed_s"]) == ["process", "rank", "libraries", "model", "trainer", "first step"]
+        assert list(line["passed_s"]) == [
+            "process",
+            "rank",
+            "libraries",
+            "model",
+            "trainer",
+            "plan",
+            "first step",
+        ]
         assert sorted(line["passed_s"].values()) == list(line["passed_s"].values())
     assert "| 1 | python |" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["scaling", f"--model={tmp_path / 'nothing'}", "--gpus=1", *words[1:]])
@@ -77,6 +85,22 @@ def test_the_shares_of_ranks_add_up_to_one_copy(tmp_path):
     for _, mapped, seen, after in found:
         assert after == pytest.approx(mapped, abs=0.02)
         assert peak_together([seen]) - after > 0.9 * size / 2**30
+
+
+def test_runs_at_the_same_time_are_one_line(monkeypatch):
+    speeds = {"0": 10.0, "5": 8.0, "7": 9.0}
+
+    def once(way, ranks, gpus, options, model):
+        return {"way": way, "status": "ok", "ranks": ranks, "tok_s": speeds[gpus], "ms": 80 / speeds[gpus]}
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,5,7,9")
+    monkeypatch.setattr(scaling, "run_once", once)
+    line = scaling.run("alone", 3, None, "model")
+    assert (line["ranks"], line["tok_s"], line["ms"]) == (3, 27.0, 10.0)
+    assert line["tok_s_of_each"] == [10.0, 8.0, 9.0]
+    assert scaling.visible(2) == "0,5" and scaling.visible(1, 3) == "9"
+    failed = {"status": "code 1", "ranks": 1, "printed": "no"}
+    assert scaling.together([line, failed]) == failed | {"ranks": 2}
 
 
 def test_a_peak_together_is_of_one_moment():

@@ -204,7 +204,7 @@ class _Step:
             returned = [parcel.open() for parcel in self._returning.pop((index, i), [])]
             pairs = [pair for pair in zip(outputs, returned, strict=False) if pair[0].requires_grad]
             if pairs:
-                torch.autograd.backward(*zip(*pairs, strict=True))
+                torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
         gradients = [one.grad for one in entered if one.grad is not None]
         if len(gradients) < len(entered):
             return  # nothing before this stage is trained
