@@ -24,8 +24,8 @@ from pantheraml.models.packed_rows import documents_mix
 from pantheraml.models.recompute import optimizer_bytes
 from pantheraml.models.recompute_plan import most_tokens
 from pantheraml.models.state import get_state
-from pantheraml.training.rank_batches import RankedRows
 from pantheraml.training.router_balance import Groups
+from pantheraml.training.step_loss import StepLoss
 
 # Tokens beyond which a pass is no faster per token (H200, 8B: 8,192 tokens keep the GPU busy; twice that, to be sure).
 MOST_TOKENS = 16384
@@ -108,10 +108,9 @@ def _joined(group: list[Batch], grouped: bool) -> Batch:
     return tokens | beside | {"cu_seq_lens_q": torch.cat(offsets), "max_length_q": max(lengths)}
 
 
-class MergedSteps(RankedRows):
+class MergedSteps(StepLoss):
     """The part of the trainer that merges micro-batches; ``merge_micro_batches`` of the arguments says whether."""
 
-    _has_own_head = False
     _most_tokens = 0
     _operations_per_token: int | None = None
 
@@ -153,9 +152,6 @@ class MergedSteps(RankedRows):
         if self.aux_loss_enabled and not (self._has_own_head and self._loss_is_plain()):
             return "the routers' loss is that of each micro-batch"
         return "documents of one row see one another in this model" if documents_mix(model) else None
-
-    def _loss_is_plain(self) -> bool:
-        raise NotImplementedError
 
     def _room(self) -> int:
         model = cast(Any, self.model)

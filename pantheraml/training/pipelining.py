@@ -25,7 +25,6 @@ from pantheraml.models.state import ModelState, get_state
 from pantheraml.training.head import score, why_not_fused
 from pantheraml.training.merging import MergedSteps
 from pantheraml.training.router_balance import balance_loss, experts_per_token, router_sums
-from pantheraml.training.step_figures import StepFigures
 
 Batch = dict[str, Any]
 
@@ -41,7 +40,6 @@ class PipelinedSteps(MergedSteps):
     """The part of the trainer that pipelines split models."""
 
     _multi_gpu: MultiGPUConfig | None = None
-    _figures: StepFigures
     _pieces = 0  # into which each batch is cut; 0: stages compute one after the other
     _pipeline: Pipeline | None = None
     _step_size = 0

@@ -11,9 +11,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from trl import SFTConfig
 
 from pantheraml.checkpoint.partial import removed_on_failure
 from pantheraml.data.masking import check_labels
@@ -56,7 +54,6 @@ from pantheraml.training.rows import (
     prepared_once,
     report_cut_rows,
 )
-from pantheraml.training.step_figures import StepFigures
 
 
 class PantheraMLTrainer(PipelinedSteps):
@@ -146,7 +143,6 @@ class PantheraMLTrainer(PipelinedSteps):
             config.max_length = None  # TRL refuses it, since it would not cut the rows; _prepare_dataset does
 
         self._eval_sums: TokenSums | None = None
-        self._figures = StepFigures()
         if config.padding_free or (config.packing and config.packing_strategy != "wrapped"):
             keep_documents_apart(model)
         with _kept_trainable_weights(model):
@@ -275,70 +271,6 @@ class PantheraMLTrainer(PipelinedSteps):
         if rate is not None and not existed:
             split_embedding_group(optimizer, embedding_parameters(cast(torch.nn.Module, self.model)), rate)
         return optimizer
-
-    # --- loss -----------------------------------------------------------------------------------------------
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """TRL's loss; in the plain case its figures stay on the device until they are logged."""
-        if return_outputs or not self._loss_is_plain():
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs["use_cache"] = False
-        if self.aux_loss_enabled:
-            inputs["output_router_logits"] = True
-        output = model(**inputs, fused_lm_head=True)
-        labels = output.label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
-        tokens = mask.sum() if mask is not None else ids.numel() if ids is not None else 0
-        tokens = tokens * output.label_mask.any()  # the row without labels of a rank that has run out of rows
-        balance = output.aux_loss.reshape(-1) if self.aux_loss_enabled else None
-        self._figures.add(output.entropy, output.is_top1, output.label_mask, tokens, balance)
-        loss = -output.log_probs.sum() / torch.as_tensor(labels).clamp(min=1)
-        # The label tokens are those of all ranks, whose gradients are averaged.
-        together = num_items_in_batch is not None and self.args.average_tokens_across_devices
-        loss = loss * self.args.world_size if together else loss
-        if balance is not None:
-            loss = loss + self._weighted_balance(balance, num_items_in_batch)
-        return loss
-
-    def _weighted_balance(self, balance: Tensor, num_items_in_batch: Any) -> Tensor:
-        """What the routers of a pass add to the loss of its step, as in TRL: the mean over the step's micro-batches.
-
-        Args:
-            balance: their loss in each micro-batch of the pass, (M,).
-            num_items_in_batch: label tokens of the step; without it transformers takes the mean itself.
-        """
-        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        return self.router_aux_loss_coef * balance.sum() / steps
-
-    def _loss_is_plain(self) -> bool:
-        """Whether the loss of this step is the plain negative log-likelihood, beside the routers' own."""
-        model = cast(torch.nn.Module, self.model)
-        is_nll = (
-            cast(SFTConfig, self.args).loss_type == "nll"
-            and self.compute_loss_func is None
-            and self.label_smoother is None
-        )
-        return model.training and is_nll
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as TRL does, with the figures of the steps since the last line."""
-        found = self._figures.take()
-        if found is not None:
-            self._total_train_tokens += found.tokens
-            figures = self._metrics["train"]
-            figures["entropy"] = [found.entropy]
-            figures["mean_token_accuracy"] = [found.accuracy]
-            figures["num_tokens"] = [self._total_train_tokens]
-            if found.balance is not None:
-                figures["aux_loss"] = [found.balance]
-            logs.update(self.figures(self._total_train_tokens, logs))
-        super().log(logs, start_time)
-
-    def figures(self, tokens: int, logs: dict[str, float]) -> dict[str, float]:
-        """What is logged beside the figures of the loss, after ``tokens`` of all ranks; nothing here."""
-        return {}
 
     # --- evaluation -----------------------------------------------------------------------------------------
 

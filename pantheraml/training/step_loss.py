@@ -1,0 +1,85 @@
+"""The loss of a training step, and its figures, which stay on the device until they are logged."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from trl import SFTConfig
+
+from pantheraml.training.rank_batches import RankedRows
+from pantheraml.training.step_figures import StepFigures
+
+
+class StepLoss(RankedRows):
+    """The part of the trainer that computes the loss: TRL's, which waits for no device where it is the plain one."""
+
+    # Whether our head is on the model, which knows the micro-batches of one pass from one another.
+    _has_own_head = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._figures = StepFigures()
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss; in the plain case its figures stay on the device until they are logged."""
+        if return_outputs or not self._loss_is_plain():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs["use_cache"] = False
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        output = model(**inputs, fused_lm_head=True)
+        labels = output.label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+        tokens = mask.sum() if mask is not None else ids.numel() if ids is not None else 0
+        tokens = tokens * output.label_mask.any()  # the row without labels of a rank that has run out of rows
+        balance = output.aux_loss.reshape(-1) if self.aux_loss_enabled else None
+        self._figures.add(output.entropy, output.is_top1, output.label_mask, tokens, balance)
+        loss = -output.log_probs.sum() / torch.as_tensor(labels).clamp(min=1)
+        # The label tokens are those of all ranks, whose gradients are averaged.
+        together = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        loss = loss * self.args.world_size if together else loss
+        if balance is not None:
+            loss = loss + self._weighted_balance(balance, num_items_in_batch)
+        return loss
+
+    def _weighted_balance(self, balance: Tensor, num_items_in_batch: Any) -> Tensor:
+        """What the routers of a pass add to the loss of its step, as in TRL: the mean over the step's micro-batches.
+
+        Args:
+            balance: their loss in each micro-batch of the pass, (M,).
+            num_items_in_batch: label tokens of the step; without it transformers takes the mean itself.
+        """
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        return self.router_aux_loss_coef * balance.sum() / steps
+
+    def _loss_is_plain(self) -> bool:
+        """Whether the loss of this step is the plain negative log-likelihood, beside the routers' own."""
+        model = cast(nn.Module, self.model)
+        is_nll = (
+            cast(SFTConfig, self.args).loss_type == "nll"
+            and self.compute_loss_func is None
+            and self.label_smoother is None
+        )
+        return model.training and is_nll
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as TRL does, with the figures of the steps since the last line."""
+        found = self._figures.take()
+        if found is not None:
+            self._total_train_tokens += found.tokens
+            figures = self._metrics["train"]
+            figures["entropy"] = [found.entropy]
+            figures["mean_token_accuracy"] = [found.accuracy]
+            figures["num_tokens"] = [self._total_train_tokens]
+            if found.balance is not None:
+                figures["aux_loss"] = [found.balance]
+            logs.update(self.figures(self._total_train_tokens, logs))
+        super().log(logs, start_time)
+
+    def figures(self, tokens: int, logs: dict[str, float]) -> dict[str, float]:
+        """What is logged beside the figures of the loss, after ``tokens`` of all ranks; nothing here."""
+        return {}
