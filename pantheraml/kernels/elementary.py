@@ -12,6 +12,16 @@ from pantheraml.kernels.launch import jit, tl
 
 
 @jit
+def product(x, y, EXACT: tl.constexpr):
+    """x * y; with ``EXACT`` rounded, whatever is added to it.
+
+    Compilers fuse ``x * y + z``, which adds z to the product before it is rounded. A logit would then differ from the
+    highest one even where it is that one.
+    """
+    return tl.fma(x, y, 0.0) if EXACT else x * y
+
+
+@jit
 def exp(x, EXACT: tl.constexpr):
     """exp at any x but infinity, 0 below 1e-38, to 1 unit in the last place, or without ``EXACT`` to 3; NaN is NaN."""
     if EXACT:

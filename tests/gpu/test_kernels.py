@@ -52,6 +52,13 @@ def test_cross_entropy(rows, vocabulary, layout, dtype, scale, cap):
     check_loss(run_loss, several(make_logits, rows, vocabulary, dtype, GPU, layout), scale, cap)
 
 
+@pytest.mark.parametrize(("scale", "cap"), [(0.3, None), (1.0, 30.0)])
+def test_the_only_token_costs_nothing(scale, cap):
+    # A logit less itself, which compilers would fuse with the product it comes from.
+    loss, dz = run_loss(*make_logits(9, 1, device=GPU), scale, cap)
+    assert (loss == 0).all() and (dz == 0).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, 3.0)])
