@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pantheraml.errors import ConfigError
-from pantheraml.kernels.elementary import exp, log, tanh
+from pantheraml.kernels.elementary import exp, log, product, tanh
 from pantheraml.kernels.launch import jit, launching_on, runs_triton, tl
 
 IGNORE = -100
@@ -42,11 +42,11 @@ class RowScores(NamedTuple):
 @jit
 def _bent(z, scale, cap, CAP: tl.constexpr, EXACT: tl.constexpr):
     """The logits a model means by its raw ones, and the slope from one to the other."""
-    y = z * scale
+    y = product(z, scale, EXACT)
     slope = scale
     if CAP:
         value, rise = tanh(tl.div_rn(y, cap), EXACT)
-        y = cap * value
+        y = product(cap, value, EXACT)
         slope = scale * rise
     return y, slope
 

@@ -1,4 +1,4 @@
-"""exp, log and tanh for kernels, accurate in float32.
+"""exp, log, tanh and sigmoid for kernels, accurate in float32.
 
 Triton's own ``exp`` rounds its argument times log2(e), so that its error grows with the argument; the hardware's powers
 and logarithms of two err by 2 units in the last place or more, and ``/`` is an approximate quotient. In 16-bit results
@@ -9,6 +9,16 @@ exponential is a series there.
 from __future__ import annotations
 
 from pantheraml.kernels.launch import jit, tl
+
+
+@jit
+def product(x, y, EXACT: tl.constexpr):
+    """x * y; with ``EXACT`` rounded, whatever is added to it.
+
+    Compilers fuse ``x * y + z``, which adds z to the product before it is rounded. A logit would then differ from the
+    highest one even where it is that one.
+    """
+    return tl.fma(x, y, 0.0) if EXACT else x * y
 
 
 @jit
@@ -51,3 +61,13 @@ def tanh(x, EXACT: tl.constexpr):
     near = tl.abs(x) < 0.625
     value = tl.where(near, inner, tl.where(x < 0, rest - 1, 1 - rest))
     return value, tl.where(near, 1 - inner * inner, rest * (2 - rest))
+
+
+@jit
+def sigmoid(x, EXACT: tl.constexpr):
+    """s = sigmoid(x); with ``EXACT`` the rest that the roundings of 1 + e^-x and its inverse took from s; and 1 - s."""
+    e = exp(tl.minimum(-x, 80.0), EXACT)
+    whole = 1 + e
+    s = tl.div_rn(1.0, whole)
+    rest = s * tl.fma(whole - 1 - e, s, tl.fma(-whole, s, 1.0)) if EXACT else 0.0
+    return s, rest, e * s  # 1 - s would cancel where s is close to 1

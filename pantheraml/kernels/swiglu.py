@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pantheraml.errors import ConfigError
-from pantheraml.kernels.elementary import exp
+from pantheraml.kernels.elementary import sigmoid
 from pantheraml.kernels.launch import jit, launching_on, runs_triton, tl
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -29,20 +29,26 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 @jit
 def _activate(g, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     """act(g) and act'(g); ACTIVATION counts in ACTIVATIONS, EXACT is for results in float32."""
-    if ACTIVATION == 1:
-        # 0.5 (1 + tanh(x)) is s = sigmoid(2x), and 1 - s is e^(-2x) s: nothing is lost where tanh is close to 1 or -1
-        e = exp(tl.minimum(-1.5957691216057308 * (g + 0.044715 * g * g * g), 80.0), EXACT)
-        s = tl.div_rn(1.0, 1 + e)
-        value = g * s
-        slope = s + value * (e * s) * 1.5957691216057308 * (1 + 3 * 0.044715 * g * g)
-    elif ACTIVATION == 2:
+    if ACTIVATION == 2:
         normal = 0.5 * (1 + tl.erf(g * 0.7071067811865476))
         value = g * normal
         slope = normal + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)
-    else:
+    elif ACTIVATION == 0 and not EXACT:
         s = tl.sigmoid(g)
         value = g * s
         slope = s + value * (1 - s)
+    else:
+        x, rise = g, 1.0
+        if ACTIVATION == 1:  # 0.5 (1 + tanh(x)) is sigmoid(2x)
+            x = 1.5957691216057308 * (g + 0.044715 * g * g * g)
+            rise = 1.5957691216057308 * (1 + 3 * 0.044715 * g * g)
+        s, rest, other = sigmoid(x, EXACT)
+        value = g * s
+        bend = value * other * rise
+        if EXACT:
+            value = tl.fma(g, s, g * rest)
+            bend += rest
+        slope = s + bend
     return value, slope
 
 
