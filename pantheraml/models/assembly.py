@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from pantheraml.kernels.attention.backend import AttentionCall
+
 
 @dataclass(frozen=True)
 class LoadRequest:
@@ -99,6 +101,7 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
         ConfigError, ModelLoadError, NotYetError, HardwareError: as ``from_pretrained`` says.
     """
     from pantheraml.models.fused import apply_fused_parts
+    from pantheraml.models.fused.early_attention import tried_beside
     from pantheraml.models.split import carry_between
 
     trust = request.trust_remote_code
@@ -125,7 +128,8 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
         limit_gpu(gpu, limit)
     extend_positions(config, request.max_seq_length, request.rope_scaling)
     tokenizer = load_tokenizer(source.tokenizer_folder, fix=request.fix_tokenizer, trust_remote_code=trust)
-    model = _load_base(request, source, config, precision, place)
+    with tried_beside(_coming_calls(request, config, precision, place)):
+        model = _load_base(request, source, config, precision, place)
     check_vocabulary(model, tokenizer)
     text = model.config.get_text_config()
     if getattr(text, "pad_token_id", None) is None:
@@ -153,6 +157,27 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
         )
         _say_patches(state.patches)
     return model, tokenizer, state
+
+
+def _coming_calls(
+    request: LoadRequest, config: PretrainedConfig, precision: Precision, place: Place
+) -> list[AttentionCall]:
+    """What attention will be asked for, on each device, if it is ours."""
+    from pantheraml.models.fused.early_attention import coming_calls
+
+    family = find_family(config)
+    if (
+        request.kernels != "auto"
+        or request.attn_implementation is not None
+        or family is None
+        or family.not_text
+    ):
+        return []
+    text, tokens = config.get_text_config(), request.max_seq_length
+    devices = [place.device] if place.split is None else place.split.devices
+    return [
+        call for device in devices for call in coming_calls(text, family, precision.dtype, device, tokens)
+    ]
 
 
 def _load_base(

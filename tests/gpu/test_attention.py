@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pantheraml.kernels.attention import AttentionCall, attend, choose, read_layout, table
+from pantheraml import FastLanguageModel
+from pantheraml.kernels.attention import AttentionCall, attend, choose, probe, read_layout, table
 from pantheraml.kernels.attention.attend import backward, forward
 from pantheraml.kernels.attention.probe import SOFTCAP
 from pantheraml.models.families import find_family
@@ -195,3 +196,17 @@ def test_fused_and_stock_train_alike_in_bfloat16():
         losses.append(curve)
     assert losses[0][-1] < 0.8 * losses[0][0]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_backends_are_tried_while_weights_are_loaded(tmp_path):
+    """The first step finds them tried: loading libraries and comparing results took seconds of it."""
+    folder = tiny.save_checkpoint(tmp_path, "llama")
+    probe.failure.cache_clear()
+    model, _ = FastLanguageModel.from_pretrained(str(folder), max_seq_length=64, load_in_16bit=True)
+    before = probe.failure.cache_info().misses
+    assert before > 0
+    ids = torch.arange(5, 45, device="cuda")[None]
+    model = FastLanguageModel.get_peft_model(model, r=4).train()
+    for positions in (None, torch.arange(40, device="cuda").remainder(9)[None]):
+        model(ids, labels=ids, position_ids=positions).loss.backward()
+    assert probe.failure.cache_info().misses == before

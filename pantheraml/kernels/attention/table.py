@@ -43,12 +43,18 @@ _told: set[tuple[str, Features]] = set()
 @eagerly
 def choose(call: AttentionCall) -> AttentionBackend:
     """The first backend of the table that takes ``call``; on a GPU the log says which, once per kind."""
+    backend, passed = fastest(call)
+    _tell(call, backend, passed)
+    return backend
+
+
+def fastest(call: AttentionCall) -> tuple[AttentionBackend, list[tuple[str, str]]]:
+    """What ``choose`` says, and the names of the faster ones with why they do not take ``call``; nothing is logged."""
     passed: list[tuple[str, str]] = []
     for backend in PACKED if call.packed else DENSE:
         reason = backend.why_not(call)
         if reason is None:
-            _tell(call, backend, passed)
-            return backend
+            return backend, passed
         passed.append((backend.name, reason))
     raise AssertionError("the last backend takes everything")
 
