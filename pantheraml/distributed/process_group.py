@@ -27,6 +27,8 @@ from pantheraml.log import say_once
 T = TypeVar("T")
 # A wait in the store that only the end of the run ends.
 _LONG = timedelta(days=7)
+# Seconds in which threads that a process group leaves behind are done with their last work.
+_COMING_TO_REST = 0.2
 # Seconds for a rank that failed to say why, before those that waited for it say that it did.
 _CAUSE_FIRST = 5.0
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -187,7 +189,17 @@ def _create(config: MultiGPUConfig, environment: LaunchEnvironment) -> None:
         world_size=environment.world_size,
         device_id=device if device.type == "cuda" else None,
     )
-    atexit.register(cleanup_multi_gpu)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Destroy the process group, and let its threads come to rest.
+
+    A thread of gloo's lets go of the tensors of a collective a moment after whoever waited for it goes on, and asks for
+    Python's lock to do so. Where Python has ended by then, it aborts the process, and with it the run.
+    """
+    cleanup_multi_gpu()
+    time.sleep(_COMING_TO_REST)
 
 
 def _device() -> torch.device:
