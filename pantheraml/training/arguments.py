@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, cast
 
 import torch
 from transformers import TrainingArguments
@@ -173,6 +174,12 @@ def join_ranks(config: SFTConfig, ranks: int) -> None:
             need="Arguments that are made before the ranks know of one another train each rank alone.",
             fix="Call FastLanguageModel.from_pretrained or setup_multi_gpu before making the arguments.",
         )
+
+
+def copy_batches_beside(config: SFTConfig) -> None:
+    """Let batches go to the GPU while it computes; the host would wait for all it has launched so far (in place)."""
+    if config.dataloader_pin_memory and config.device.type == "cuda":  # pragma: no cover - needs a GPU
+        config.accelerator_config = replace(cast(Any, config.accelerator_config), non_blocking=True)
 
 
 def resolve_max_length(config: SFTConfig, model_length: int | None) -> int | None:

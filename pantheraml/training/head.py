@@ -8,6 +8,7 @@ no Triton, which TRL's own does.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from pantheraml.kernels.linear_cross_entropy import TokenScores, linear_log_probs
+from pantheraml.models.fused.known_rows import known_rows
 from pantheraml.models.patching import PatchSet
 from pantheraml.training.router_balance import Groups, balance_loss, experts_per_token, router_sums
 
@@ -92,15 +94,19 @@ def _forward(
     labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
+    index = kwargs.pop("label_index", None)
     if not fused_lm_head or labels is None or "shift_labels" in kwargs or why_not_fused(model) is not None:
         return before(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
     num_items, groups = kwargs.pop("num_items_in_batch", None), kwargs.pop("router_groups", None)
     target = labels[:, 1:]
     mask = target != -100
-    # Which rows are labelled is asked before the model runs, so that the answer waits for no layer.
-    index = mask.reshape(-1).nonzero()[:, 0]
+    if index is None:  # asked before the model runs, so that the answer waits for no layer
+        index = mask.reshape(-1).nonzero()[:, 0]
     backbone: Any = model.base_model
-    output = backbone(*args, **{**kwargs, "use_cache": False})
+    inputs = {**kwargs, "use_cache": False}
+    # Arguments by place are not looked at: they may be a mask, or positions.
+    with nullcontext() if len(args) > 1 else known_rows(backbone, inputs, labels):
+        output = backbone(*args, **inputs)
     hidden = output.last_hidden_state[:, :-1]
     # The last layers of a split model may be on another device than the labels.
     there = hidden.device

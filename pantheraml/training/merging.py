@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import RemoveColumnsCollator
@@ -24,6 +26,7 @@ from pantheraml.models.packed_rows import documents_mix
 from pantheraml.models.recompute import optimizer_bytes
 from pantheraml.models.recompute_plan import most_tokens
 from pantheraml.models.state import get_state
+from pantheraml.training.rank_batches import LABEL_AT
 from pantheraml.training.router_balance import Groups
 from pantheraml.training.step_loss import StepLoss
 
@@ -45,13 +48,15 @@ class FlatCollator:
         self._collator.padding_free = True
 
     def __call__(self, examples: list[dict[str, Any]]) -> Batch:
-        """The batch on the CPU, with the offsets of its documents."""
+        """The batch on the CPU, with the offsets of its documents, and what the host needs to know of it as numbers."""
         found = self._collator(examples)
-        positions = found["position_ids"][0]
+        positions, labels = found["position_ids"][0], found["labels"][0]
         starts = (positions == 0).nonzero().flatten()
         offsets = torch.cat([starts, torch.tensor([positions.numel()])]).to(torch.int32)
         batch = {name: found[name] for name in _PER_TOKEN}
-        return batch | {"cu_seq_lens_q": offsets, "lengths": offsets.diff().tolist()}
+        # The first token of a document follows nothing that could foretell it.
+        label_at = ((labels != -100) & (positions > 0)).nonzero().flatten().numpy()
+        return batch | {"cu_seq_lens_q": offsets, "lengths": offsets.diff().tolist(), LABEL_AT: label_at}
 
 
 def merge_batches(batches: list[Batch], most: int, *, grouped: bool = False) -> list[Batch]:
@@ -86,26 +91,35 @@ def _joined(group: list[Batch], grouped: bool) -> Batch:
     """One batch as the model takes it: (documents, length) where all have one length, which is faster; else one row.
 
     What has no labels is left out, as long as something stays: a rank without any batch would hold up the others.
+    ``label_index`` counts the labels among all positions but the first of a row, as the head does.
     """
     if not grouped:
-        group = [batch for batch in group if (batch["labels"] != -100).any()] or group[:1]
+        group = [batch for batch in group if batch[LABEL_AT].size] or group[:1]
     lengths = [length for batch in group for length in batch["lengths"]]
+    sizes, device = [batch["input_ids"].numel() for batch in group], group[0]["input_ids"].device
+    starts = list(accumulate(sizes, initial=0))
     tokens = {name: torch.cat([batch[name] for batch in group], dim=1) for name in _PER_TOKEN}
+    label_at = np.concatenate([batch[LABEL_AT] + start for batch, start in zip(group, starts, strict=False)])
     beside: Batch = {}
     if grouped:
-        sizes = torch.tensor([batch["input_ids"].numel() for batch in group])
+        numbers = np.repeat(np.arange(len(group)), sizes)
+        labelled = np.array([batch[LABEL_AT].size > 0 for batch in group], dtype=np.float32)
         beside["router_groups"] = Groups(
-            index=torch.arange(len(group)).repeat_interleave(sizes), count=len(group)
+            index=_sent(numbers, device), labelled=_sent(labelled, device), count=len(group)
         )
     if len(set(lengths)) == 1:
         rows = {name: tokens[name].view(len(lengths), lengths[0]) for name in ("input_ids", "labels")}
-        return rows | beside
+        return rows | beside | {"label_index": _sent(label_at - label_at // lengths[0] - 1, device)}
     offsets: list[Tensor] = [group[0]["cu_seq_lens_q"][:1]]
-    before = 0
-    for batch in group:
-        offsets.append(batch["cu_seq_lens_q"][1:] + before)
-        before += batch["input_ids"].numel()
-    return tokens | beside | {"cu_seq_lens_q": torch.cat(offsets), "max_length_q": max(lengths)}
+    offsets += [batch["cu_seq_lens_q"][1:] + start for batch, start in zip(group, starts, strict=False)]
+    beside |= {"cu_seq_lens_q": torch.cat(offsets), "max_length_q": max(lengths)}
+    return tokens | beside | {"label_index": _sent(label_at - 1, device)}
+
+
+def _sent(numbers: Any, device: torch.device) -> Tensor:
+    """An array of the host on ``device``, for which nobody waits."""
+    found = torch.from_numpy(numbers)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
 
 
 class MergedSteps(StepLoss):
@@ -186,6 +200,9 @@ class MergedSteps(StepLoss):
             # Without the number of label tokens, TRL averages over micro-batches, which then must stay what they are.
             most = self._most_tokens if num_items is not None else 0
             batches = merge_batches(batches, most, grouped=self.aux_loss_enabled)
+            if not self._has_own_head:
+                for batch in batches:
+                    batch.pop("label_index", None)
         return batches, num_items
 
     def floating_point_ops(self, inputs: Batch) -> int:

@@ -146,16 +146,18 @@ class PipelinedSteps(MergedSteps):
             num_items = sum(one.index.numel() for one in labels)
         total = torch.as_tensor(num_items, device=head).clamp(min=1)
 
+        num_labelled = max(1, sum(one.index.numel() > 0 for one in labels))
+
         def loss(hidden: Tensor, i: int, routed: Tensor | None) -> Tensor:
             index, target = labels[i]
             found = score(base, hidden[:, :-1].flatten(0, 1)[index], target)
-            balance = None if routed is None else balance_loss(routed)
-            self._figures.add(found.entropy, found.is_top1, torch.ones_like(target), tokens[i], balance)
+            labelled = float(index.numel() > 0)
+            balance = None if routed is None else balance_loss(routed).sum() * labelled
+            noted = None if balance is None else torch.stack([balance, torch.full_like(balance, labelled)])
+            self._figures.add(found.entropy, found.is_top1, torch.ones_like(target), tokens[i], noted)
             # Without labels every parameter is reached still.
-            value = -found.log_probs.sum() / total if index.numel() else 0.0 * hidden.sum()
-            return (
-                value if balance is None else value + self.router_aux_loss_coef * balance.sum() / len(pieces)
-            )
+            value = -found.log_probs.sum() / total if labelled else 0.0 * hidden.sum()
+            return value if balance is None else value + self.router_aux_loss_coef * balance / num_labelled
 
         scaler = self.accelerator.scaler
         scale = (lambda value: value) if scaler is None else scaler.scale

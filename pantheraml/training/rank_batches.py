@@ -26,6 +26,8 @@ from pantheraml.errors import DataError
 from pantheraml.log import say_once
 
 Batch = dict[str, Any]
+# Which tokens of a flat batch are labels: numbers that stay on the host, where nobody waits to learn them.
+LABEL_AT = "label_at"
 # Rows of a stream by which ranks see whether they read the same one.
 _COMPARED = 16
 
@@ -137,7 +139,10 @@ class FilledCollator:
 
 def without_labels(batch: Batch) -> Batch:
     """A batch of the same rows that trains nothing."""
-    return batch | {"labels": torch.full_like(batch["labels"], -100)}
+    none = {"labels": torch.full_like(batch["labels"], -100)}
+    if LABEL_AT in batch:
+        none[LABEL_AT] = batch[LABEL_AT][:0]
+    return batch | none
 
 
 def first_row(rows: Iterable[Any]) -> Any:

@@ -21,10 +21,12 @@ class Groups(TypedDict):
 
     Attributes:
         index: of the micro-batch, of each token: (T,) int64.
+        labelled: whether a micro-batch has labels, (M,) float32.
         count: micro-batches, M.
     """
 
     index: Tensor
+    labelled: Tensor
     count: int
 
 

@@ -52,12 +52,12 @@ class StepFigures:
             is_top1: per position, nonzero where the label is the most likely token.
             label_mask: per position, whether there is a label.
             tokens: number of tokens that are not padding.
-            balance: the routers' loss of each of them, (M,).
+            balance: the routers' losses of those that have labels, summed, and how many these are: (2,).
         """
         figures = [entropy.detach().sum(), is_top1.sum(), label_mask.sum()]
         figures.append(torch.as_tensor(tokens, device=entropy.device))
         if balance is not None:
-            figures += [balance.detach().sum(), torch.as_tensor(balance.numel(), device=entropy.device)]
+            figures += list(balance.detach())
         self._rows.append(torch.stack([figure.to(torch.float64) for figure in figures]))
 
     def take(self) -> Figures | None:

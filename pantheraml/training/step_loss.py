@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from trl import SFTConfig
 
-from pantheraml.training.rank_batches import RankedRows
+from pantheraml.training.rank_batches import LABEL_AT, RankedRows
 from pantheraml.training.step_figures import StepFigures
 
 
@@ -17,6 +19,8 @@ class StepLoss(RankedRows):
 
     # Whether our head is on the model, which knows the micro-batches of one pass from one another.
     _has_own_head = False
+    # Micro-batches of the step at hand that have labels, of all ranks.
+    _num_labelled: Tensor | int = 1
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._figures = StepFigures()
@@ -36,25 +40,45 @@ class StepLoss(RankedRows):
         mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
         tokens = mask.sum() if mask is not None else ids.numel() if ids is not None else 0
         tokens = tokens * output.label_mask.any()  # the row without labels of a rank that has run out of rows
-        balance = output.aux_loss.reshape(-1) if self.aux_loss_enabled else None
+        balance = self._balance(output, inputs) if self.aux_loss_enabled else None
         self._figures.add(output.entropy, output.is_top1, output.label_mask, tokens, balance)
         loss = -output.log_probs.sum() / torch.as_tensor(labels).clamp(min=1)
-        # The label tokens are those of all ranks, whose gradients are averaged.
+        # Label tokens, and micro-batches, are those of all ranks, whose gradients are averaged.
         together = num_items_in_batch is not None and self.args.average_tokens_across_devices
-        loss = loss * self.args.world_size if together else loss
+        ranks = self.args.world_size if together else 1
+        loss = loss * ranks
         if balance is not None:
-            loss = loss + self._weighted_balance(balance, num_items_in_batch)
+            # Without the number of items, transformers takes the mean over micro-batches itself.
+            count = 1 if num_items_in_batch is None else self._num_labelled
+            loss = loss + self.router_aux_loss_coef * balance[0] * ranks / count
         return loss
 
-    def _weighted_balance(self, balance: Tensor, num_items_in_batch: Any) -> Tensor:
-        """What the routers of a pass add to the loss of its step, as in TRL: the mean over the step's micro-batches.
+    def _balance(self, output: Any, inputs: dict[str, Any]) -> Tensor:
+        """(2,): the routers' losses of the micro-batches of a pass that have labels, summed, and how many these are."""
+        groups = inputs.get("router_groups")
+        labelled = output.label_mask.any().float()[None] if groups is None else groups["labelled"]
+        return torch.stack([(output.aux_loss.reshape(-1) * labelled).sum(), labelled.sum()])
 
-        Args:
-            balance: their loss in each micro-batch of the pass, (M,).
-            num_items_in_batch: label tokens of the step; without it transformers takes the mean itself.
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of a step, of which those with labels are counted if routers have a loss of their own.
+
+        That is the mean over them, so that a rank which has run out of rows weighs nothing.
         """
-        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        return self.router_aux_loss_coef * balance.sum() / steps
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.aux_loss_enabled and batches:
+            flags = [
+                torch.full((), float(batch[LABEL_AT].size > 0), device=device)
+                if LABEL_AT in batch
+                else (batch["labels"][:, 1:] != -100).any().to(device, torch.float32)
+                for batch in batches
+            ]
+            count = torch.stack(flags).sum()
+            if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+                dist.all_reduce(count)
+            self._num_labelled = count.clamp(min=1)
+        return batches, num_items
 
     def _loss_is_plain(self) -> bool:
         """Whether the loss of this step is the plain negative log-likelihood, beside the routers' own."""

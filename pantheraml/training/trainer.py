@@ -28,6 +28,7 @@ from pantheraml.models.recompute import is_recompute_forced, plan_ahead
 from pantheraml.models.state import ModelState, get_state
 from pantheraml.training.arguments import (
     PantheraMLTrainingArguments,
+    copy_batches_beside,
     join_ranks,
     pin_device,
     resolve_max_length,
@@ -135,6 +136,7 @@ class PantheraMLTrainer(PipelinedSteps):
             if kwargs.get("peft_config") is None and not state.full_finetuning:
                 model = _ensure_adapter(model, state)
             pin_device(config, model.device)
+        copy_batches_beside(config)
         config.max_length = max_seq_length or resolve_max_length(
             config, state.max_seq_length if state else None
         )

@@ -47,7 +47,8 @@ def train(folder, output, per_device, accumulation, settings):
         "logs": [
             {
                 name: entry[name]
-                for name in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens")
+                for name in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss")
+                if name in entry
             }
             for entry in logs
         ],
@@ -94,3 +95,26 @@ def test_any_number_of_ranks_trains_the_same(
         assert one["eval"] == pytest.approx(want["eval"], rel=1e-5)
         for mine, theirs in zip(one["weights"], found[0]["weights"], strict=True):
             assert (mine == theirs).all()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "accumulation", "merged"), [(1, 4, True), (2, 2, False), (2, 2, True), (4, 1, True)]
+)
+def test_routers_are_balanced_the_same(tmp_path_factory, mixture, ranks, accumulation, merged):
+    """The loss of a mixture's routers is a mean over micro-batches, also where ranks have run out of rows."""
+    folder, want = mixture
+    settings = dict(router_aux_loss_coef=0.5, merge_micro_batches=merged)
+    found = run_ranks(ranks, train, folder, tmp_path_factory.getbasetemp(), 2, accumulation, settings)
+    for one in found:
+        for step, (mine, theirs) in enumerate(zip(one["logs"], want["logs"], strict=True)):
+            for name in ("loss", "grad_norm", "aux_loss"):
+                assert mine[name] == pytest.approx(theirs[name], rel=3e-6, abs=1e-7), (step, name)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    folder = tiny.save_checkpoint(tmp_path_factory.mktemp("mixtral"), "mixtral")
+    settings = dict(router_aux_loss_coef=0.5, merge_micro_batches=False)
+    want = train(folder, tmp_path_factory.getbasetemp(), 2, 4, settings)
+    assert min(entry["aux_loss"] for entry in want["logs"]) > 0
+    return folder, want

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments
 from pantheraml.models.fused import FusedRMSNorm
@@ -130,6 +131,38 @@ done = True; thread.join()
 print("RESULT", json.dumps(dict(rss=peak[0] - before[0], anonymous=peak[1] - before[1], seconds=seconds,
                                 gpu=torch.cuda.memory_allocated() / 2**30)))
 """
+
+
+class Watch(TrainerCallback):
+    """Makes every wait for the GPU an error, from the end of step 2 to that of step 5."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        torch.cuda.set_sync_debug_mode("error" if 2 <= state.global_step < 5 else "default")
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_the_host_waits_for_the_gpu_where_it_logs_alone(tmp_path, family, accumulation, ragged):
+    folder = tiny.save_checkpoint(tmp_path / "base", family)
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=64, load_in_16bit=True, use_gradient_checkpointing=False
+    )
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    ids = [list(range(5, 45 - (index % 7 if ragged else 0))) for index in range(80)]
+    labels = [[-100] * (index % 3) + row[index % 3 :] for index, row in enumerate(ids)]
+    args = PantheraMLTrainingArguments(
+        output_dir=str(tmp_path / "run"), max_steps=6, per_device_train_batch_size=4, logging_steps=6,
+        gradient_accumulation_steps=accumulation, save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    rows = Dataset.from_dict({"input_ids": ids, "labels": labels})
+    trainer = PantheraMLTrainer(model, args, train_dataset=rows, tokenizer=tokenizer, callbacks=[Watch()])
+    try:
+        trainer.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.state.global_step == 6
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from trl import SFTTrainer
 from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments
 from pantheraml.errors import ConfigError
 from pantheraml.training.merging import FlatCollator, merge_batches
+from pantheraml.training.rank_batches import without_labels
 
 WORDS = ["The", "quick", "brown", "fox", "and", "the", "lazy", "dog", "in", "the", "capital", "of", "France"]
 ROWS = Dataset.from_list(
@@ -95,7 +96,10 @@ def test_merged_batches():
     assert alone["input_ids"].shape == (1, 4), "one that is too large goes alone"
     even = merge_batches([collate([{"input_ids": [7, 8, 9]}] * 2) for _ in range(2)], 99)[1]
     assert even["input_ids"].tolist() == [[7, 8, 9]] * 4 and even["labels"].tolist() == [[-100, 8, 9]] * 4
-    assert set(even) == {"input_ids", "labels"}
+    assert set(even) == {"input_ids", "labels", "label_index"}
+    for batch in (*merged[2:], alone, even):
+        labels = batch["labels"][:, 1:].flatten()
+        assert batch["label_index"].tolist() == (labels != -100).nonzero().flatten().tolist()
     assert merge_batches([], 8) == []
 
 
@@ -104,6 +108,10 @@ def test_what_has_no_labels_is_left_out_while_something_stays():
     none, some = (collate([{"input_ids": [7] * n}]) for n in (1, 3))
     joined = merge_batches([none, some, none], 99)
     assert [batch["input_ids"].numel() for batch in joined] == [0, 0, 3]
+    masked = without_labels(some)
+    assert masked["label_at"].size == 0 and some["label_at"].tolist() == [1, 2]
+    grouped = merge_batches([masked, some], 99, grouped=True)[1]["router_groups"]
+    assert grouped["index"].tolist() == [0] * 3 + [1] * 3 and grouped["labelled"].tolist() == [0.0, 1.0]
     assert merge_batches([none, none], 99)[1]["input_ids"].numel() == 1
 
 

@@ -40,10 +40,9 @@ def test_the_loss_is_that_of_transformers(masked):
 def test_sums_of_layers_and_of_micro_batches():
     leaves = logits(4)
     index = torch.tensor([0] * 6 + [1] * 9 + [3] * 5)
-    whole = router_sums(leaves, TOP_K, groups=Groups(index=index, count=4))
-    parts = [
-        router_sums(part, TOP_K, groups=Groups(index=index, count=4)) for part in (leaves[:1], leaves[1:])
-    ]
+    groups = Groups(index=index, labelled=torch.ones(4), count=4)
+    whole = router_sums(leaves, TOP_K, groups=groups)
+    parts = [router_sums(part, TOP_K, groups=groups) for part in (leaves[:1], leaves[1:])]
     torch.testing.assert_close(sum(parts), whole)
     found = balance_loss(whole)
     for group in (0, 1, 3):
@@ -63,7 +62,7 @@ def test_the_head_gives_the_models_own(family):
     bind_head(model, patches)
     given = dict(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True)
     torch.testing.assert_close(model(**given).aux_loss, want)
-    one_each = Groups(index=torch.tensor([0, 1]).repeat_interleave(12), count=2)
+    one_each = Groups(index=torch.tensor([0, 1]).repeat_interleave(12), labelled=torch.ones(2), count=2)
     assert model(**given, router_groups=one_each).aux_loss.shape == (2,)
     patches.revert()
 

@@ -3,10 +3,6 @@
 A stage is a second view of the backbone, with the same class and the same layers. In the place of each layer of another
 stage stands one that hands on what it gets; the one before the stage's first layer hands on what arrived instead. So
 masks, positions and whatever else an architecture does around its layers are its own, on every stage.
-
-transformers looks at positions, on the device, to see whether a mask is needed; the host would wait for all that the
-device was given so far. PantheraML's attention needs no mask where none is given: the view's configuration names an
-attention for which transformers makes none, and the positions are ones whose documents are known.
 """
 
 from __future__ import annotations
@@ -18,9 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from pantheraml.kernels.attention.layout import known_positions
 from pantheraml.models.families import ModelFamily
-from pantheraml.models.fused.attention import NAME
+from pantheraml.models.fused.known_rows import maskless, row_positions
 from pantheraml.models.split import Split
 
 # Hooks are called on the model, once; not on each view of it.
@@ -30,12 +25,6 @@ _HOOKS = (
     "_forward_hooks_with_kwargs",
     "_forward_pre_hooks_with_kwargs",
 )
-
-
-# A name that stands for no mask: none is registered for it.
-_NO_MASK = f"{NAME}_without_mask"
-# Batches come in so many shapes, and more where rows differ in length.
-_SHAPES = 64
 
 
 class _Elsewhere(nn.Module):
@@ -88,11 +77,7 @@ class Stage:
         norm = family.final_norm.rpartition(".")[2]
         if not self.is_last:
             parts[norm] = nn.Identity()
-        self._config, self._maskless = view.config, copy.copy(view.config)
-        if view.config._attn_implementation == NAME:
-            # The attribute behind the property, whose setter would go on to configurations inside this one.
-            vars(self._maskless)["_attn_implementation_internal"] = _NO_MASK
-        self._positions: dict[tuple[int, int], Tensor] = {}
+        self._config, self._maskless = view.config, maskless(view.config)
         rotary = parts.get("rotary_emb")
         if rotary is not None:  # a copy here: tables are small, and reading them from elsewhere would wait
             parts["rotary_emb"] = copy.deepcopy(rotary).to(self.device)
@@ -112,18 +97,11 @@ class Stage:
             self._arrival.hidden = hidden
         given = {name: one for name, one in batch.items() if one is not None}
         if "position_ids" not in given:
-            given["position_ids"] = self._known_positions(hidden.shape[0], hidden.shape[1])
+            given["position_ids"] = row_positions(hidden.shape[0], hidden.shape[1], self.device)
         self._view.config = self._config if "attention_mask" in given else self._maskless
         # Said in both cases, since the configuration may ask for them.
         output = self._view(inputs_embeds=hidden, use_cache=False, output_router_logits=routers, **given)
         return output.last_hidden_state, tuple(output.router_logits) if routers else ()
-
-    def _known_positions(self, rows: int, length: int) -> Tensor:
-        if (rows, length) not in self._positions:
-            if len(self._positions) >= _SHAPES:
-                self._positions.clear()
-            self._positions[rows, length] = known_positions(rows, length, self.device)
-        return self._positions[rows, length]
 
 
 def build_stages(model: Any, family: ModelFamily, split: Split) -> list[Stage]:
