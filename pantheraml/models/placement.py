@@ -172,7 +172,7 @@ def _as_planned(model: Unplaced, kind: Kind, limits: Mapping[int, int], max_memo
     found = place(kind, parts, limits, **step)
     if kind != "sequential":
         found = interleaved(found, parts, **step) or found
-    say(f"device_map={kind!r} (GiB, for rows of {model.tokens} tokens)\n{describe(found, parts)}")
+    say(f"device_map={kind!r} (GiB, with micro-batches of {model.tokens} tokens)\n{describe(found, parts)}")
     return _as_place(found, cast("ModelFamily", model.family), limits if max_memory is not None else {})
 
 

@@ -104,10 +104,10 @@ def kept_bytes(
     return int(size * tokens * in_flight)
 
 
-def passing_bytes(model: Any, tokens: int) -> int:
+def passing_bytes(model: Any, tokens: int, *, head: bool = True) -> int:
     """Bytes that come and go while one layer, and then the head, is computed for ``tokens``; an upper estimate."""
     sizes = _sizes_of(model)
-    return sizes.layer_passing(tokens) + sizes.head_passing(tokens)
+    return sizes.layer_passing(tokens) + (sizes.head_passing(tokens) if head else 0)
 
 
 def plan_recompute(

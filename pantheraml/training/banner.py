@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -11,11 +12,15 @@ from transformers import TrainingArguments
 
 from pantheraml.devices.memory import GIB, describe_bytes
 from pantheraml.models.adapters import count_parameters
-from pantheraml.models.memory_estimate import MemoryEstimate, predicted_bytes
+from pantheraml.models.memory_estimate import MemoryEstimate, Share, predicted_bytes
+from pantheraml.models.recompute import sections
 from pantheraml.models.recompute_plan import RecomputePlan
-from pantheraml.models.split import is_split
-from pantheraml.models.state import get_state
+from pantheraml.models.split import Split, is_split
+from pantheraml.models.state import ModelState, get_state
 from pantheraml.training.rows import token_counts
+
+# What a step takes of each device that a rank trains on.
+Predicted = dict[torch.device, MemoryEstimate]
 
 
 def device_name(device: torch.device) -> str:
@@ -44,7 +49,10 @@ def describe_run(model: nn.Module, args: TrainingArguments, rows: Any) -> str:
     """What is trained, in what precision, and of what a step is made."""
     trainable, total = count_parameters(model)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
-    alone = f" on {args.device} ({device_name(args.device)})" if args.world_size == 1 else ""
+    state = get_state(model)
+    devices = [args.device] if state is None or state.split is None else state.split.devices
+    kinds = ", ".join(dict.fromkeys(device_name(device) for device in devices))
+    alone = f" on {', '.join(map(str, devices))} ({kinds})" if args.world_size == 1 else ""
     count = f"{len(rows)} rows" if isinstance(rows, Dataset) else "streamed rows"
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return (
@@ -61,10 +69,8 @@ def longest_batch(rows: Any, args: TrainingArguments) -> int | None:
     return int(token_counts(rows).max()) * args.per_device_train_batch_size
 
 
-def predict_memory(
-    model: Any, args: TrainingArguments, longest: int | None, merged: int
-) -> MemoryEstimate | None:
-    """What a step takes of each rank's device; None where that cannot be known.
+def predict_memory(model: Any, args: TrainingArguments, longest: int | None, merged: int) -> Predicted | None:
+    """What a step takes of each device of a rank; None where that cannot be known.
 
     Args:
         model: with its plan to recompute for ``longest`` tokens.
@@ -73,23 +79,47 @@ def predict_memory(
         merged: tokens up to which micro-batches are merged; 0 where they are not.
     """
     state = get_state(model)
-    if state is None or longest is None or is_split(model):
+    if state is None or longest is None or (is_split(model) and state.split is None):
         return None
+    optim = str(getattr(args.optim, "value", args.optim))
+    if state.split is not None:
+        return {
+            share.device: predicted_bytes(model, longest, plan, optim, share)
+            for share, plan in _shares(model, state, longest)
+        }
     tokens = max(longest, min(merged, longest * args.gradient_accumulation_steps))
     # Micro-batches are merged up to what needs no recompute.
     is_planned = bool(state.plans) and state.plans[0].tokens >= tokens
     plan = state.plans[0] if is_planned else RecomputePlan(tokens, 0)
-    return predicted_bytes(model, tokens, plan, str(getattr(args.optim, "value", args.optim)))
+    return {cast(torch.device, args.device): predicted_bytes(model, tokens, plan, optim)}
 
 
-def describe_memory(predicted: MemoryEstimate, total: float | None) -> str:
-    """What each device will hold; ``total`` is what it has in GiB, if it is a GPU."""
-    room = f" of {total:.1f}" if total is not None else ""
-    return (
-        f"predicted memory of each device: {describe_bytes(predicted.total)}{room} = {predicted.describe()}."
-    )
+def _shares(model: Any, state: ModelState, tokens: int) -> list[tuple[Share, RecomputePlan]]:
+    """What each device has of a split model, and the plan for it."""
+    split = cast(Split, state.split)
+    parts = {section.device: section for section in sections(model, state)}
+    plans = dict(zip(parts, state.plans, strict=False))
+    found: list[tuple[Share, RecomputePlan]] = []
+    for device in split.devices:
+        part = parts.get(device)
+        layers, in_flight = (0, 1.0) if part is None else (len(part.layers), part.in_flight)
+        share = Share(device, layers, in_flight, has_head=device == split.head)
+        found.append((share, plans.get(device, RecomputePlan(tokens, 0))))
+    return found
 
 
-def compare_memory(predicted: MemoryEstimate, measured: list[float]) -> str:
-    """The prediction beside the peaks of all ranks' devices in GiB."""
-    return f"memory: predicted {describe_bytes(predicted.total)}, measured {describe_bytes(int(max(measured) * GIB))}."
+def describe_memory(predicted: Predicted, totals: Mapping[torch.device, float]) -> str:
+    """What each device will hold, a line for each; ``totals`` is what GPUs have, in GiB."""
+    lines: list[str] = []
+    for device, one in predicted.items():
+        room = f" of {totals[device]:.1f}" if device in totals else ""
+        whose = "each device" if len(predicted) == 1 else str(device)
+        lines.append(f"predicted memory of {whose}: {describe_bytes(one.total)}{room} = {one.describe()}.")
+    return "\n".join(lines)
+
+
+def compare_memory(predicted: Predicted, measured: Sequence[Sequence[float]]) -> str:
+    """The prediction beside the peaks in GiB, ``measured[rank][device]``; of the ranks the highest."""
+    peaks = [max(column) for column in zip(*measured, strict=True)]
+    expected = ", ".join(describe_bytes(one.total) for one in predicted.values())
+    return f"memory: predicted {expected}, measured {', '.join(describe_bytes(int(peak * GIB)) for peak in peaks)}."

@@ -1,9 +1,9 @@
 """The head of a language model during supervised training: log-probabilities per token, without the logits.
 
 TRL's SFTTrainer gives the model a forward that answers ``fused_lm_head=True`` with a ``FusedCausalLMOutput``. Ours
-takes that place where it covers the model: it makes the gradient of a frozen head in the forward (two products with the
-head instead of TRL's three), sums that of a trained one in float32, tells the routers' loss of each micro-batch, and asks
-the device nothing that the batch says. On a CPU it needs no Triton, which that of TRL 1.15 does.
+takes that place where it covers the model: it makes the gradient of a frozen head in the forward (two products with
+the head instead of TRL's three), sums that of a trained one in float32, tells the routers' loss of each micro-batch,
+and asks the device nothing that the batch says. On a CPU it needs no Triton, which that of TRL 1.15 does.
 """
 
 from __future__ import annotations

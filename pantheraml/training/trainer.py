@@ -21,7 +21,6 @@ from pantheraml.distributed.process_group import gather_objects, group_size
 from pantheraml.distributed.strategies import ddp
 from pantheraml.errors import DataError
 from pantheraml.log import say
-from pantheraml.models.memory_estimate import MemoryEstimate
 from pantheraml.models.packed_rows import keep_documents_apart
 from pantheraml.models.patching import PatchSet
 from pantheraml.models.recompute import is_recompute_forced, plan_ahead
@@ -37,6 +36,7 @@ from pantheraml.training.arguments import (
     written_recompute,
 )
 from pantheraml.training.banner import (
+    Predicted,
     compare_memory,
     describe_memory,
     describe_run,
@@ -89,7 +89,7 @@ class PantheraMLTrainer(PipelinedSteps):
         DataError: rows that cannot be recognised, are empty, or leave nothing to train on.
     """
 
-    _predicted: MemoryEstimate | None = None
+    _predicted: Predicted | None = None
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ class PantheraMLTrainer(PipelinedSteps):
         self._place_head(fused=state is not None and state.kernels == "auto")
         self._check_rows()
 
-    def _plan_memory(self) -> MemoryEstimate | None:
+    def _plan_memory(self) -> Predicted | None:
         """Plan recompute and merging for the longest batch, and predict what a step takes."""
         model, longest = cast(torch.nn.Module, self.model), longest_batch(self.train_dataset, self.args)
         state = get_state(model)
@@ -189,7 +189,8 @@ class PantheraMLTrainer(PipelinedSteps):
         self._check_rows()  # rows may have been masked since
         self._predicted = self._plan_memory()
         self._say_plan()
-        forget_peak(self.args.device)
+        for device in self._predicted or {self.args.device}:
+            forget_peak(device)
         result = super().train(*args, **kwargs)
         self._say_memory()
         return result
@@ -243,17 +244,18 @@ class PantheraMLTrainer(PipelinedSteps):
             say(describe_sample(sample, cast(Any, self.processing_class)))
         say(describe_run(cast(torch.nn.Module, self.model), self.args, rows))
         if self._predicted is not None:
-            device = self.args.device
-            total = gpu_memory(device.index or 0)["total"] if device.type == "cuda" else None
-            say(describe_memory(self._predicted, total))
+            gpus = [device for device in self._predicted if device.type == "cuda"]
+            totals = {device: gpu_memory(device.index or 0)["total"] for device in gpus}
+            say(describe_memory(self._predicted, totals))
 
     def _say_memory(self) -> None:
         """Compare the memory that was predicted with the peaks of all ranks' GPUs."""
         if self._predicted is None or self.args.device.type != "cuda":
             return
-        index = self.args.device.index or 0  # pragma: no cover - needs a GPU
-        peaks = gather_objects(gpu_memory(index)["peak_allocated"])  # pragma: no cover - needs a GPU
-        say(compare_memory(self._predicted, peaks))  # pragma: no cover - needs a GPU
+        mine = [
+            gpu_memory(d.index or 0)["peak_allocated"] for d in self._predicted
+        ]  # pragma: no cover - needs a GPU
+        say(compare_memory(self._predicted, gather_objects(mine)))  # pragma: no cover - needs a GPU
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 

@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from pantheraml import FastLanguageModel
-from pantheraml.models.memory_estimate import MemoryEstimate, predicted_bytes, weight_bytes
+from pantheraml.models.memory_estimate import (
+    MemoryEstimate,
+    Share,
+    predicted_bytes,
+    weight_bytes,
+)
 from pantheraml.models.recompute_plan import RecomputePlan, kept_bytes, kept_per_token, passing_bytes
 from tests import tiny
 
@@ -102,3 +107,23 @@ def test_the_sum_and_its_words():
     found = MemoryEstimate(weights=15 * 2**30, gradients=160 * 2**20, optimizer=320 * 2**20, activations=3000)
     assert found.total == 15 * 2**30 + 480 * 2**20 + 3000
     assert found.describe() == "15.0 GiB weights + 160 MiB gradients + 320 MiB optimizer + 3 KiB activations"
+
+
+def test_shares_of_a_split_model():
+    """Layers on two devices, one of which is not there: each has its own, in as many copies as are in flight."""
+    model = tiny.build_model("llama", num_hidden_layers=4)
+    whole, plan = predicted_bytes(model, 8, RecomputePlan(8, 0)), RecomputePlan(8, 0)
+    there = torch.device("meta")
+    for part in (*model.model.layers[1:], model.model.norm, model.lm_head):
+        part.to(there)
+    first = predicted_bytes(model, 8, plan, share=Share(torch.device("cpu"), 1, 2.0, has_head=False))
+    second = predicted_bytes(model, 8, plan, share=Share(there, 3, 1.0, has_head=True))
+    for part in ("gradients", "optimizer"):
+        assert getattr(first, part) + getattr(second, part) == getattr(whole, part)
+    here = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device != there]
+    assert first.weights == sum(tensor.nbytes for tensor in here) < whole.weights
+    one = kept_bytes(model, plan, 8, layers=1)
+    assert first.activations == 2 * one + passing_bytes(model, 8, head=False)
+    assert second.activations == 3 * one + passing_bytes(model, 8) > first.activations - one
+    nothing = predicted_bytes(model, 8, plan, share=Share(there, 0, 1.0, has_head=True))
+    assert nothing.activations == 0 and nothing.weights == second.weights

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
+import torch
 from datasets import Dataset
 
 from pantheraml import (
@@ -38,11 +40,20 @@ def test_ranks_by_host_with_their_gpus():
 
 def test_prediction_and_measurement():
     predicted = MemoryEstimate(15 * GIB, GIB // 4, GIB // 2, 20 * GIB)
-    assert describe_memory(predicted, 139.8) == (
+    first, second = (torch.device("cuda", index) for index in range(2))
+    assert describe_memory({first: predicted}, {first: 139.8}) == (
         "predicted memory of each device: 35.8 GiB of 139.8 = 15.0 GiB weights + 256 MiB gradients + 512 MiB "
         "optimizer + 20.0 GiB activations."
     )
-    assert compare_memory(predicted, [34.9, 36.4]) == "memory: predicted 35.8 GiB, measured 36.4 GiB."
+    of_ranks = [[34.9], [36.4]]
+    assert compare_memory({first: predicted}, of_ranks) == "memory: predicted 35.8 GiB, measured 36.4 GiB."
+    split = {first: predicted, second: replace(predicted, weights=GIB)}
+    assert describe_memory(split, {}).splitlines()[1] == (
+        "predicted memory of cuda:1: 21.8 GiB = 1.0 GiB weights + 256 MiB gradients + 512 MiB optimizer + 20.0 GiB "
+        "activations."
+    )
+    told = "memory: predicted 35.8 GiB, 21.8 GiB, measured 34.9 GiB, 20.0 GiB."
+    assert compare_memory(split, [[34.9, 20.0]]) == told
 
 
 def banner(folder, output, settings, rows=None):
