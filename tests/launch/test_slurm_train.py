@@ -63,7 +63,7 @@ def test_a_rank_that_fails_ends_the_job_with_its_code(cluster, options):
     ("script", "options", "ranks"),
     [
         ("one_task_a_node", "--gpus-per-node=2 --cpus-per-task=1", 2),  # no GPU is real here: one rank a node
-        ("one_task_a_gpu", "--nodes=1 --ntasks-per-node=2 --cpus-per-task=1", 2),
+        ("one_task_a_gpu", "--ntasks-per-node=2 --cpus-per-task=1", 4),
     ],
 )
 def test_the_batch_scripts_of_the_examples(cluster, tmp_path, script, options, ranks):
