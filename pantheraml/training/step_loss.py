@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from trl import SFTConfig
 
-from pantheraml.training.rank_batches import LABEL_AT, RankedRows
+from pantheraml.training.rank_batches import RankedRows
 from pantheraml.training.step_figures import StepFigures
 
 
@@ -68,13 +68,8 @@ class StepLoss(RankedRows):
         """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.aux_loss_enabled and batches:
-            flags = [
-                torch.full((), float(batch[LABEL_AT].size > 0), device=device)
-                if LABEL_AT in batch
-                else (batch["labels"][:, 1:] != -100).any().to(device, torch.float32)
-                for batch in batches
-            ]
-            count = torch.stack(flags).sum()
+            labelled = [(batch["labels"][:, 1:] != -100).any() for batch in batches]
+            count = torch.stack(labelled).sum().to(device)
             if self.args.world_size > 1 and self.args.average_tokens_across_devices:
                 dist.all_reduce(count)
             self._num_labelled = count.clamp(min=1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from pantheraml.models.families import ModelFamily
-from pantheraml.models.fused.known_rows import maskless, row_positions
+from pantheraml.models.fused.known_rows import known_rows
 from pantheraml.models.split import Split
 
 # Hooks are called on the model, once; not on each view of it.
@@ -77,7 +77,6 @@ class Stage:
         norm = family.final_norm.rpartition(".")[2]
         if not self.is_last:
             parts[norm] = nn.Identity()
-        self._config, self._maskless = view.config, maskless(view.config)
         rotary = parts.get("rotary_emb")
         if rotary is not None:  # a copy here: tables are small, and reading them from elsewhere would wait
             parts["rotary_emb"] = copy.deepcopy(rotary).to(self.device)
@@ -96,11 +95,9 @@ class Stage:
         if self._arrival is not None:
             self._arrival.hidden = hidden
         given = {name: one for name, one in batch.items() if one is not None}
-        if "position_ids" not in given:
-            given["position_ids"] = row_positions(hidden.shape[0], hidden.shape[1], self.device)
-        self._view.config = self._config if "attention_mask" in given else self._maskless
-        # Said in both cases, since the configuration may ask for them.
-        output = self._view(inputs_embeds=hidden, use_cache=False, output_router_logits=routers, **given)
+        with known_rows(self._view, given, hidden[..., 0]):
+            # Routers are said in both cases, since the configuration may ask for their logits.
+            output = self._view(inputs_embeds=hidden, use_cache=False, output_router_logits=routers, **given)
         return output.last_hidden_state, tuple(output.router_logits) if routers else ()
 
 

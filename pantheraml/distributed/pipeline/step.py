@@ -171,14 +171,15 @@ class _Step:
             batch = {name: one.open() if isinstance(one, Parcel) else one for name, one in inputs.items()}
             mask = batch.pop(TOKEN_MASK, None)
             hidden, logits = stage.forward(entered[0], batch, routers=self._carry is not None)
-            outputs = [hidden]
-            if self._carry is not None:
-                carried = self._carry(logits, mask)
-                outputs.append(carried + entered[1] if index > 0 else carried)
+            carried = None if self._carry is None else self._carry(logits, mask)
+            if carried is not None and index > 0:
+                carried = carried + entered[1]
             if stage.is_last:
-                outputs = [self._loss(hidden, i, *(outputs[1:] or [None]))]
-                found = outputs[0].detach()
-                self._total = found if self._total is None else self._total + found
+                loss = self._loss(hidden, i, carried)
+                self._total = loss.detach() if self._total is None else self._total + loss.detach()
+                outputs = [loss]
+            else:
+                outputs = [hidden] if carried is None else [hidden, carried]
         self._held[index, i] = entered, outputs
         if not stage.is_last:
             self._arriving[index + 1, i] = [

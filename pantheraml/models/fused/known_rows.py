@@ -1,9 +1,9 @@
 """Forwards of rows whose documents are known, so that nobody asks the device.
 
 transformers looks at positions, on the device, to see whether a mask is needed, and our attention does to find
-documents; the host would wait for all that the device was given so far. Where there is no mask, rows are whole or come
-with the offsets of their documents. Then positions are ones whose documents are known, and the configuration names an
-attention for which transformers makes no mask: PantheraML's needs none.
+documents; the host would wait for all that the device was given so far. Where no mask is given, PantheraML's attention
+needs none: the configuration names one for which transformers makes none. Rows without positions are whole, and get
+ones whose documents are known; a row of several documents comes with their offsets.
 """
 
 from __future__ import annotations
@@ -24,15 +24,6 @@ from pantheraml.models.fused.attention import NAME
 _NO_MASK = f"{NAME}_without_mask"
 
 
-def maskless(config: Any) -> Any:
-    """``config`` of a backbone, as it is where no mask is to be made; the same where attention is not PantheraML's."""
-    found = copy.copy(config)
-    if config._attn_implementation == NAME:
-        # The attribute behind the property, whose setter would go on to configurations inside this one.
-        vars(found)["_attn_implementation_internal"] = _NO_MASK
-    return found
-
-
 @lru_cache(maxsize=64)  # batches come in so many shapes, and more where rows differ in length
 @torch.inference_mode(False)  # what an evaluation asks for first serves training, too
 def row_positions(rows: int, length: int, device: torch.device) -> Tensor:
@@ -44,22 +35,22 @@ def row_positions(rows: int, length: int, device: torch.device) -> Tensor:
 def known_rows(backbone: Any, inputs: dict[str, Any], tokens: Tensor) -> Iterator[None]:
     """Let ``backbone`` compute ``inputs`` within, which are completed, without a question to the device.
 
-    Nothing happens where rows have a mask, or positions without offsets, or attention is not PantheraML's.
+    Nothing happens where a mask is given, or attention is not PantheraML's. Positions without offsets are looked at.
 
     Args:
-        backbone: the model without its head.
+        backbone: the model without its head, or a view of it.
         inputs: what it will be called with.
         tokens: (B, S), one number for each of its tokens; only shape and device count.
     """
     config = backbone.config
-    is_whole = inputs.get("position_ids") is None
-    is_known = is_whole or (tokens.shape[0] == 1 and inputs.get("cu_seq_lens_q") is not None)
-    if inputs.get("attention_mask") is not None or not is_known or config._attn_implementation != NAME:
+    if inputs.get("attention_mask") is not None or config._attn_implementation != NAME:
         yield
         return
-    if is_whole:
+    if inputs.get("position_ids") is None:
         inputs["position_ids"] = row_positions(tokens.shape[0], tokens.shape[1], tokens.device)
-    backbone.config = maskless(config)
+    backbone.config = copy.copy(config)
+    # The attribute behind the property, whose setter would go on to configurations inside this one.
+    vars(backbone.config)["_attn_implementation_internal"] = _NO_MASK
     try:
         yield
     finally:
