@@ -44,7 +44,13 @@ def runs_triton(x: Tensor) -> bool:
 
 def launching_on(x: Tensor) -> AbstractContextManager[Any]:
     """Kernels launched inside run on the device of ``x``, which need not be the current one."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+    device = x.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE  # entering a device takes the host as long as some launches
+    return torch.cuda.device(device)
+
+
+_HERE = nullcontext()
 
 
 @lru_cache(maxsize=16)

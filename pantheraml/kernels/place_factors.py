@@ -9,6 +9,8 @@ grid serves all factors of a stack whatever their number and sizes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,7 +22,7 @@ _BLOCK = 2048
 
 
 class Placement(NamedTuple):
-    """``target = scale * source``: source (rows, cols) contiguous, target of the same shape, stride 1 along a row."""
+    """``target = scale * source``: target (rows, cols), stride 1 along a row; source with as many numbers, contiguous."""
 
     source: Tensor
     target: Tensor
@@ -32,7 +34,7 @@ class Placement(NamedTuple):
         return (
             self.source.data_ptr(),
             self.target.data_ptr(),
-            *self.source.shape,
+            *self.target.shape,
             self.target.stride(0),
             self.scale,
         )
@@ -61,30 +63,47 @@ class Table:
     """The placements of one stack, kept on the device and rebuilt only when an address or a scale changes."""
 
     def __init__(self) -> None:
-        self._key: tuple[tuple[int | float, ...], ...] = ()
-        self._entries: Tensor | None = None
-        self._scales: Tensor | None = None
+        self._placements: list[Placement] | None = None
+        self._addresses: list[int] = []
+        self._launch: Callable[[], object] | None = None
 
     def write(self, placements: list[Placement]) -> None:
-        """Do every placement; all sources share one dtype, all targets another."""
+        """Do every placement; all sources share one dtype, all targets another.
+
+        A list that was given before is taken to be what it was, but for where its sources lie.
+        """
         if not placements:
             return
-        first = placements[0]
-        if not runs_triton(first.target) or any(not p.source.is_contiguous() for p in placements):
-            for source, target, scale in placements:
-                torch.mul(source, scale, out=target)
+        if placements is not self._placements or self._have_moved():
+            self._prepare(placements)
+        if self._launch is not None:
+            with launching_on(placements[0].target):
+                self._launch()
             return
-        key = tuple(placement.key for placement in placements)
-        if key != self._key:
-            device = first.target.device
-            self._entries = torch.tensor([entry[:5] for entry in key], dtype=torch.int64, device=device)
-            self._scales = torch.tensor([entry[5] for entry in key], dtype=torch.float32, device=device)
-            self._key = key
-        with launching_on(first.target):
-            _place_kernel[(len(placements), 64)](
-                self._entries, self._scales, SOURCE=_NAMES[first.source.dtype], TARGET=_NAMES[first.target.dtype],
-                BLOCK=_BLOCK, num_warps=4,
-            )  # fmt: skip
+        with torch.no_grad():
+            for source, target, scale in placements:
+                torch.mul(source.view(target.shape), scale, out=target)
+
+    def _have_moved(self) -> bool:
+        found = self._placements or []
+        return any(p.source.data_ptr() != at for p, at in zip(found, self._addresses, strict=True))
+
+    def _prepare(self, placements: list[Placement]) -> None:
+        first = placements[0]
+        self._placements, self._launch = placements, None
+        self._addresses = [placement.source.data_ptr() for placement in placements]
+        if not runs_triton(first.target) or any(not p.source.is_contiguous() for p in placements):
+            return
+        keys, device = [placement.key for placement in placements], first.target.device
+        self._launch = partial(
+            _place_kernel[(len(placements), 64)],
+            torch.tensor([key[:5] for key in keys], dtype=torch.int64, device=device),
+            torch.tensor([key[5] for key in keys], dtype=torch.float32, device=device),
+            SOURCE=_NAMES[first.source.dtype],
+            TARGET=_NAMES[first.target.dtype],
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )
 
 
 _NAMES = {} if tl is None else {

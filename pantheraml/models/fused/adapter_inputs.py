@@ -28,12 +28,15 @@ class AdapterInputs:
         projections: those of the stack; where one drops, seeds are drawn from torch's generator for the CPU.
 
     Attributes:
+        places: of the adapter of each projection, or None where it has none.
         drop: whether one of them drops.
         seeds: of the masks, by index of the projection.
     """
 
     def __init__(self, projections: tuple[Projection, ...]) -> None:
         self._slots = slots(projections)
+        at = {slot.index: slot for slot in self._slots}
+        self.places = [at.get(index) for index in range(len(projections))]
         self._first_row = 0
         dropping = [slot.index for slot in self._slots if slot.projection.dropout]
         self.drop = bool(dropping)
@@ -45,15 +48,15 @@ class AdapterInputs:
         part._first_row = row
         return part
 
-    def product(self, x: Tensor, a: Tensor, ones: Tensor | None) -> Tensor:
-        """t (T, E) of x (T, K), a (E, K) and the ones of biases (E,)."""
+    def product(self, x: Tensor, a_t: Tensor, ones: Tensor | None) -> Tensor:
+        """t (T, E) of x (T, K), a turned (K, E) and the ones of biases (E,)."""
         if not self.drop:
-            return torch.mm(x, a.T) if ones is None else torch.addmm(ones, x, a.T)
-        t = x.new_zeros(x.shape[0], a.shape[0])
+            return torch.mm(x, a_t) if ones is None else torch.addmm(ones, x, a_t)
+        t = x.new_zeros(x.shape[0], a_t.shape[1])
         if ones is not None:
             t += ones
         for slot in self._slots:
-            torch.mm(self._read(slot, x), a[slot.ranks].T, out=t[:, slot.ranks])
+            torch.mm(self._read(slot, x), a_t[:, slot.ranks], out=t[:, slot.ranks])
         return t
 
     def add_input_gradient(self, dx: Tensor, inner: Tensor, a: Tensor) -> Tensor:

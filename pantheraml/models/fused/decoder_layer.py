@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pantheraml.kernels.attention.backend import AttentionCall
+from pantheraml.kernels.attention.backend import AttentionBackend, AttentionCall
 from pantheraml.kernels.attention.layout import read_layout
 from pantheraml.kernels.attention.table import choose
 from pantheraml.kernels.launch import why_no_triton
@@ -79,16 +80,16 @@ class FusedDecoderLayer(nn.Module):
             parts = self._parts(hidden_states)
         kwargs |= dict(position_ids=position_ids)
         if parts is not None and position_embeddings is not None:
-            rotary = _flat_rotary(position_embeddings, hidden_states, parts.input)
+            shared = _shared(position_embeddings, hidden_states, parts.input)
             whole = None
             if attention_mask is None and past_key_values is None:
-                whole = self._whole(hidden_states, parts, rotary, keep, kwargs)
+                whole = self._whole(hidden_states, parts, shared, keep, kwargs)
             if whole is not None:
                 return whole
             compute = partial(
                 self._around_attention,
                 parts=parts,
-                rotary=rotary,
+                rotary=shared.rotary,
                 mask=attention_mask,
                 past_key_values=past_key_values,
                 **kwargs,
@@ -118,7 +119,7 @@ class FusedDecoderLayer(nn.Module):
         return parts
 
     def _whole(
-        self, x: Tensor, parts: LayerParts, rotary: Rotary, keep: Keep, kwargs: dict[str, Any]
+        self, x: Tensor, parts: LayerParts, shared: _Shared, keep: Keep, kwargs: dict[str, Any]
     ) -> Tensor | None:
         """The layer as one function, or None where its attention or MLP is not of the kind that it covers."""
         module: Any = self.self_attn
@@ -129,13 +130,11 @@ class FusedDecoderLayer(nn.Module):
         settings = self._attention_settings(module)
         if settings.get("s_aux") is not None:
             return None
-        call = _attention_call(x, parts.input, settings, kwargs)
+        call, backend = _attention_of(x, parts.input, settings, kwargs, shared)
         store = None if keep == "all" else self.store
-        layer = LayerCall(*parts[:2], parts.mlp, rotary, choose(call), call, keep, store, self.tile)
-        stacks = (parts.input.qkv, parts.middle.o, parts.mlp.gate_up, parts.mlp.down)
-        found = factors(*(projection for stack in stacks for projection in stack.projections))
+        layer = LayerCall(*parts[:2], parts.mlp, shared.rotary, backend, call, keep, store, self.tile)
         with torch.autocast(x.device.type, enabled=False):
-            return FusedLayer.apply(x.contiguous(), layer, *found)
+            return FusedLayer.apply(x.contiguous(), layer, *parts.factors)
 
     def _around_attention(
         self,
@@ -193,42 +192,56 @@ class FusedDecoderLayer(nn.Module):
         self.reader.release()
 
 
-# cos, which all layers of a forward share, knows what was made of it for the first of them.
-_FLAT = "_pantheraml_flat"
+class _Shared(NamedTuple):
+    """What all layers of a forward share; cos, which they are given too, knows it from the first of them.
+
+    Attributes:
+        sin: of the forward that it was made in.
+        made_for: rows, tokens, and whether cos comes without its second half.
+        rotary: cos and sin for each of the (B * S) tokens.
+        attention: calls and who computes them, by what differs between layers; with the tensors they follow from.
+    """
+
+    sin: Tensor
+    made_for: tuple[int, int, bool]
+    rotary: Rotary
+    attention: dict[tuple[Any, ...], tuple[tuple[Any, ...], AttentionCall, AttentionBackend]]
 
 
-def _flat_rotary(position_embeddings: tuple[Tensor, Tensor], x: Tensor, part: InputPart) -> Rotary:
-    """cos and sin for each of the (B * S) tokens."""
+_SHARED = "_pantheraml_shared"
+
+
+def _shared(position_embeddings: tuple[Tensor, Tensor], x: Tensor, part: InputPart) -> _Shared:
     batch, tokens, _ = x.shape
     made_for = batch, tokens, part.half_rotary
-    known = getattr(position_embeddings[0], _FLAT, None)
-    if known is None or known[0] is not position_embeddings[1] or known[1] != made_for:
+    known: _Shared | None = getattr(position_embeddings[0], _SHARED, None)
+    if known is None or known.sin is not position_embeddings[1] or known.made_for != made_for:
         # Always memory of its own: a view of cos that cos knows would keep both for ever.
         cos, sin = (
             p.new_empty(batch, tokens, p.shape[-1]).copy_(p).flatten(0, 1) for p in position_embeddings
         )
         width = cos.shape[-1]
         rotary = Rotary(cos, sin, width if not part.half_rotary else 2 * width)
-        known = position_embeddings[1], made_for, rotary
-        setattr(position_embeddings[0], _FLAT, known)
-    return known[2]
+        known = _Shared(position_embeddings[1], made_for, rotary, {})
+        setattr(position_embeddings[0], _SHARED, known)
+    return known
 
 
-def _attention_call(
-    x: Tensor, part: InputPart, settings: dict[str, Any], kwargs: dict[str, Any]
-) -> AttentionCall:
-    rows, tokens, _ = x.shape
-    layout = read_layout(
-        (rows, tokens),
-        x.device,
-        kwargs.get("position_ids"),
-        kwargs.get("cu_seq_lens_q"),
-        kwargs.get("max_length_q"),
-    )
-    return AttentionCall(
-        rows, tokens, part.heads, part.kv_heads, part.head_dim, x.dtype, x.device, layout,
-        settings["scaling"], settings["sliding_window"], settings.get("softcap"),
-    ).reduced()  # fmt: skip
+def _attention_of(
+    x: Tensor, part: InputPart, settings: dict[str, Any], kwargs: dict[str, Any], shared: _Shared
+) -> tuple[AttentionCall, AttentionBackend]:
+    """The layer's attention, and who computes it; decided once for all layers of a forward that are alike."""
+    window, softcap = settings["sliding_window"], settings.get("softcap")
+    kind = part.heads, part.kv_heads, part.head_dim, x.dtype, settings["scaling"], window, softcap
+    source = tuple(kwargs.get(name) for name in ("position_ids", "cu_seq_lens_q", "max_length_q"))
+    known = shared.attention.get(kind)
+    if known is None or not all(map(operator.is_, known[0], source)):
+        rows, tokens, _ = x.shape
+        layout = read_layout((rows, tokens), x.device, *source)
+        shape = rows, tokens, part.heads, part.kv_heads, part.head_dim
+        call = AttentionCall(*shape, x.dtype, x.device, layout, settings["scaling"], window, softcap).reduced()
+        known = shared.attention[kind] = source, call, choose(call)
+    return known[1:]
 
 
 def apply_layers(

@@ -16,7 +16,7 @@ from torch.nn import functional
 from pantheraml.kernels.rms_norm import rms_norm_into
 from pantheraml.kernels.rope import Rotary
 from pantheraml.kernels.swiglu import glu_forward
-from pantheraml.models.fused.decoder_layer import FusedDecoderLayer, _flat_rotary
+from pantheraml.models.fused.decoder_layer import FusedDecoderLayer, _shared
 from pantheraml.models.fused.halves import project_in
 from pantheraml.models.fused.parts import MiddlePart, MLPPart
 from pantheraml.models.fused.read_layer import LayerParts
@@ -180,7 +180,7 @@ def decode(
             position_embeddings=position_embeddings,
             **kwargs,
         )
-    rotary = _flat_rotary(position_embeddings, hidden_states, parts.input)
+    rotary = _shared(position_embeddings, hidden_states, parts.input).rotary
     few = parts.mlp is not None and hidden_states.shape[:2].numel() <= FEW_ROWS
     if not few:
         return layer._around_attention(

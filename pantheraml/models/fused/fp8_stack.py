@@ -22,7 +22,7 @@ from pantheraml.kernels.fp8 import DTYPE, Margin, quantise_rows
 from pantheraml.kernels.fp8_factor import Factor, split_factor
 from pantheraml.kernels.fp8_norm import norm_rows
 from pantheraml.kernels.fp8_product import multiply, turn
-from pantheraml.kernels.place_factors import Table
+from pantheraml.kernels.place_factors import Placement, Table
 from pantheraml.kernels.rms_norm import RMSNorm, rms_norm_into
 from pantheraml.kernels.workspace import borrow
 from pantheraml.models.fused.adapter_inputs import AdapterInputs
@@ -113,27 +113,30 @@ class Fp8Memory:
             if linear.weight.untyped_storage().data_ptr() == storage:
                 linear.weight.data = linear.weight.data.clone(memory_format=torch.contiguous_format)
 
-    def place(self, projections: tuple[Projection, ...]) -> None:
-        """Write the factors to ``a``, ``b`` and the margin of ``matrix``, once for each tuple of projections."""
-        if not self.margin or self._factors is projections:
+    def place(self, bound: BoundFp8Stack) -> None:
+        """Write the factors to ``a``, ``b`` and the margin of ``matrix``, once for each call."""
+        if not self.margin or self._factors is bound.call:
             return
+        projections = bound.projections
         wanted = layout(projections)
         if wanted != self._layout:
             self.a.zero_()
             self.b.zero_()
             self.ones = ones_of(projections, self.a)
             self._layout = wanted
-        self._table.write(placements(projections, self.a, self.b))
+        if bound.placements is None:
+            bound.placements = placements(projections, self.a, self.b)
+        self._table.write(bound.placements)
         factor = Factor(self.b, self.scales, _LEAST_B)
         self._largest["b"] = split_factor(factor, self.matrix[:, self.matrix.shape[1] - 3 * self.margin :])
-        self._factors = projections
+        self._factors = bound.call
 
     def largest(self, name: str) -> Tensor:
         """What the margin beside the factor "a" or "b" is multiplied by follows from this."""
         return self._largest[name]
 
-    def turned(self, projections: tuple[Projection, ...]) -> Tensor:
-        """D (K, N + 3 E) with these factors; to be used before anything else asks for one."""
+    def turned(self, call: object) -> Tensor:
+        """D (K, N + 3 E) with the factors of a call, which were placed; to be used before anything else asks for one."""
         rows, cols = self.matrix.shape[0], self.matrix.shape[1] - 3 * self.margin
         shape = (cols, rows + 3 * self.margin)
         kept = self._turned
@@ -146,9 +149,9 @@ class Fp8Memory:
             turn(self.matrix[:, :cols], result[:, :rows])
         else:
             result = kept
-        if self.margin and (self._turned is None or self._turned_factors is not projections):
+        if self.margin and (self._turned is None or self._turned_factors is not call):
             self._largest["a"] = split_factor(Factor(self.a.T, None, _LEAST_A), result[:, rows:])
-            self._turned_factors = projections
+            self._turned_factors = call
         return result
 
 
@@ -160,6 +163,13 @@ class BoundFp8Stack(BoundStack):
         self.inputs = AdapterInputs(projections)
         self.rows, self.cols = memory.matrix.shape[0], projections[0].linear.in_features
         self.room = 0  # FP8 rows and their margins are made inside the products
+        self.placements: list[Placement] | None = None
+        self.renew()
+
+    def renew(self) -> bool:
+        """As of every stack."""
+        self.call: object = object()
+        return self._memory.holds(self.projections, self.margin) and not self.inputs.drop
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Product:
         """``x W^T + bias`` with LoRA's share."""
@@ -175,7 +185,7 @@ class BoundFp8Stack(BoundStack):
     def product_of_norm(self, x: Tensor, norm: RMSNorm) -> Product:
         """``product`` of the norm of x (T, K), which is written in the dtype of x for dropout and biases alone."""
         memory = self._memory
-        memory.place(self.projections)
+        memory.place(self)
         if self.inputs.drop or memory.ones is not None:  # t is no product of x then
             return self.product(rms_norm_into(torch.empty_like(x), x, norm))
         raw = None
@@ -188,7 +198,7 @@ class BoundFp8Stack(BoundStack):
     def input_gradient(self, dy: Tensor) -> tuple[Tensor, Tensor | None]:
         """dX (T, K) with LoRA's share, and ``i = s dy B`` (T, E)."""
         memory, inner = self._memory, self.inner(dy)
-        turned = memory.turned(self.projections)
+        turned = memory.turned(self.call)
         if inner is not None and self.inputs.drop:
             dx = multiply(quantise_rows(dy, memory.scales), turned[:, : self.rows], None, dy.dtype)
             return self.inputs.add_input_gradient(dx, inner, memory.a), inner
@@ -200,12 +210,12 @@ class BoundFp8Stack(BoundStack):
         """``t = x A^T`` (T, E) alone; None without LoRA."""
         if not self.margin:
             return None
-        self._memory.place(self.projections)
-        return self.inputs.product(x, self._memory.a, self._memory.ones)
+        self._memory.place(self)
+        return self.inputs.product(x, self._memory.a.T, self._memory.ones)
 
     def inner(self, dy: Tensor) -> Tensor | None:
         """``i = s dy B`` alone, where no gradient of x is wanted."""
         if not self.margin:
             return None
-        self._memory.place(self.projections)
+        self._memory.place(self)
         return torch.mm(dy, self._memory.b)

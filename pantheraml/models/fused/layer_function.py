@@ -82,7 +82,7 @@ class FusedLayer(torch.autograd.Function):
         out = torch.empty_like(flat)
         ctx.layer, ctx.num_kept = layer, len(kept)
         if layer.keep == "all":
-            tail = halves.tail(flat, attended.flatten(2).flatten(0, 1), layer.middle, layer.mlp, out)[1:]
+            tail = halves.tail(flat, _by_token(attended), layer.middle, layer.mlp, out)[1:]
             ctx.save_for_backward(flat, attended, *kept, *heads, *tail)
             return out.view(x.shape)
         saved: tuple[Tensor, ...] = (flat,) if layer.keep == "input" else (flat, attended, *kept)
@@ -92,8 +92,7 @@ class FusedLayer(torch.autograd.Function):
         del heads
         tails, keep_sum = [], layer.keep == "projected" and layer.middle.post is None
         for rows, part in layer.tiles(flat.shape[0]):
-            flat_attended = attended.flatten(2).flatten(0, 1)[rows]
-            tail = halves.tail(flat[rows], flat_attended, part.middle, part.mlp, out[rows])
+            tail = halves.tail(flat[rows], _by_token(attended)[rows], part.middle, part.mlp, out[rows])
             tails.append((tail.raw, tail.s if keep_sum else None))
             del tail
         raw, s = (None if found[0] is None else _joined(found) for found in zip(*tails, strict=True))
@@ -131,9 +130,7 @@ class FusedLayer(torch.autograd.Function):
                 kept, rest = rest[: ctx.num_kept], iter(rest[ctx.num_kept :])
                 if layer.keep == "projected":
                     heads = tuple(next(rest) if there else None for there in ctx.has_heads)
-        dx, dattended, late = _tail_backward(
-            flat_dy, flat, attended.flatten(2).flatten(0, 1), layer, tail, (raw, s)
-        )
+        dx, dattended, late = _tail_backward(flat_dy, flat, _by_token(attended), layer, tail, (raw, s))
         del tail, s
         heads = heads or _project_in(flat, layer)
         dout = dattended.view(attended.shape)
@@ -175,13 +172,19 @@ def _summed(parts: list[Gradients]) -> Gradients:
     return total
 
 
+def _by_token(attended: Tensor) -> Tensor:
+    """(B, S, heads, D) as (T, heads * D)."""
+    return attended.reshape(attended.shape[0] * attended.shape[1], -1)
+
+
 def _project_in(x: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """q, k and v side by side (T, …); the sums before the head norms; and t."""
+    if layer.keep == "all":
+        return halves.project_in(x, layer.input, layer.rotary)
     tiles = layer.tiles(x.shape[0])
     parts = [halves.project_in(x[rows], part.input, part.rotary) for rows, part in tiles]
     if len(parts) == 1:
-        found = parts[0]
-        return found.qkv, found.raw, found.t
+        return parts[0]
     raw = None if parts[0].raw is None else torch.cat([part.raw for part in parts if part.raw is not None])
     t = None if parts[0].t is None else torch.cat([part.t for part in parts if part.t is not None])
     return torch.cat([part.qkv for part in parts]), raw, t
@@ -191,8 +194,8 @@ def _split(qkv: Tensor, layer: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as (B, S, heads, D)."""
     call = layer.call
     q, k, v = (
-        part.unflatten(0, (call.rows, call.tokens)).unflatten(-1, (-1, call.head_dim))
-        for part in qkv.split(layer.input.widths, dim=1)
+        part.view(call.rows, call.tokens, -1, call.head_dim)
+        for part in qkv.split_with_sizes(layer.input.widths, 1)
     )
     return q, k, v
 

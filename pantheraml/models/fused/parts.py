@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class InputPart:
         """For rows of the input that begin at ``row``."""
         return replace(self, qkv=self.qkv.at(row))
 
-    @property
+    @cached_property
     def widths(self) -> tuple[int, int, int]:
         """Columns of q, k and v in their product."""
         return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim

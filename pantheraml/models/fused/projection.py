@@ -16,6 +16,9 @@ from pantheraml.kernels.nf4 import unpack_4bit
 from pantheraml.models.fp8 import Fp8Linear
 
 
+_KINDS = ("Linear", "Linear4bit", "Fp8Linear")
+
+
 class Projection(NamedTuple):
     """``y = x W^T + bias + scale * (dropped(x) A^T B^T + lora_bias)``.
 
@@ -78,43 +81,51 @@ class Projection(NamedTuple):
         unpack_4bit(packed.data, state, out)
 
 
+def is_same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether two readings are of the same tensors and modules, with the same numbers."""
+    return all(a is b or (isinstance(a, float) and a == b) for a, b in zip(one, other, strict=True))
+
+
 def read_projection(layer: nn.Module, *, trained: bool = False) -> Projection | str:
     """The projection of ``layer``, or why it cannot be computed by a fused function.
 
     Covered are frozen linears without adapter or with one plain LoRA adapter (rank-stabilised or not, any start, with
     dropout or a bias of its own); with ``trained`` also linears that are trained, for who wants no gradients.
     """
+    # Through the dictionaries: modules' own search for a name costs more than all else here, in every layer of a step.
     module: Any = layer
-    base: Any = module.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    adapted = isinstance(layer, LoraLayer)
+    base: Any = module.get_base_layer() if adapted else layer
     if not isinstance(base, nn.Linear):
         return f"{type(base).__name__} is no linear layer"
-    if not trained and (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)):
-        return "base weights are trained"
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     kind = type(base).__name__
-    if kind not in ("Linear", "Linear4bit", "Fp8Linear") or "forward" in vars(base):
+    if kind not in _KINDS or weight is None or "forward" in vars(base):
         return f"{kind} computes in a way of its own"
-    if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+    if not trained and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return "base weights are trained"
+    if kind == "Linear4bit" and getattr(weight.quant_state, "packing_format_for_cpu", False):
         return "4-bit weights are packed for inference"
-    if not isinstance(layer, LoraLayer) or module.disable_adapters:
+    if not adapted or module.disable_adapters or module.merged:
         return Projection(base, None, None, 0.0)
-    if module.merged:
-        return Projection(base, None, None, 0.0)
-    names = [name for name in module.active_adapters if name in module.lora_A]
+    factors = module._modules
+    first, second = factors["lora_A"]._modules, factors["lora_B"]._modules
+    names = [name for name in module.active_adapters if name in first]
     if not names:
         return Projection(base, None, None, 0.0)
     if len(names) > 1:
         return "several adapters are active"
-    name = names[0]
+    (name,) = names
     if name in module.lora_variant:
         return f"the adapter is a {type(module.lora_variant[name]).__name__}"
     if module.fan_in_fan_out:
         return "the weight is stored turned"
-    dropout = module.lora_dropout[name]
+    dropout = factors["lora_dropout"]._modules[name]
     if dropout.training and type(dropout) not in (nn.Dropout, nn.Identity):
         return f"the adapter's input goes through {type(dropout).__name__}"
-    p = float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
-    a, b = module.lora_A[name], module.lora_B[name]
-    return Projection(base, a.weight, b.weight, float(module.scaling[name]), b.bias, p)
+    p = float(getattr(dropout, "p", 0.0)) if dropout.training and type(dropout) is nn.Dropout else 0.0
+    a, b = first[name]._parameters, second[name]._parameters
+    return Projection(base, a["weight"], b["weight"], float(module.scaling[name]), b["bias"], p)
 
 
 def computes_in(dtype: torch.dtype, device: torch.device) -> bool:

@@ -1,21 +1,24 @@
 """What a decoder layer is made of, read from its modules at every call; or why fused functions cannot compute it.
 
-Reading takes the host a fifth of the time of a layer's launches. Who knows that nothing changes between calls, as in a
-pipelined step, lets one reading serve them all; the factors then stay in their margins, too.
+What was read before is used again where it is found unchanged: making it anew takes the host longer than looking. Who
+knows that nothing changes between calls, as in a pipelined step, lets one reading serve them all without a look; the
+factors then stay in their margins, too.
 """
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pantheraml.kernels.rms_norm import RMSNorm
 from pantheraml.models.families import ModelFamily
 from pantheraml.models.fused.fp8_stack import Fp8Stack
 from pantheraml.models.fused.parts import InputPart, MiddlePart, MLPPart
-from pantheraml.models.fused.projection import Projection, read_projection
+from pantheraml.models.fused.projection import Projection, is_same, read_projection
+from pantheraml.models.fused.slots import factors
 from pantheraml.models.fused.stack import BoundStack, Stack
 
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -29,19 +32,25 @@ class LayerParts(NamedTuple):
         middle: after it, up to the MLP's input.
         mlp: the gated MLP, or None where the layer's MLP is of another kind (a mixture of experts).
         dtype: what they compute in.
+        factors: of all adapters, in the order of the stacks.
     """
 
     input: InputPart
     middle: MiddlePart
     mlp: MLPPart | None
     dtype: torch.dtype
+    factors: tuple[Tensor | None, ...]
+
+    @property
+    def stacks(self) -> list[BoundStack]:
+        """Those of all parts."""
+        mlp = [] if self.mlp is None else [self.mlp.gate_up, self.mlp.down]
+        return [self.input.qkv, self.middle.o, *mlp]
 
     @property
     def drop(self) -> bool:
         """Whether an adapter drops values of its input."""
-        stacks = [self.input.qkv, self.middle.o]
-        stacks += [] if self.mlp is None else [self.mlp.gate_up, self.mlp.down]
-        return any(stack.inputs.drop for stack in stacks)
+        return any(stack.inputs.drop for stack in self.stacks)
 
 
 class LayerReader:
@@ -60,6 +69,11 @@ class LayerReader:
         self._stacks: dict[str, Stack | Fp8Stack] = {}
         self._holds = False
         self._held: LayerParts | None = None
+        self._known: LayerParts | None = None
+        self._read_from: list[tuple[Any, ...]] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _copy_of, (self.family, self.keeps_unpacked)  # the layer's copy stacks its own weights
 
     def hold(self, hold: bool) -> None:
         """Let the next reading serve all calls until ``hold(False)``; adapters that drop are read at every call."""
@@ -88,23 +102,29 @@ class LayerReader:
         if layer.training and _has_residual_dropout(layer):
             return "the residual has dropout"
         groups = _groups(family, attention, mlp)
-        found = {
-            name: [read_projection(module, trained=trained) for module in modules]
-            for name, modules in groups.items()
-        }
-        for projections in found.values():
-            for projection in projections:
-                if isinstance(projection, str):
-                    return projection
-        stacks = {
-            name: tuple(p for p in projections if isinstance(p, Projection))
-            for name, projections in found.items()
-        }
+        found: list[Projection] = []
+        for module in (module for modules in groups.values() for module in modules):
+            projection = read_projection(module, trained=trained)
+            if isinstance(projection, str):
+                return projection
+            found.append(projection)
+        read_from = [*found, *norms, *head_norms]
+        if self._known is not None and self._is_known(read_from):
+            return self._known
+        taken = iter(found)
+        stacks = {name: tuple(islice(taken, len(modules))) for name, modules in groups.items()}
         reason = _why_not_together(stacks)
         if reason is not None:
             return reason
         bound = {name: self._bind(name, projections) for name, projections in stacks.items()}
-        return self._assemble(attention, bound, norms, head_norms)
+        self._known, self._read_from = self._assemble(attention, bound, norms, head_norms), read_from
+        return self._known
+
+    def _is_known(self, read_from: list[tuple[Any, ...]]) -> bool:
+        """Whether just this was read last, and weights lie where they lay; begins another call of the stacks."""
+        if len(read_from) != len(self._read_from) or not all(map(is_same, read_from, self._read_from)):
+            return False
+        return self._known is not None and all([stack.renew() for stack in self._known.stacks])
 
     def _bind(self, name: str, projections: tuple[Projection, ...]) -> BoundStack:
         if name not in self._stacks:
@@ -126,13 +146,14 @@ class LayerReader:
         if keep == self.keeps_unpacked:
             return
         self.keeps_unpacked = keep
+        self._known = None
         for stack in self._stacks.values():
             stack.keeps_unpacked = keep
             stack.release()
 
     def release(self, *, trained_only: bool = False) -> None:
         """Give the weights back their own memory; all of them, or those that are trained."""
-        self._held = None
+        self._held = self._known = None
         for stack in self._stacks.values():
             if stack.is_trained or not trained_only:
                 stack.release()
@@ -160,7 +181,8 @@ class LayerReader:
         if "down" in bound:
             activation = _ACTIVATIONS[self.family.activation]
             mlp = MLPPart(bound["gate_up"], bound["down"], norms[3] if sandwich else None, activation)
-        return LayerParts(before, middle, mlp, bound["qkv"].projections[0].dtype)
+        found = factors(*(projection for stack in bound.values() for projection in stack.projections))
+        return LayerParts(before, middle, mlp, bound["qkv"].projections[0].dtype, tuple(found))
 
     def _norm(self, owner: nn.Module, name: str, trained: bool) -> RMSNorm | None:
         norm: Any = getattr(owner, name)
@@ -169,6 +191,12 @@ class LayerReader:
             return None
         eps = getattr(norm, "eps", None) or getattr(norm, kind.eps_name)
         return RMSNorm(norm.weight, float(eps), kind.offset, kind.cast_first)
+
+
+def _copy_of(family: ModelFamily, keeps_unpacked: bool) -> LayerReader:
+    reader = LayerReader(family)
+    reader.keeps_unpacked = keeps_unpacked
+    return reader
 
 
 def _groups(family: ModelFamily, attention: nn.Module, mlp: nn.Module) -> dict[str, list[nn.Module]]:

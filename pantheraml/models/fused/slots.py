@@ -80,10 +80,10 @@ def placements(projections: tuple[Projection, ...], a: Tensor, b: Tensor) -> lis
     last = _ranks(projections)
     for slot in slots(projections):
         scale, bias = slot.projection.scale, slot.projection.lora_bias
-        found.append(Placement(slot.a.detach(), a[slot.ranks], 1.0))
-        found.append(Placement(slot.b.detach(), b[slot.rows, slot.ranks], scale))
+        found.append(Placement(slot.a, a[slot.ranks], 1.0))
+        found.append(Placement(slot.b, b[slot.rows, slot.ranks], scale))
         if bias is not None:
-            found.append(Placement(bias.detach()[:, None], b[slot.rows, last : last + 1], scale))
+            found.append(Placement(bias, b[slot.rows, last : last + 1], scale))
     return found
 
 

@@ -23,11 +23,11 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.place_factors import Table
+from pantheraml.kernels.place_factors import Placement, Table
 from pantheraml.kernels.rms_norm import RMSNorm, rms_norm_into
 from pantheraml.models.fused.adapter_inputs import AdapterInputs, transposed_product
 from pantheraml.models.fused.projection import Projection
-from pantheraml.models.fused.slots import Slot, layout, margin_of, ones_of, placements, slots
+from pantheraml.models.fused.slots import Slot, layout, margin_of, ones_of, placements
 
 # Tensor cores take the inner dimension in steps of 64; narrower margins were measured slower.
 _STEP = 64
@@ -154,7 +154,10 @@ def _shared_buffer(projections: tuple[Projection, ...], margin: int) -> Buffer:
 
 
 class BoundStack:
-    """A stack with the adapters of one call. ``x`` is (T, K) or widened (T, K + E), ``dy`` (T, N) or (T, N + E)."""
+    """A stack with the adapters of one call. ``x`` is (T, K) or widened (T, K + E), ``dy`` (T, N) or (T, N + E).
+
+    Its views of the buffer are made once: the host would take longer to cut them than to launch a product.
+    """
 
     def __init__(
         self, buffer: Buffer, table: Table, projections: tuple[Projection, ...], margin: int
@@ -163,6 +166,31 @@ class BoundStack:
         self.inputs = AdapterInputs(projections)
         self.rows, self.cols = _sizes(projections)
         self.room = margin  # columns that a widened tensor has beside its own
+        self._packed = projections[0].is_packed
+        self._layout = margin, layout(projections)
+        self._placements: list[Placement] | None = None
+        self._state: object = None
+        matrix, rows, cols = buffer.matrix, self.rows, self.cols
+        self._addresses = [projection.linear.weight.data_ptr() for projection in projections]
+        self._weight = matrix[:rows, :cols]
+        self._a = matrix[rows : rows + margin, :cols]  # E may be less than the buffer has room for
+        self._b = matrix[:rows, cols : cols + margin]
+        self._weight_t, self._a_t, self._b_t = self._weight.T, self._a.T, self._b.T
+        self._wide_t, self._high = matrix[:rows, : cols + margin].T, matrix[: rows + margin, :cols]
+        self.renew()
+
+    def renew(self) -> bool:
+        """Begin another call: factors are placed anew, because they may change in ways that no version counter sees.
+
+        False where the stack is to be bound again: masks are those of one call, or 16-bit weights lie elsewhere by now
+        (``model.to`` moves them).
+        """
+        self._call: object = object()
+        if self._packed:
+            self._state = _state_of(self.projections)
+        elif [projection.linear.weight.data_ptr() for projection in self.projections] != self._addresses:
+            return False
+        return not self.inputs.drop
 
     def at(self, row: int) -> BoundStack:
         """The stack for a part of the layer's input that begins at ``row``."""
@@ -178,114 +206,121 @@ class BoundStack:
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Product:
         """``x W^T + bias`` with LoRA's share; a widened x is completed, and takes no bias."""
-        matrix = self._matrix()
-        weight, wide = matrix[: self.rows, : self.cols], x.shape[1] > self.cols
+        self._make_ready()
         if not self.margin:
-            return Product(x @ weight.T if bias is None else torch.addmm(bias, x, weight.T), None)
-        a, b = self._margins(matrix)
-        t = self.inputs.product(x[:, : self.cols], a, self._buffer.ones)
-        if wide:
-            x[:, self.cols :] = t
-            return Product(x @ matrix[: self.rows, : self.cols + self.margin].T, t)
+            y = torch.mm(x, self._weight_t) if bias is None else torch.addmm(bias, x, self._weight_t)
+            return Product(y, None)
+        if x.shape[1] > self.cols:
+            t = self._complete(x)
+            return Product(torch.mm(x, self._wide_t), t)
+        t = self.inputs.product(x, self._a_t, self._buffer.ones)
         # The narrow product first and the wide one added to it: adding inside a product is nearly free.
-        y = torch.mm(t, b.T) if bias is None else torch.addmm(bias, t, b.T)
-        return Product(y.addmm_(x, weight.T), t)
+        y = torch.mm(t, self._b_t) if bias is None else torch.addmm(bias, t, self._b_t)
+        return Product(y.addmm_(x, self._weight_t), t)
 
     def widened_product(self, x: Tensor) -> Product:
         """``product`` of a widened x, itself widened: y (T, N + E), whose margin is to be filled."""
         if not self.margin:
             return self.product(x)
-        matrix = self._matrix()
-        t = self.inputs.product(x[:, : self.cols], self._margins(matrix)[0], self._buffer.ones)
-        x[:, self.cols :] = t
+        self._make_ready()
+        t = self._complete(x)
         y = self.widened(x, self.rows)
-        torch.mm(x, matrix[: self.rows, : self.cols + self.margin].T, out=y[:, : self.rows])
+        torch.mm(x, self._wide_t, out=y[:, : self.rows])
         return Product(y, t)
+
+    def _complete(self, x: Tensor) -> Tensor:
+        """Write t to the margin of x (T, K + E); returns t, in memory of its own since it is kept and x is not."""
+        own, margin = x.split_with_sizes((self.cols, self.margin), 1)
+        t = self.inputs.product(own, self._a_t, self._buffer.ones)
+        margin.copy_(t)
+        return t
 
     def product_of_norm(self, x: Tensor, norm: RMSNorm) -> Product:
         """``product`` of the norm of x (T, K)."""
         h = self.widened(x, self.cols)
-        rms_norm_into(h[:, : self.cols], x, norm)
+        rms_norm_into(h[:, : self.cols] if self.room else h, x, norm)
         return self.product(h)
 
     def input_gradient(self, dy: Tensor) -> tuple[Tensor, Tensor | None]:
         """dX (T, K) with LoRA's share, and ``i = s dy B`` (T, E); a widened dy is completed."""
-        matrix = self._matrix()
-        weight, wide = matrix[: self.rows, : self.cols], dy.shape[1] > self.rows
+        self._make_ready()
         if not self.margin:
-            return dy @ weight, None
-        a, b = self._margins(matrix)
+            return torch.mm(dy, self._weight), None
         if self.inputs.drop:
             dy = dy[:, : self.rows]
-            inner = dy @ b
-            return self.inputs.add_input_gradient(dy @ weight, inner, a), inner
-        if wide:
-            inner = dy[:, self.rows :]
-            torch.mm(dy[:, : self.rows], b, out=inner)
-            return dy @ matrix[: self.rows + self.margin, : self.cols], inner
-        inner = dy @ b
-        return torch.mm(inner, a).addmm_(dy, weight), inner
+            inner = torch.mm(dy, self._b)
+            return self.inputs.add_input_gradient(torch.mm(dy, self._weight), inner, self._a), inner
+        if dy.shape[1] > self.rows:
+            own, inner = dy.split_with_sizes((self.rows, self.margin), 1)
+            torch.mm(own, self._b, out=inner)
+            return torch.mm(dy, self._high), inner
+        inner = torch.mm(dy, self._b)
+        return torch.mm(inner, self._a).addmm_(dy, self._weight), inner
 
     def thin(self, x: Tensor) -> Tensor | None:
         """``t = x A^T`` (T, E) alone; None without LoRA."""
         if not self.margin:
             return None
-        a, _ = self._margins(self._matrix())
-        return self.inputs.product(x[:, : self.cols], a, self._buffer.ones)
+        self._make_ready()
+        return self.inputs.product(x[:, : self.cols], self._a_t, self._buffer.ones)
 
     def inner(self, dy: Tensor) -> Tensor | None:
         """``i = s dy B`` alone, where no gradient of x is wanted."""
-        return dy[:, : self.rows] @ self._margins(self._matrix())[1] if self.margin else None
+        if not self.margin:
+            return None
+        self._make_ready()
+        return torch.mm(dy[:, : self.rows], self._b)
 
     def factor_gradients(
         self, dy: Tensor, inner: Tensor | None, x: Tensor, t: Tensor | None
     ) -> list[Tensor | None]:
         """Gradients in the order of ``factors``; x (T, K) as in the product."""
-        found: list[list[Tensor | None]] = [[None] * len(p.factors) for p in self.projections]
-        if inner is not None and t is not None:
-            das = self.inputs.gradients_of_a(inner, x[:, : self.cols])
-            for slot, da in zip(slots(self.projections), das, strict=True):
-                found[slot.index] = _of_adapter(slot, da, dy[:, slot.rows], t[:, slot.ranks])
-        return [gradient for of_one in found for gradient in of_one]
+        if inner is None or t is None:
+            return [None] * sum(len(p.factors) for p in self.projections)
+        das = iter(self.inputs.gradients_of_a(inner, x if x.shape[1] == self.cols else x[:, : self.cols]))
+        found: list[Tensor | None] = []
+        for projection, slot in zip(self.projections, self.inputs.places, strict=True):
+            if slot is None:
+                found += [None] * len(projection.factors)
+            else:
+                found += _of_adapter(slot, next(das), dy[:, slot.rows], t[:, slot.ranks])
+        return found
 
-    def _margins(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors, (E, K) and (N, E); E may be less than the buffer has room for."""
-        right = slice(self.cols, self.cols + self.margin)
-        return matrix[self.rows : self.rows + self.margin, : self.cols], matrix[: self.rows, right]
-
-    def _matrix(self) -> Tensor:
-        """The buffer with this stack's weights and factors in it."""
+    def _make_ready(self) -> None:
+        """Let the buffer hold this stack's weights and factors."""
         buffer = self._buffer
-        if self.projections[0].is_packed:
+        if self._packed and buffer.unpacked != self._state:
             self._unpack(buffer)
-        if self.margin and buffer.factors is not self.projections:
-            self._place_factors()
-        return buffer.matrix
+        if self.margin and buffer.factors is not self._call:
+            self._place_factors(buffer)
 
     def _unpack(self, buffer: Buffer) -> None:
-        """Write 4-bit weights to the buffer, unless just these, as they are now, lie there."""
-        weights = tuple(projection.linear.weight for projection in self.projections)
-        state = tuple((id(weight), weight.data_ptr(), _version(weight)) for weight in weights)
-        if buffer.unpacked == state:
-            return
+        """Write 4-bit weights to the buffer, where just these, as they are now, do not lie there."""
         row = 0
         for projection in self.projections:
-            projection.unpack_into(buffer.matrix[row : row + projection.features, : self.cols])
+            projection.unpack_into(self._weight[row : row + projection.features])
             row += projection.features
-        buffer.weights, buffer.unpacked, buffer.factors = weights, state, None
+        buffer.weights = tuple(projection.linear.weight for projection in self.projections)
+        buffer.unpacked, buffer.factors = self._state, None
 
-    def _place_factors(self) -> None:
-        buffer = self._buffer
-        wanted = self.margin, layout(self.projections)
-        a, b = self._margins(buffer.matrix)
-        if buffer.layout != wanted:
-            a.zero_()
-            b.zero_()
-            buffer.ones = ones_of(self.projections, a)
-            buffer.layout = wanted
-        self._table.write(placements(self.projections, a, b))
-        # This very tuple, made anew at every call: factors may change in ways that no version counter sees.
-        buffer.factors = self.projections
+    def _place_factors(self, buffer: Buffer) -> None:
+        if buffer.layout != self._layout:
+            self._a.zero_()
+            self._b.zero_()
+            buffer.ones = ones_of(self.projections, self._a)
+            buffer.layout = self._layout
+        if self._placements is None:
+            self._placements = placements(self.projections, self._a, self._b)
+        self._table.write(self._placements)
+        buffer.factors = self._call
+
+
+def _state_of(projections: tuple[Projection, ...]) -> tuple[tuple[int, int, int], ...]:
+    """Which weights these are, and how often they were written to."""
+    # 4-bit weights are a class of tensors whose every question goes through Python, unless it is told not to.
+    with torch._C.DisableTorchFunctionSubclass():
+        weights = [projection.linear.weight for projection in projections]
+        return tuple((id(weight), weight.data_ptr(), _version(weight)) for weight in weights)
 
 
 def _version(weight: Tensor) -> int:
