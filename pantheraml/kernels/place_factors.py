@@ -22,7 +22,7 @@ _BLOCK = 2048
 
 
 class Placement(NamedTuple):
-    """``target = scale * source``: target (rows, cols), stride 1 along a row; source with as many numbers, contiguous."""
+    """``target = scale * source``: target (rows, cols), stride 1 along a row; source as many numbers, contiguous."""
 
     source: Tensor
     target: Tensor

@@ -239,7 +239,9 @@ def _attention_of(
         rows, tokens, _ = x.shape
         layout = read_layout((rows, tokens), x.device, *source)
         shape = rows, tokens, part.heads, part.kv_heads, part.head_dim
-        call = AttentionCall(*shape, x.dtype, x.device, layout, settings["scaling"], window, softcap).reduced()
+        call = AttentionCall(
+            *shape, x.dtype, x.device, layout, settings["scaling"], window, softcap
+        ).reduced()
         known = shared.attention[kind] = source, call, choose(call)
     return known[1:]
 

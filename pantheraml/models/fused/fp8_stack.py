@@ -136,7 +136,7 @@ class Fp8Memory:
         return self._largest[name]
 
     def turned(self, call: object) -> Tensor:
-        """D (K, N + 3 E) with the factors of a call, which were placed; to be used before anything else asks for one."""
+        """D (K, N + 3 E) with the factors of a call, placed before; to be used before anything else asks for one."""
         rows, cols = self.matrix.shape[0], self.matrix.shape[1] - 3 * self.margin
         shape = (cols, rows + 3 * self.margin)
         kept = self._turned

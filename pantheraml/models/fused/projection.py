@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from pantheraml.kernels.nf4 import unpack_4bit
 from pantheraml.models.fp8 import Fp8Linear
 
-
 _KINDS = ("Linear", "Linear4bit", "Fp8Linear")
 
 
@@ -98,7 +97,8 @@ def read_projection(layer: nn.Module, *, trained: bool = False) -> Projection | 
     base: Any = module.get_base_layer() if adapted else layer
     if not isinstance(base, nn.Linear):
         return f"{type(base).__name__} is no linear layer"
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    weight: Any = base._parameters.get("weight")
+    bias = base._parameters.get("bias")
     kind = type(base).__name__
     if kind not in _KINDS or weight is None or "forward" in vars(base):
         return f"{kind} computes in a way of its own"

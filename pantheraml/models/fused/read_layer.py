@@ -124,7 +124,7 @@ class LayerReader:
         """Whether just this was read last, and weights lie where they lay; begins another call of the stacks."""
         if len(read_from) != len(self._read_from) or not all(map(is_same, read_from, self._read_from)):
             return False
-        return self._known is not None and all([stack.renew() for stack in self._known.stacks])
+        return self._known is not None and all(stack.renew() for stack in self._known.stacks)
 
     def _bind(self, name: str, projections: tuple[Projection, ...]) -> BoundStack:
         if name not in self._stacks:
