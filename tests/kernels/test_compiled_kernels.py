@@ -13,8 +13,8 @@ from tests.kernels.test_triton_without_gpu import compile_for
 # What one program may use on each: 48 KiB without asking, less than the most that may be asked for.
 SHARED = 48 * 1024
 BOTH = (True, False)
-HEADS = {"HALF": 64, "LANES": 64, "TAIL": 0, "TAIL_LANES": 16, "COS_WIDTH": 128, "BLOCK_M": rope._BLOCK_M}
-PARTIAL = {"HALF": 12, "LANES": 16, "TAIL": 24, "TAIL_LANES": 32, "COS_WIDTH": 12, "BLOCK_M": rope._BLOCK_M}
+HEADS = {"HALF": 64, "LANES": 64, "TAIL": 0, "TAIL_LANES": 16, "COS_WIDTH": 128, "BLOCK_M": rope.BLOCK_M}
+PARTIAL = {"HALF": 12, "LANES": 16, "TAIL": 24, "TAIL_LANES": 32, "COS_WIDTH": 12, "BLOCK_M": rope.BLOCK_M}
 
 
 def split(blocks):
