@@ -26,7 +26,7 @@ from torch import Tensor
 from pantheraml.kernels.launch import jit, launching_on, runs_triton, tl
 from pantheraml.kernels.rms_norm import RMSNorm
 
-_BLOCK_M = 32
+BLOCK_M = 32
 _WARPS = 4
 
 
@@ -57,14 +57,14 @@ def _normalise(x1, x2, tail, w1, w2, w_tail, eps, width, element: tl.constexpr, 
 
 
 @jit
-def _rotate_kernel(
-    x_ptr, x_stride, y_ptr, y_stride, rows, cos_ptr, sin_ptr, bias_ptr, w_ptr, eps, offset,
+def turn_head(
+    x_ptr, x_stride, y_ptr, y_stride, head, rows, cos_ptr, sin_ptr, bias_ptr, w_ptr, eps, offset,
     TURN: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, CAST_FIRST: tl.constexpr, HALF: tl.constexpr,
     LANES: tl.constexpr, TAIL: tl.constexpr, TAIL_LANES: tl.constexpr, COS_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    """Rows of a block (program 1) of a head's forward; x, y and bias point to the first head of their tensor."""
     D: tl.constexpr = 2 * HALF + TAIL
-    head = tl.program_id(0)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     lane = tl.arange(0, LANES)
     first = head * D + lane
@@ -114,14 +114,27 @@ def _rotate_kernel(
 
 
 @jit
-def _rotate_back_kernel(
-    dy_ptr, dy_token, dy_head, dx_ptr, dx_stride, rows, cos_ptr, sin_ptr,
+def _rotate_kernel(
+    x_ptr, x_stride, y_ptr, y_stride, rows, cos_ptr, sin_ptr, bias_ptr, w_ptr, eps, offset,
+    TURN: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, CAST_FIRST: tl.constexpr, HALF: tl.constexpr,
+    LANES: tl.constexpr, TAIL: tl.constexpr, TAIL_LANES: tl.constexpr, COS_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    turn_head(
+        x_ptr, x_stride, y_ptr, y_stride, tl.program_id(0), rows, cos_ptr, sin_ptr, bias_ptr, w_ptr, eps, offset,
+        TURN, BIAS, NORM, CAST_FIRST, HALF, LANES, TAIL, TAIL_LANES, COS_WIDTH, BLOCK_M,
+    )  # fmt: skip
+
+
+@jit
+def turn_head_back(
+    dy_ptr, dy_token, dy_head, dx_ptr, dx_stride, head, rows, cos_ptr, sin_ptr,
     x_ptr, x_stride, w_ptr, eps, offset,
     TURN: tl.constexpr, NORM: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr, TAIL: tl.constexpr,
     TAIL_LANES: tl.constexpr, COS_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    """Rows of a block (program 1) of a head's backward; dy, dx and x point to the first head of their tensor."""
     D: tl.constexpr = 2 * HALF + TAIL
-    head = tl.program_id(0)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     lane = tl.arange(0, LANES)
     rest = tl.arange(0, TAIL_LANES)
@@ -175,8 +188,22 @@ def _rotate_back_kernel(
         tl.store(target + third, tail.to(element), mask=tail_there)
 
 
-def _shape(head_dim: int, rotary: Rotary | None) -> dict[str, int]:
-    """How a head is cut: R / 2 pairs, and the rest."""
+@jit
+def _rotate_back_kernel(
+    dy_ptr, dy_token, dy_head, dx_ptr, dx_stride, rows, cos_ptr, sin_ptr,
+    x_ptr, x_stride, w_ptr, eps, offset,
+    TURN: tl.constexpr, NORM: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr, TAIL: tl.constexpr,
+    TAIL_LANES: tl.constexpr, COS_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    turn_head_back(
+        dy_ptr, dy_token, dy_head, dx_ptr, dx_stride, tl.program_id(0), rows, cos_ptr, sin_ptr,
+        x_ptr, x_stride, w_ptr, eps, offset,
+        TURN, NORM, HALF, LANES, TAIL, TAIL_LANES, COS_WIDTH, BLOCK_M,
+    )  # fmt: skip
+
+
+def head_shape(head_dim: int, rotary: Rotary | None) -> dict[str, int]:
+    """The constants of a head's kernels: how it is cut, R / 2 pairs and the rest; rows of a block, warps."""
     width = head_dim if rotary is None else rotary.width
     half, tail = width // 2, head_dim - width
     return {
@@ -185,7 +212,7 @@ def _shape(head_dim: int, rotary: Rotary | None) -> dict[str, int]:
         "TAIL": tail,
         "TAIL_LANES": max(16, 1 << (tail - 1).bit_length()) if tail else 16,
         "COS_WIDTH": 0 if rotary is None else rotary.cos.shape[-1],
-        "BLOCK_M": _BLOCK_M,
+        "BLOCK_M": BLOCK_M,
         "num_warps": _WARPS,
     }
 
@@ -217,10 +244,10 @@ def rotate_(
     y = x if out is None else out
     turn = (x, x) if rotary is None else rotary[:2]
     weight, eps, offset, cast_first = (x, 0.0, 0.0, True) if norm is None else norm
-    _rotate_kernel[(cols // head_dim, -(-rows // _BLOCK_M))](
+    _rotate_kernel[(cols // head_dim, -(-rows // BLOCK_M))](
         x, x.stride(0), y, y.stride(0), rows, *turn, x if bias is None else bias, weight, eps, offset,
         TURN=rotary is not None, BIAS=bias is not None, NORM=norm is not None, CAST_FIRST=cast_first,
-        **_shape(head_dim, rotary),
+        **head_shape(head_dim, rotary),
     )  # fmt: skip
     return y
 
@@ -252,10 +279,10 @@ def rotate_back(
     turn = (dy, dy) if rotary is None else rotary[:2]
     weight, eps, offset, _ = (dy, 0.0, 0.0, True) if norm is None else norm
     raw = dy if x is None else x
-    _rotate_back_kernel[(heads, -(-rows // _BLOCK_M))](
+    _rotate_back_kernel[(heads, -(-rows // BLOCK_M))](
         dy, dy.stride(0), dy.stride(1), out, out.stride(0), rows, *turn,
         raw, raw.stride(0), weight, eps, offset,
-        TURN=rotary is not None, NORM=norm is not None, **_shape(head_dim, rotary),
+        TURN=rotary is not None, NORM=norm is not None, **head_shape(head_dim, rotary),
     )  # fmt: skip
     return out
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from trl.trainer.utils import add_fused_lm_head
 
-from pantheraml.kernels import accumulate, cross_entropy, layer_norm, rope, swiglu
+from pantheraml.kernels import accumulate, cross_entropy, layer_norm, rope, rope_qkv, swiglu
 from pantheraml.kernels import linear_cross_entropy as head_op
 from pantheraml.models.fused import apply_loss
 from pantheraml.models.patching import PatchSet
 from pantheraml.training.head import bind_head
 from tests import tiny
 from tests.kernels import layer_cases, layer_norm_cases
-from tests.kernels.layer_cases import Maker, check_add_norm, check_glu, check_rotate
+from tests.kernels.layer_cases import Maker, check_add_norm, check_glu, check_rotate, check_rotate_qkv
 from tests.kernels.loss_cases import (
     BENDS,
     IGNORE,
@@ -233,6 +233,45 @@ def test_rotary_positions(tokens, heads, head_dim, width, halves, norm, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [None, (0.0, True), (1.0, False)])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "head_dim", "width", "halves", "biased"),
+    [
+        (1000, (32, 8), 128, 128, 2, ""),
+        (1, (8, 1), 64, 64, 2, "qkv"),
+        (77, (3, 3), 80, 32, 1, "qkv"),
+        (50, (4, 1), 256, 256, 1, "qk"),
+        (50, (64, 8), 64, 64, 1, "qkv"),
+        (33, (2, 1), 20, 12, 1, "v"),
+    ],
+)
+def test_rotary_positions_of_q_k_and_v(tokens, heads, head_dim, width, halves, biased, norm, dtype):
+    make = makers(dtype, seeds=40 if tokens == 1 else 12 if tokens < 100 else 2)
+    check_rotate_qkv(make, tokens, heads, head_dim, width, biased=biased, norm=norm, halves=halves)
+
+
+def test_q_k_and_v_are_one_launch():
+    make = Maker(torch.bfloat16, GPU)
+    widths, rotary = (256, 128, 128), rope.Rotary(make(50, 64), make(50, 64), 64)
+    x, out, biases = make(50, 512), make(50, 512), [make(cols) for cols in widths]
+    norms = (make.norm(64, 0.0, True), make.norm(64, 0.0, True))
+    grads = tuple(t.unflatten(1, (-1, 64)) for t in make(50, 512).split(widths, dim=1))
+
+    def run():
+        rope_qkv.rotate_qkv_(x, widths, 64, rotary, biases, norms, out)
+        rope_qkv.rotate_qkv_back(grads, rotary, out, norms, x)
+        torch.cuda.synchronize()
+
+    run()  # compiles
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True
+    ) as profiler:
+        run()
+    on_gpu = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert [event.name for event in on_gpu] == ["_rotate_qkv_kernel", "_rotate_qkv_back_kernel"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", swiglu.ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "cols"), [(500, 14336), (1, 7), (77, 333)])
 def test_gated_activations(rows, cols, activation, dtype):
@@ -250,6 +289,7 @@ def test_residual_and_norm(rows, cols, norm, dtype):
     ("adapter", "place", "what", "check"),
     [
         ("adapt_rotate_back", None, "dx", lambda make: check_rotate(make, 77, 4, 64, 64)),
+        ("adapt_rotate_qkv_back", None, "dx", lambda make: check_rotate_qkv(make, 77, (4, 2), 64, 64)),
         ("adapt_glu", None, "output", lambda make: check_glu(make, 77, 333, "gelu")),
         ("adapt_glu_back", 1, "du", lambda make: check_glu(make, 77, 333, "silu")),
         ("adapt_norm_back", 0, "dx", lambda make: check_add_norm(make, 77, 333)),
@@ -277,12 +317,17 @@ def test_layers_of_more_than_2_to_the_31_elements():
     x, y = (torch.empty(rows, 4096, device=GPU, dtype=torch.bfloat16).normal_() for _ in range(2))
     tail = slice(rows - 5, rows)
     cos, sin = torch.rand(2, rows, 128, device=GPU, dtype=torch.bfloat16)
+    widths = (2048, 1024, 1024)
+    biases, norms = [make(n) for n in widths], (make.norm(128, 0.0, True), make.norm(128, 0.0, True))
 
     def run(x, y, cos, sin):
         rotary = rope.Rotary(cos, sin, 128)
         heads = y.unflatten(1, (-1, 128))
         yield rope.rotate_(x.clone(), 128, rotary)
         yield rope.rotate_back(heads, rotary, torch.empty_like(x))
+        grads = heads.split((16, 8, 8), dim=1)
+        yield rope_qkv.rotate_qkv_(x.clone(), widths, 128, rotary, biases, norms, torch.empty_like(x))
+        yield rope_qkv.rotate_qkv_back(grads, rotary, torch.empty_like(x), norms, x)
         yield from layer_cases.adapt_add_norm(x, y, norm)
         yield from layer_cases.adapt_norm_back(x, y, x, norm)
         yield layer_cases.adapt_glu(x, y, "silu")

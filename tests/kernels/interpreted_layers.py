@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from pantheraml.kernels import elementary, rope, swiglu
+from pantheraml.kernels import elementary, rope, rope_qkv, swiglu
 from pantheraml.kernels.launch import runs_triton, tl, triton
 from pantheraml.kernels.place_factors import Placement, Table
 from tests.kernels import layer_cases as cases
-from tests.kernels.layer_cases import Maker, check_add_norm, check_glu, check_rotate
-from tests.kernels.test_layer_kernels import makers
+from tests.kernels.layer_cases import Maker, check_add_norm, check_glu, check_rotate, check_rotate_qkv
+from tests.kernels.test_layer_kernels import makers, v_turned_too
 
 # bfloat16 products are wrong in the interpreter
 DTYPES = [torch.float32, torch.float16]
@@ -31,6 +31,22 @@ def test_the_interpreter_runs():
 def test_rotary_positions(tokens, heads, head_dim, width, halves, norm, dtype):
     make = makers(dtype, strided=True, seeds=40 if tokens == 1 else 4)
     check_rotate(make, tokens, heads, head_dim, width, bias=True, norm=norm, halves=halves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [None, (0.0, True), (1.0, False)])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "head_dim", "width", "halves", "biased"),
+    [
+        (1, (2, 1), 16, 16, 2, "qkv"),
+        (40, (2, 1), 64, 64, 1, ""),
+        (6, (3, 1), 24, 16, 2, "qk"),
+        (33, (1, 1), 20, 12, 1, "v"),
+    ],
+)
+def test_rotary_positions_of_q_k_and_v(tokens, heads, head_dim, width, halves, biased, norm, dtype):
+    make = makers(dtype, strided=True, seeds=12 if tokens == 1 else 4)
+    check_rotate_qkv(make, tokens, heads, head_dim, width, biased=biased, norm=norm, halves=halves)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -59,15 +75,21 @@ def test_offsets_past_2_to_the_31():
     x, y, z = (make(3, 32) for _ in range(3))
     norm = make.norm(32, 0.0, True)
     rotary = rope.Rotary(make(3, 16), make(3, 16), 16)
+    narrow, widths = rope.Rotary(make(3, 8), make(3, 8), 8), (16, 8, 8)
+    biases, norms = [make(n) for n in widths], (make.norm(8, 0.0, True), make.norm(8, 0.0, True))
 
     def run(x, y, z):
+        like = (lambda t: t.clone()) if x.is_contiguous() else far
+        grads = tuple(t.unflatten(1, (-1, 8)) for t in y.split(widths, dim=1))
         dg, du, value = cases.adapt_glu_back(x, y, z, "silu")
         return (
             *cases.adapt_add_norm(x, y, norm),
             *cases.adapt_norm_back(x, y, z, norm),
             swiglu.glu_forward(x, y, "gelu", torch.empty(3, 32, dtype=x.dtype)),
             *(t.clone() for t in (dg, du, value)),
-            rope.rotate_(x.clone() if x.is_contiguous() else far(x), 16, rotary),
+            rope.rotate_(like(x), 16, rotary),
+            rope_qkv.rotate_qkv_(like(x), widths, 8, narrow, biases, norms, like(z)),
+            rope_qkv.rotate_qkv_back(grads, narrow, like(z), norms, x),
         )
 
     near = run(x, y, z)
@@ -124,6 +146,13 @@ def test_elementary_functions():
             found[0][:3].tolist() == [0.0, 1.0, pytest.approx(math.exp(80), rel=2e-6)] and found[0][3].isnan()
         )
         assert found[2][:3].tolist() == [-1.0, 0.0, 1.0]
+
+
+def test_a_wrong_gradient_of_v_is_seen(monkeypatch):
+    check_rotate_qkv(makers(torch.float32), 5, (2, 1), 16, 16)
+    monkeypatch.setattr(cases, "adapt_rotate_qkv_back", v_turned_too)
+    with pytest.raises(AssertionError, match="dx"):
+        check_rotate_qkv(makers(torch.float32), 5, (2, 1), 16, 16)
 
 
 def test_a_wrong_kernel_is_seen(monkeypatch):

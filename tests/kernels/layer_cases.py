@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from pantheraml.kernels import add_norm as add_norm_op
 from pantheraml.kernels import rope as rope_op
+from pantheraml.kernels import rope_qkv as rope_qkv_op
 from pantheraml.kernels import swiglu as glu_op
 from pantheraml.kernels.rms_norm import RMSNorm
 from tests.kernels.loss_cases import check_all, differentiate, even
@@ -85,16 +86,25 @@ def _judge_rotate(make, tokens, heads, head_dim, width, bias, norm, halves):
     bias = make(cols) if bias else None
     norm = make.norm(head_dim, *norm) if norm else None
     dy = make(heads, tokens, head_dim).transpose(0, 1)
-    rotary = cos = sin = None
-    if width is not None:
-        angle = torch.randn(tokens, width // 2, generator=make.generator).to(make.device) * 3
-        angle = torch.cat([angle] * halves, dim=-1)
-        cos, sin = angle.cos().to(make.dtype), angle.sin().to(make.dtype)
-        rotary = rope_op.Rotary(cos, sin, width)
+    rotary = None if width is None else _make_rotary(make, tokens, width, halves)
 
     y, raw = adapt_rotate(x, head_dim, rotary, bias, norm)
     assert (y is raw) == (norm is None)
     dx = adapt_rotate_back(dy, rotary, torch.empty_like(x), norm, raw if norm else None)
+    exact, stock = _others(head_dim, rotary, bias, norm)
+    above = dy.reshape(tokens, cols)
+    return (y, dx), differentiate(stock, (x,), above), differentiate(exact, (x.double(),), above.double())
+
+
+def _make_rotary(make, tokens, width, halves):
+    angle = torch.randn(tokens, width // 2, generator=make.generator).to(make.device) * 3
+    angle = torch.cat([angle] * halves, dim=-1)
+    return rope_op.Rotary(angle.cos().to(make.dtype), angle.sin().to(make.dtype), width)
+
+
+def _others(head_dim, rotary, bias, norm):
+    """What the reference computes, and what transformers writes, of x (T, heads * D)."""
+    cos, sin, width = (None, None, None) if rotary is None else rotary
 
     def exact(x):
         settings = None if norm is None else norm[:3]
@@ -111,8 +121,81 @@ def _judge_rotate(make, tokens, heads, head_dim, width, bias, norm, halves):
         turned = turned * full_cos + torch.cat((-second, first), -1) * full_sin
         return torch.cat((turned, rest), -1).flatten(1)
 
-    above = dy.reshape(tokens, cols)
-    return (y, dx), differentiate(stock, (x,), above), differentiate(exact, (x.double(),), above.double())
+    return exact, stock
+
+
+# --- rotary positions of q, k and v together ---------------------------------------------------------------------
+
+
+def adapt_rotate_qkv(x, widths, head_dim, rotary, biases, norms):
+    """y, and x as it is left for the backward; x (T, q + k + v), its rows apart or not."""
+    rows = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+    out = None if norms is None else torch.empty_like(x)
+    return rope_qkv_op.rotate_qkv_(rows, widths, head_dim, rotary, biases, norms, out), rows
+
+
+def adapt_rotate_qkv_back(grads, rotary, out, norms, raw):
+    """dx of the gradients of q, k and v, (T, heads, D) each."""
+    return rope_qkv_op.rotate_qkv_back(grads, rotary, out, norms, raw)
+
+
+def check_rotate_qkv(make, tokens, heads, head_dim, width, *, biased="qkv", norm=None, halves=2):
+    """q, k and v together against the reference and stock PyTorch, and bit by bit against one at a time.
+
+    ``heads`` is (heads, kv_heads); ``biased`` names the tensors that have a bias; ``norm`` as in ``check_rotate``.
+    """
+    found = [_judge_rotate_qkv(m, tokens, heads, head_dim, width, biased, norm, halves) for m in make]
+    names = ("output", "dx")
+    check_all(names, [result for result, _ in found])
+    for (ours, *_), alone in found:
+        for name, one, other in zip(names, ours, alone, strict=True):
+            assert torch.equal(one, other), f"{name} is not that of one tensor at a time"
+
+
+def _judge_rotate_qkv(make, tokens, heads, head_dim, width, biased, norm, halves):
+    """Ours, stock's and the exact output and dx; and ours of one tensor at a time."""
+    heads, kv_heads = heads
+    widths = tuple(n * head_dim for n in (heads, kv_heads, kv_heads))
+    x = make(tokens, sum(widths))
+    biases = [make(cols) if name in biased else None for name, cols in zip("qkv", widths, strict=True)]
+    norms = (make.norm(head_dim, *norm), make.norm(head_dim, *norm)._replace(eps=1e-3)) if norm else None
+    rotary = _make_rotary(make, tokens, width, halves)
+    # As attention backends return them: heads first, tokens first, and with no stride of 1 along a head.
+    grads = (
+        make(heads, tokens, head_dim).transpose(0, 1),
+        make(tokens, kv_heads, head_dim),
+        make(tokens, head_dim, kv_heads).transpose(1, 2),
+    )
+    y, raw = adapt_rotate_qkv(x, widths, head_dim, rotary, biases, norms)
+    assert (y is raw) == (norms is None)
+    dx = adapt_rotate_qkv_back(grads, rotary, torch.empty_like(x), norms, raw if norms else None)
+
+    turns, norms = (rotary, rotary, None), (None, None, None) if norms is None else (*norms, None)
+    alone = _one_at_a_time(x, widths, head_dim, grads, turns, biases, norms)
+    columns = []
+    for x_, y_, dx_, dy, *settings in zip(
+        *(t.split(widths, dim=1) for t in (x, y, dx)), grads, turns, biases, norms, strict=True
+    ):
+        exact, stock = _others(head_dim, *settings)
+        above = dy.reshape(dx_.shape)
+        truth = differentiate(exact, (x_.double(),), above.double())
+        columns.append(((y_, dx_), differentiate(stock, (x_,), above), truth))
+    joined = (
+        tuple(torch.cat(t, dim=1) for t in zip(*found, strict=True)) for found in zip(*columns, strict=True)
+    )
+    return tuple(joined), alone
+
+
+def _one_at_a_time(x, widths, head_dim, grads, turns, biases, norms):
+    """y and dx by a call for each of q, k and v, in memory laid out as that of the call for all."""
+    raw = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+    y = raw if norms[0] is None else torch.empty_like(x)
+    dx = torch.empty_like(x)
+    parts = (t.split(widths, dim=1) for t in (raw, y, dx))
+    for raw_, y_, dx_, dy, turn, bias, norm in zip(*parts, grads, turns, biases, norms, strict=True):
+        rope_op.rotate_(raw_, head_dim, turn, bias, norm, y_)
+        rope_op.rotate_back(dy, turn, dx_, norm, None if norm is None else raw_)
+    return y, dx
 
 
 # --- gated activations -------------------------------------------------------------------------------------------

@@ -6,15 +6,26 @@ import itertools
 
 import pytest
 
-from pantheraml.kernels import add_norm, cross_entropy, keyed_dropout, layer_norm, place_factors, rope, swiglu
+from pantheraml.kernels import (
+    add_norm,
+    cross_entropy,
+    keyed_dropout,
+    layer_norm,
+    place_factors,
+    rope,
+    rope_qkv,
+    swiglu,
+)
 from pantheraml.kernels.row_tiles import row_tile
 from tests.kernels.test_triton_without_gpu import compile_for
 
 # What one program may use on each: 48 KiB without asking, less than the most that may be asked for.
 SHARED = 48 * 1024
 BOTH = (True, False)
-HEADS = {"HALF": 64, "LANES": 64, "TAIL": 0, "TAIL_LANES": 16, "COS_WIDTH": 128, "BLOCK_M": rope._BLOCK_M}
-PARTIAL = {"HALF": 12, "LANES": 16, "TAIL": 24, "TAIL_LANES": 32, "COS_WIDTH": 12, "BLOCK_M": rope._BLOCK_M}
+HEADS = {"HALF": 64, "LANES": 64, "TAIL": 0, "TAIL_LANES": 16, "COS_WIDTH": 128, "BLOCK_M": rope.BLOCK_M}
+PARTIAL = {"HALF": 12, "LANES": 16, "TAIL": 24, "TAIL_LANES": 32, "COS_WIDTH": 12, "BLOCK_M": rope.BLOCK_M}
+
+LARGE = {"HALF": 128, "LANES": 128, "TAIL": 0, "TAIL_LANES": 16, "COS_WIDTH": 256, "BLOCK_M": rope.BLOCK_M}
 
 
 def split(blocks):
@@ -46,6 +57,14 @@ def rotary_positions():
         yield rope._rotate_back_kernel, {"TURN": True, "NORM": norm, **shape}, rope._WARPS
 
 
+def rotary_positions_of_q_k_and_v():
+    for shape, norm in ((HEADS, False), (PARTIAL, True), (LARGE, True)):
+        biases = dict.fromkeys(("BIAS_Q", "BIAS_K", "BIAS_V"), not norm)
+        flags = {"NORM": norm, "CAST_FIRST_Q": True, "CAST_FIRST_K": False}
+        yield rope_qkv._rotate_qkv_kernel, {**biases, **flags, **shape}, rope._WARPS
+        yield rope_qkv._rotate_qkv_back_kernel, {"NORM": norm, **shape}, rope._WARPS
+
+
 def gated_activations():
     for activation in range(len(swiglu.ACTIVATIONS)):
         blocks, warps = split(swiglu._FORWARD)
@@ -70,7 +89,7 @@ KINDS = {
         ("logp_ptr", "top_ptr", "log_sum_ptr", "entropy_ptr", "top1_ptr", "g_ptr", "scale_ptr"), "*fp32"
     ),
     **dict.fromkeys(("dw_ptr", "db_ptr"), "*fp32"),
-    **dict.fromkeys(("scale", "cap", "eps", "offset"), "fp32"),
+    **dict.fromkeys(("scale", "cap", "eps", "offset", "eps_q", "eps_k", "offset_q", "offset_k"), "fp32"),
 }
 
 
@@ -84,7 +103,7 @@ def types_of(kernel, constants, dtype):
             return KINDS[name]
         if name.endswith("_ptr"):
             return f"*{dtype}"
-        return "i64" if name.endswith(("stride", "dy_token", "dy_head")) else "i32"
+        return "i64" if name.endswith(("stride", "_token", "_head")) else "i32"
 
     return {name: kind(name) for name in kernel.arg_names if name not in constants}
 
@@ -97,7 +116,9 @@ def compiles(kernel, constants, warps, capability, dtype):
 
 # sm_75 has no products of bfloat16
 TARGETS = [(75, "fp16"), (90, "bf16"), (80, "fp32"), (75, "fp32"), (90, "fp16"), (80, "bf16")]
-FAMILIES = [losses, layer_norms, rotary_positions, gated_activations, residuals]
+FAMILIES = [
+    losses, layer_norms, rotary_positions, rotary_positions_of_q_k_and_v, gated_activations, residuals
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kernels", FAMILIES)

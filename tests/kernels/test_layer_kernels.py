@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from pantheraml.errors import ConfigError
-from pantheraml.kernels import add_norm, rope, swiglu
+from pantheraml.kernels import add_norm, rope, rope_qkv, swiglu
 from pantheraml.kernels.rms_norm import RMSNorm
 from tests.kernels import layer_cases as cases
-from tests.kernels.layer_cases import Maker, check_add_norm, check_glu, check_rotate
+from tests.kernels.layer_cases import Maker, check_add_norm, check_glu, check_rotate, check_rotate_qkv
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -27,6 +27,23 @@ def makers(dtype, strided=False, seeds=6):
 def test_rotary_positions(tokens, head_dim, width, halves, norm, dtype, strided):
     make = makers(dtype, strided, seeds=40 if tokens == 1 else 6)
     check_rotate(make, tokens, 3, head_dim, width, bias=True, norm=norm, halves=halves)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [None, (0.0, True), (1.0, False)])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "head_dim", "width", "halves", "biased"),
+    [
+        (1, (3, 1), 16, 16, 2, "qkv"),
+        (6, (4, 2), 24, 16, 1, ""),
+        (5, (2, 2), 8, 8, 2, "qk"),
+        (5, (2, 1), 8, 8, 2, "v"),
+    ],
+)
+def test_rotary_positions_of_q_k_and_v(tokens, heads, head_dim, width, halves, biased, norm, dtype, strided):
+    make = makers(dtype, strided, seeds=40 if tokens == 1 else 20)
+    check_rotate_qkv(make, tokens, heads, head_dim, width, biased=biased, norm=norm, halves=halves)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,6 +79,17 @@ def without_norm_of_gradient(dy, rotary, out, norm, raw):
     return rope.rotate_back(dy, rotary, out)
 
 
+def norms_exchanged(x, widths, head_dim, rotary, biases, norms):
+    out, raw = torch.empty_like(x), x.clone()
+    return rope_qkv.rotate_qkv_(raw, widths, head_dim, rotary, biases, norms[::-1], out), raw
+
+
+def v_turned_too(grads, rotary, out, norms, raw):
+    rope_qkv.rotate_qkv_back(grads, rotary, out, norms, raw)
+    rope.rotate_back(grads[2], rotary, out[:, -grads[2][0].numel() :])
+    return out
+
+
 def other_gelu(g, u, activation):
     return swiglu.glu_forward(g, u, "gelu_tanh", torch.empty_like(g))
 
@@ -88,6 +116,10 @@ def without_residual(dh, ds, s, norm):
          lambda make: check_rotate(make, 6, 2, 16, 16)),
         ("adapt_rotate_back", without_norm_of_gradient, "dx",
          lambda make: check_rotate(make, 6, 2, 16, 16, norm=(0.0, True))),
+        ("adapt_rotate_qkv", norms_exchanged, "output",
+         lambda make: check_rotate_qkv(make, 6, (2, 1), 16, 16, norm=(0.0, True))),
+        ("adapt_rotate_qkv_back", v_turned_too, "dx",
+         lambda make: check_rotate_qkv(make, 6, (2, 1), 16, 16)),
         ("adapt_glu", other_gelu, "output", lambda make: check_glu(make, 6, 33, "gelu")),
         ("adapt_glu_back", slope_of_another, "dg", lambda make: check_glu(make, 6, 33, "silu")),
         ("adapt_add_norm", norm_before_the_sum, "h", lambda make: check_add_norm(make, 6, 33)),

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pantheraml.kernels.add_norm import add_norm, norm_backward
 from pantheraml.kernels.rms_norm import rms_norm_into
-from pantheraml.kernels.rope import Rotary, rotate_, rotate_back
+from pantheraml.kernels.rope import Rotary
+from pantheraml.kernels.rope_qkv import rotate_qkv_, rotate_qkv_back
 from pantheraml.kernels.swiglu import glu_backward, glu_forward
 from pantheraml.models.fused.parts import InputPart, MiddlePart, MLPPart
 
@@ -38,23 +39,10 @@ class Heads(NamedTuple):
 def project_in(x: Tensor, part: InputPart, rotary: Rotary) -> Heads:
     """q, k and v of x (T, H)."""
     y, t = part.qkv.product_of_norm(x, part.norm)
-    width_q, width_k, _ = part.widths
-    bias_q, bias_k, bias_v = part.bias
-    q, k, v = y.split(part.widths, dim=1)
-    if bias_v is not None:
-        rotate_(v, part.head_dim, None, bias_v)
-    if part.q_norm is not None:  # the sums stay, since the norms' backward reads them
-        out = torch.empty_like(y)
-        rotate_(q, part.head_dim, rotary, bias_q, norm=part.q_norm, out=out[:, :width_q])
-        rotate_(k, part.head_dim, rotary, bias_k, norm=part.k_norm, out=out[:, width_q : width_q + width_k])
-        out[:, width_q + width_k :] = v
-        return Heads(out, y, t)
-    if bias_q is None and bias_k is None:
-        rotate_(y[:, : width_q + width_k], part.head_dim, rotary)
-    else:
-        rotate_(q, part.head_dim, rotary, bias_q)
-        rotate_(k, part.head_dim, rotary, bias_k)
-    return Heads(y, None, t)
+    # With head norms the sums stay, since the norms' backward reads them.
+    out = None if part.head_norms is None else torch.empty_like(y)
+    qkv = rotate_qkv_(y, part.widths, part.head_dim, rotary, part.bias, part.head_norms, out)
+    return Heads(qkv, None if out is None else y, t)
 
 
 def project_in_backward(
@@ -73,11 +61,7 @@ def project_in_backward(
     """
     raw, t = kept
     dy = part.qkv.widened(x, part.qkv.rows)
-    parts = dy[:, : part.qkv.rows].split(part.widths, dim=1)
-    raws = (None, None) if raw is None else raw.split(part.widths, dim=1)[:2]
-    rotate_back(grads[0], rotary, parts[0], part.q_norm, raws[0])
-    rotate_back(grads[1], rotary, parts[1], part.k_norm, raws[1])
-    rotate_back(grads[2], None, parts[2])
+    rotate_qkv_back(grads, rotary, dy[:, : part.qkv.rows], part.head_norms, raw)
     if residual is None:
         inner = part.qkv.inner(dy)
         h = None if inner is None else rms_norm_into(torch.empty_like(x), x, part.norm)

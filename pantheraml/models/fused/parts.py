@@ -8,6 +8,7 @@ from functools import cached_property
 from torch import Tensor
 
 from pantheraml.kernels.rms_norm import RMSNorm
+from pantheraml.kernels.rope_qkv import HeadNorms
 from pantheraml.models.fused.stack import BoundStack
 
 
@@ -21,8 +22,7 @@ class InputPart:
         heads: of q.
         kv_heads: of k, and of v.
         head_dim: D.
-        q_norm: of each head of q, or None.
-        k_norm: of each head of k, or None.
+        head_norms: of each head of q, and of each of k; or None.
         half_rotary: whether cos and sin come without their second half, which is like the first (gpt_oss).
     """
 
@@ -31,8 +31,7 @@ class InputPart:
     heads: int
     kv_heads: int
     head_dim: int
-    q_norm: RMSNorm | None = None
-    k_norm: RMSNorm | None = None
+    head_norms: HeadNorms | None = None
     half_rotary: bool = False
 
     def at(self, row: int) -> InputPart:

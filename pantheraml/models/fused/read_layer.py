@@ -172,8 +172,7 @@ class LayerReader:
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head_dim=attention.head_dim,
-            q_norm=head_norms[0] if head_norms else None,
-            k_norm=head_norms[1] if head_norms else None,
+            head_norms=(head_norms[0], head_norms[1]) if head_norms else None,
             half_rotary="half_rotary" in self.family.deviations,
         )
         middle = MiddlePart(bound["o"], norms[1] if sandwich else None, norms[2] if sandwich else norms[1])
