@@ -83,7 +83,7 @@ def bench_nf4(sweep: bool) -> None:
         if sweep and name == "gate, up":
             for words in (128, 256, 512, 1024, 2048):
                 for warps in (2, 4, 8):
-                    with settings(nf4._TILE, {"WORDS": words, "num_warps": warps}):
+                    with settings(nf4.TILE, {"WORDS": words, "num_warps": warps}):
                         attempt(
                             f"    {words} words, {warps} warps",
                             lambda d=data, s=state, o=dense: nf4.unpack_4bit(d, s, o),
