@@ -11,6 +11,7 @@ what the memory gives. NF4: ours against bitsandbytes. FP8: the kernels around t
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from benchmarks.gemm_layouts import timed
 from pantheraml.kernels import fp8, fp8_factor, fp8_norm, fp8_product, nf4
 from pantheraml.kernels.rms_norm import RMSNorm
+from pantheraml.kernels.unpack_table import UnpackTable
 
 H, INNER, KV = 4096, 14336, 1024
 # name, N, K, margin of LoRA at r=16: the stacks of a Llama-8B layer
@@ -83,12 +85,48 @@ def bench_nf4(sweep: bool) -> None:
         if sweep and name == "gate, up":
             for words in (128, 256, 512, 1024, 2048):
                 for warps in (2, 4, 8):
-                    with settings(nf4._TILE, {"WORDS": words, "num_warps": warps}):
+                    with settings(nf4.TILE, {"WORDS": words, "num_warps": warps}):
                         attempt(
                             f"    {words} words, {warps} warps",
                             lambda d=data, s=state, o=dense: nf4.unpack_4bit(d, s, o),
                             moved,
                         )
+
+
+def bench_nf4_table() -> None:
+    """A layer's seven weights, one launch after another and in one."""
+    try:
+        import bitsandbytes.functional as bnb
+    except ImportError:
+        return
+    shapes = [(H, H), (KV, H), (KV, H), (H, H), (INNER, H), (INNER, H), (H, INNER)]
+    weights, targets = [], []
+    for n, k in shapes:
+        weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02
+        weights.append(bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True))
+        targets.append(torch.empty(n, k + 64, device="cuda", dtype=torch.bfloat16)[:, :k])
+    moved = sum(n * k * 2 + n * k // 2 + n * k // 64 for n, k in shapes)
+    table = UnpackTable(weights, targets)
+    assert table.is_one_launch
+
+    def one_by_one():
+        for (data, state), target in zip(weights, targets, strict=True):
+            nf4.unpack_4bit(data, state, target)
+
+    for name, call in (("seven launches", one_by_one), ("one launch", table.write)):
+        attempt(f"NF4 a layer into stacks, {name}", call, moved)
+        line(f"    the host's share of it, {name}", host_time(call))
+
+
+def host_time(call: Callable[[], Any]) -> float:
+    """Microseconds until ``call`` returns, the GPU having nothing else to do: a median of 50."""
+    times = []
+    for _ in range(50):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[25] * 1e6
 
 
 def bench_quantise(tokens: int, sweep: bool) -> None:
@@ -179,6 +217,7 @@ def main() -> None:
     bench_copy()
     if options.only in (None, "nf4"):
         bench_nf4(options.sweep)
+        bench_nf4_table()
     reason = fp8_product.why_no_fp8(torch.device("cuda", torch.cuda.current_device()))
     if reason is not None:
         print(f"FP8 left out: {reason}")

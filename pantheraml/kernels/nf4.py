@@ -21,18 +21,15 @@ from torch import Tensor
 from pantheraml.kernels.launch import jit, launching_on, tl
 
 # Words of 4 bytes that a program unpacks; 4 to a thread are one load of 16 bytes.
-_TILE = {"WORDS": 512, "num_warps": 4}
+TILE = {"WORDS": 512, "num_warps": 4}
 
 
 @jit
-def _unpack_kernel(
-    packed_ptr, absmax_ptr, code_ptr, absmax2_ptr, code2_ptr, offset_ptr, out_ptr, words, values, cols, stride,
-    words_in_row, PER: tl.constexpr, BLOCK: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr,
-    ROWS: tl.constexpr, WORDS: tl.constexpr,
+def unpack_words(
+    word, there, packed_ptr, absmax_ptr, code_ptr, absmax2_ptr, code2_ptr, offset_ptr, PER: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
-    """PER values to a word; ROWS: 0 for a dense output, 1 where rows hold whole words, 2 where a word may cross."""
-    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
-    there = word < words
+    """The values (WORDS, PER), float32, of the words ``word`` (WORDS,); PER to a word."""
     packed = tl.load(packed_ptr + word, mask=there, other=0).to(tl.int32)
     block = word // (BLOCK // PER)
     if NESTED:
@@ -44,7 +41,22 @@ def _unpack_kernel(
     place = tl.arange(0, PER)
     half = (packed[:, None] >> ((place // 2) * 8 + 4 - (place % 2) * 4)[None, :]) & 15
     # The table stays in the first level of cache: one line, read without conflicts, which beats 15 selections a value.
-    value = tl.load(code_ptr + half) * scale[:, None]
+    return tl.load(code_ptr + half) * scale[:, None]
+
+
+@jit
+def _unpack_kernel(
+    packed_ptr, absmax_ptr, code_ptr, absmax2_ptr, code2_ptr, offset_ptr, out_ptr, words, values, cols, stride,
+    words_in_row, PER: tl.constexpr, BLOCK: tl.constexpr, BLOCK2: tl.constexpr, NESTED: tl.constexpr,
+    ROWS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """PER values to a word; ROWS: 0 for a dense output, 1 where rows hold whole words, 2 where a word may cross."""
+    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    value = unpack_words(
+        word, word < words, packed_ptr, absmax_ptr, code_ptr, absmax2_ptr, code2_ptr, offset_ptr, PER, BLOCK, BLOCK2,
+        NESTED,
+    )  # fmt: skip
+    place = tl.arange(0, PER)
     at = word.to(tl.int64)[:, None] * PER + place[None, :]
     inside = at < values
     if ROWS == 1:
@@ -72,9 +84,9 @@ def triton_unpack(
     words = flat.view(torch.int32) if wide else flat
     rows = 0 if dense else 1 if cols % per == 0 else 2
     absmax2, code2, offset = nested if nested else (absmax, code, code)
-    _unpack_kernel[(-(-words.numel() // _TILE["WORDS"]),)](
+    _unpack_kernel[(-(-words.numel() // TILE["WORDS"]),)](
         words, absmax, code, absmax2, code2, offset, out, words.numel(), values, cols, stride, max(1, cols // per),
-        PER=per, BLOCK=blocks[0], BLOCK2=blocks[-1], NESTED=bool(nested), ROWS=rows, **_TILE,
+        PER=per, BLOCK=blocks[0], BLOCK2=blocks[-1], NESTED=bool(nested), ROWS=rows, **TILE,
         enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -93,6 +105,14 @@ def _eager_unpack(
     halves = torch.stack([data >> 4, data & 15], dim=1).reshape(-1)[: out.numel()]
     scales = absmax.float().repeat_interleave(blocks[0])[: out.numel()]
     out.copy_((code[halves.int()] * scales).to(out.dtype).view(out.shape))
+
+
+def fill(
+    out: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, nested: list[Tensor], blocks: list[int]
+) -> None:
+    """Fill ``out`` where it lies: by Triton on a GPU, which is the current one, else in plain PyTorch."""
+    launch = triton_unpack if out.device.type == "cuda" else _eager_unpack
+    launch(out, packed, absmax, code, nested, blocks)
 
 
 @torch.library.custom_op("pantheraml::unpack_4bit", mutates_args=("out",))
@@ -151,6 +171,5 @@ def unpack_4bit(packed: Tensor, state: Any, out: Tensor | None = None) -> Tensor
     with torch.no_grad():
         if out is None:
             out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
-        launch = triton_unpack if out.device.type == "cuda" else _eager_unpack
-        launch(out, packed, *read_state(state))
+        fill(out, packed, *read_state(state))
     return out

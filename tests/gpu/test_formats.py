@@ -8,12 +8,22 @@ import torch
 from pantheraml import FastLanguageModel
 from pantheraml.kernels import fp8, fp8_factor, fp8_norm, fp8_product, nf4
 from pantheraml.kernels.rms_norm import RMSNorm, rms_norm
+from pantheraml.kernels.unpack_table import UnpackTable
 from pantheraml.models.fp8 import Fp8Linear
 from pantheraml.models.fused.fp8_stack import Fp8Stack
 from pantheraml.models.fused.projection import Projection
 from tests import tiny
 from tests.kernels.fp8_cases import KINDS, LEAST_DB, rows, sqnr
-from tests.kernels.nf4_cases import SHAPES, packed, spread, theirs
+from tests.kernels.nf4_cases import (
+    SHAPES,
+    TABLES,
+    check_odd_tables,
+    check_table,
+    packed,
+    spread,
+    stacks,
+    theirs,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -59,6 +69,65 @@ def test_unpacking_opcheck():
     data, state = packed((64, 128), torch.bfloat16, device="cuda")
     out = torch.empty(64, 128, dtype=torch.bfloat16, device="cuda")
     torch.library.opcheck(torch.ops.pantheraml.unpack_4bit, (out, data, *nf4.read_state(state)))
+
+
+LAYER = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shapes", [*TABLES, [(64, 96), (33, 160), (1024, 4096), (4096, 1792)]])
+@pytest.mark.parametrize("margin", [0, 64])
+def test_a_table_equals_bitsandbytes(shapes, dtype, nested, kind, margin):
+    assert check_table(shapes, dtype, "cuda", margin, nested=nested, kind=kind).is_one_launch
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(("dtype", "blocksize"), [(torch.bfloat16, 64), (torch.float16, 4096)])
+def test_a_table_of_a_whole_layer(dtype, blocksize, nested):
+    assert check_table(LAYER, dtype, "cuda", nested=nested, blocksize=blocksize).is_one_launch
+
+
+def test_a_table_of_many_weights():
+    # more entries than a warp has lanes, so the search for one's own crosses warps
+    assert check_table([(8 * n, 64) for n in range(1, 300)], torch.bfloat16, "cuda").is_one_launch
+
+
+def test_odd_tables_are_written_one_by_one():
+    check_odd_tables(torch.bfloat16, "cuda")
+
+
+def test_a_table_sees_what_changes_inside():
+    weights = [packed(shape, torch.bfloat16, device="cuda") for shape in TABLES[1]]
+    targets, _ = stacks(TABLES[1], torch.bfloat16, "cuda")
+    table, before = UnpackTable(weights, targets), theirs(*weights[1])
+    for _ in range(3):  # the second launch and those after it take what the first has compiled
+        weights[1][1].code.copy_(weights[1][1].code.roll(1))
+        table.write()
+        for target, weight in zip(targets, weights, strict=True):
+            assert torch.equal(target, nf4.unpack_4bit(*weight))
+    assert not torch.equal(targets[1], before)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_table_on_a_gpu_that_is_not_the_current_one(order):
+    tables = []
+    for device in order:
+        with torch.cuda.device(device):
+            weights = [packed(shape, torch.bfloat16, device=f"cuda:{device}") for shape in TABLES[1]]
+            targets, _ = stacks(TABLES[1], torch.bfloat16, f"cuda:{device}")
+            tables.append((UnpackTable(weights, targets), targets, [theirs(*weight) for weight in weights]))
+            torch.cuda.synchronize()
+    with torch.cuda.device(0):
+        for table, targets, expected in tables * 2:
+            table.write()
+            torch.cuda.synchronize(targets[0].device)
+            assert all(torch.equal(*pair) for pair in zip(targets, expected, strict=True))
+            for target in targets:
+                target.zero_()
+        assert torch.cuda.current_device() == 0
 
 
 # --- FP8 ------------------------------------------------------------------------------------------------------

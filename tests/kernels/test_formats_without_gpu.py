@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import triton.language as tl
 
-from pantheraml.kernels import fp8, fp8_factor, fp8_norm, fp8_product, nf4
+from pantheraml.kernels import fp8, fp8_factor, fp8_norm, fp8_product, nf4, unpack_table
 from tests.kernels.test_triton_without_gpu import compile_for
 from tests.kernels.test_triton_without_gpu import test_interpreted as run_interpreted
 
@@ -14,12 +15,11 @@ def test_interpreted_formats(file):
     run_interpreted(file)
 
 
-@pytest.mark.parametrize("capability", [75, 80, 90])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize(
-    ("rows", "nested", "per"), [(0, True, 8), (0, False, 8), (1, True, 8), (2, True, 2), (0, True, 2)]
-)
-def test_unpacking_compiles(capability, dtype, rows, nested, per):
+TRITON = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+
+
+def compile_unpacking(capability, dtype, rows, nested, per):
+    """The kernel of one weight, its arguments divisible by 16 as those of a usual weight are."""
     pointers = {
         "packed_ptr": "*i32" if per == 8 else "*u8", "absmax_ptr": "*u8" if nested else "*fp32",
         "code_ptr": "*fp32", "absmax2_ptr": "*fp32", "code2_ptr": "*fp32", "offset_ptr": "*fp32",
@@ -27,9 +27,49 @@ def test_unpacking_compiles(capability, dtype, rows, nested, per):
     }  # fmt: skip
     numbers = {"words": "i32", "values": "i64", "cols": "i32", "stride": "i64", "words_in_row": "i32"}
     constants = {"PER": per, "BLOCK": 64, "BLOCK2": 256, "NESTED": nested, "ROWS": rows, "WORDS": 512}
-    compiled = compile_for(nf4._unpack_kernel, pointers | numbers, constants, capability, 4)
+    types = pointers | numbers
+    return compile_for(nf4._unpack_kernel, types, constants, capability, 4, by_16=types if per == 8 else ())
+
+
+def compile_table(capability, dtype, nested, entries):
+    constants = {"OUT": TRITON[dtype], "BLOCK": 64, "BLOCK2": 256, "NESTED": nested, "ENTRIES": entries}
+    constants |= {"WORDS": nf4.TILE["WORDS"]}
+    kernel, warps = unpack_table._unpack_table_kernel, nf4.TILE["num_warps"]
+    return compile_for(kernel, {"table_ptr": "*i64"}, constants, capability, warps)
+
+
+@pytest.mark.parametrize("capability", [75, 80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(
+    ("rows", "nested", "per"), [(0, True, 8), (0, False, 8), (1, True, 8), (2, True, 2), (0, True, 2)]
+)
+def test_unpacking_compiles(capability, dtype, rows, nested, per):
+    compiled = compile_unpacking(capability, dtype, rows, nested, per)
     assert f"sm_{capability}" in compiled.asm["ptx"] and compiled.asm["cubin"]
     assert compiled.metadata.shared <= 16 * 1024
+
+
+@pytest.mark.parametrize("capability", [75, 80, 90])
+@pytest.mark.parametrize(("dtype", "entries"), [("bf16", 1), ("fp16", 8), ("fp32", 64)])
+def test_unpacking_a_table_compiles(capability, dtype, entries):
+    compiled = compile_table(capability, dtype, True, entries)
+    assert f"sm_{capability}" in compiled.asm["ptx"] and compiled.asm["cubin"]
+    assert compiled.metadata.shared <= 16 * 1024
+
+
+def wide_accesses(compiled):
+    """How many loads and stores of 16 bytes there are, and how many stores in all."""
+    ptx = compiled.asm["ptx"]
+    stores = ptx.count("st.global")
+    return ptx.count("ld.global.v4.b32"), ptx.count("st.global.v4.b32"), stores
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(("dtype", "stores"), [("bf16", 4), ("fp16", 4), ("fp32", 8)])
+def test_a_table_is_read_and_written_in_16_bytes_too(dtype, stores, nested):
+    """Addresses from memory tell the compiler nothing of how they are aligned; the kernel has to."""
+    assert wide_accesses(compile_unpacking(90, dtype, 1, nested, 8)) == (1, stores, stores)
+    assert wide_accesses(compile_table(90, dtype, nested, 4)) == (1, stores, stores)
 
 
 def check_compiled(kernel, types, constants, capability, warps):

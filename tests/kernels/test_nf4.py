@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pantheraml.kernels import nf4
-from tests.kernels.nf4_cases import SHAPES, packed, spread, theirs
+from pantheraml.kernels.unpack_table import UnpackTable
+from tests.kernels.nf4_cases import SHAPES, TABLES, check_table, packed, spread, theirs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -56,3 +57,30 @@ def test_no_gradient_comes_near():
     x = torch.randn(3, 64, requires_grad=True)
     weight = nf4.unpack_4bit(data, state)
     assert not weight.requires_grad and (x @ weight.T).requires_grad
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shapes", TABLES)
+def test_a_table_without_a_gpu(shapes, dtype, nested):
+    assert not check_table(shapes, dtype, nested=nested).is_one_launch
+
+
+def test_a_table_of_parameters():
+    from bitsandbytes.nn import Params4bit
+
+    data, state = packed((32, 64), torch.bfloat16)
+    weight = Params4bit(data, quant_state=state, bnb_quantized=True)
+    out = torch.empty(32, 64, dtype=torch.bfloat16)
+    table = UnpackTable([(weight, weight.quant_state)], [out])
+    assert type(table._parts[0].packed) is torch.Tensor
+    table.write()
+    assert torch.equal(out, theirs(data, state))
+
+
+def test_tables_of_nothing():
+    UnpackTable([], []).write()
+    data, state = packed((32, 64), torch.float32)
+    UnpackTable([(data, state)], [torch.empty(0, 64)]).write()
+    with pytest.raises(ValueError, match="zip"):
+        UnpackTable([(data, state)], [])

@@ -42,10 +42,14 @@ def test_fused_layers_interpreted():
     interpret(ROOT / "tests" / "fused")
 
 
-def compile_for(kernel, types, constants, capability, num_warps):
-    """Compile for an NVIDIA GPU of ``capability``; ``types`` by argument name."""
+def compile_for(kernel, types, constants, capability, num_warps, by_16=()):
+    """Compile for an NVIDIA GPU of ``capability``; ``types`` by argument name.
+
+    ``by_16`` names arguments that 16 divides, which a launch tells of them.
+    """
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in by_16}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
 
 
