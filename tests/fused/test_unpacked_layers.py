@@ -7,11 +7,11 @@ import torch
 
 from pantheraml import FastLanguageModel
 from pantheraml.errors import ConfigError
+from pantheraml.kernels.unpack_table import UnpackTable
 from pantheraml.models import recompute
 from pantheraml.models.families import find_family
 from pantheraml.models.fused import stack as stacks
 from pantheraml.models.fused.decoder_layer import apply_layers
-from pantheraml.models.fused.projection import Projection
 from pantheraml.models.patching import PatchSet
 from pantheraml.models.recompute_plan import plan_unpacked, unpacked_bytes
 from pantheraml.models.state import get_state
@@ -26,8 +26,8 @@ FLAGS = dict(max_seq_length=64, load_in_4bit=True, device_map="cpu")
 def unpacked(monkeypatch):
     """How many weights were unpacked."""
     count = []
-    original = Projection.unpack_into
-    monkeypatch.setattr(Projection, "unpack_into", lambda *a: count.append(1) or original(*a))
+    original = UnpackTable.write
+    monkeypatch.setattr(UnpackTable, "write", lambda table: count.extend(table._parts) or original(table))
     return count
 
 

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from pantheraml.kernels.nf4 import unpack_4bit
 from pantheraml.models.fused.projection import Projection, computes_in, read_projection
 from tests import tiny
 
@@ -15,9 +16,7 @@ NAME = "model.layers.0.mlp.up_proj"
 
 def unpacked(projection):
     """The base weight as products use it."""
-    out = torch.empty(projection.features, projection.linear.in_features, dtype=projection.dtype)
-    projection.unpack_into(out)
-    return out
+    return unpack_4bit(*projection.packed) if projection.is_packed else projection.linear.weight.detach()
 
 
 def layer(**settings):

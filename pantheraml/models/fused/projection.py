@@ -12,7 +12,6 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from pantheraml.kernels.nf4 import unpack_4bit
 from pantheraml.models.fp8 import Fp8Linear
 
 _KINDS = ("Linear", "Linear4bit", "Fp8Linear")
@@ -70,14 +69,11 @@ class Projection(NamedTuple):
         """R, 0 without an adapter."""
         return 0 if self.a is None else self.a.shape[0]
 
-    def unpack_into(self, out: Tensor) -> None:
-        """Write the base weight (N, K) to ``out``, stride 1 along a row."""
-        packed = self.linear.weight
-        state = getattr(packed, "quant_state", None)
-        if state is None:
-            out.copy_(packed.detach())
-            return
-        unpack_4bit(packed.data, state, out)
+    @property
+    def packed(self) -> tuple[Tensor, Any]:
+        """The bytes of a weight held in 4 bits, and their ``bitsandbytes.functional.QuantState``."""
+        weight: Any = self.linear.weight
+        return weight.data, weight.quant_state
 
 
 def is_same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pantheraml.kernels.place_factors import Placement, Table
 from pantheraml.kernels.rms_norm import RMSNorm, rms_norm_into
+from pantheraml.kernels.unpack_table import UnpackTable
 from pantheraml.models.fused.adapter_inputs import AdapterInputs, transposed_product
 from pantheraml.models.fused.projection import Projection
 from pantheraml.models.fused.slots import Slot, layout, margin_of, ones_of, placements
@@ -170,6 +171,7 @@ class BoundStack:
         self._layout = margin, layout(projections)
         self._placements: list[Placement] | None = None
         self._state: object = None
+        self._unpacking: tuple[object, UnpackTable] | None = None
         matrix, rows, cols = buffer.matrix, self.rows, self.cols
         self._addresses = [projection.linear.weight.data_ptr() for projection in projections]
         self._weight = matrix[:rows, :cols]
@@ -296,10 +298,10 @@ class BoundStack:
 
     def _unpack(self, buffer: Buffer) -> None:
         """Write 4-bit weights to the buffer, where just these, as they are now, do not lie there."""
-        row = 0
-        for projection in self.projections:
-            projection.unpack_into(self._weight[row : row + projection.features])
-            row += projection.features
+        if self._unpacking is None or self._unpacking[0] != self._state:
+            places = self._weight.split_with_sizes([projection.features for projection in self.projections])
+            self._unpacking = self._state, UnpackTable([p.packed for p in self.projections], places)
+        self._unpacking[1].write()
         buffer.weights = tuple(projection.linear.weight for projection in self.projections)
         buffer.unpacked, buffer.factors = self._state, None
 
