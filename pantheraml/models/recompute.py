@@ -206,8 +206,11 @@ def _layers(model: Any) -> list[Any]:
 
     from pantheraml.models.fused import FusedDecoderLayer
 
-    kinds = FusedDecoderLayer | GradientCheckpointingLayer
-    return [module for module in model.modules() if isinstance(module, kinds)]
+    if isinstance(model, FusedDecoderLayer | GradientCheckpointingLayer):
+        return [
+            model
+        ]  # what is inside is not walked through: that took the host longer than launching a layer
+    return [layer for child in model.children() for layer in _layers(child)]
 
 
 def _fused(layers: list[Any]) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from pantheraml.checkpoint.partial import removed_on_failure
@@ -46,6 +47,7 @@ from pantheraml.training.banner import (
 from pantheraml.training.evaluation import TokenSums
 from pantheraml.training.given import one_tokenizer, refuse_name
 from pantheraml.training.head import bind_cpu_head, bind_head, needs_cpu_head, why_not_fused
+from pantheraml.training.module_walks import listed_once
 from pantheraml.training.optimizer import embedding_parameters, split_embedding_group
 from pantheraml.training.pipelining import PipelinedSteps
 from pantheraml.training.rows import (
@@ -191,7 +193,8 @@ class PantheraMLTrainer(PipelinedSteps):
         self._say_plan()
         for device in self._predicted or {self.args.device}:
             forget_peak(device)
-        result = super().train(*args, **kwargs)
+        with listed_once(cast(nn.Module, self.model)):
+            result = super().train(*args, **kwargs)
         self._say_memory()
         return result
 
