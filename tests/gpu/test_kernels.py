@@ -68,7 +68,11 @@ def test_the_only_token_costs_nothing(scale, cap):
 @pytest.mark.parametrize(("rows", "width", "vocabulary"), [(70, 256, 32000), (1, 64, 1000), (33, 48, 8193)])
 def test_linear_log_probs(rows, width, vocabulary, scale, cap, trained, dtype, monkeypatch):
     monkeypatch.setattr(head_op, "_CHUNK_ELEMENTS", 32 * vocabulary)
-    check_head(run_head, several(make_head, rows, width, vocabulary, dtype, GPU), scale, cap, trained)
+    piece = (
+        32 if dtype == torch.float32 else None
+    )  # as many as ours; in half precision the sum of pieces would be worse
+    cases = several(make_head, rows, width, vocabulary, dtype, GPU)
+    check_head(run_head, cases, scale, cap, trained, piece)
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -96,15 +96,21 @@ def make_head(rows, width, vocabulary, dtype=torch.float32, device="cpu", weight
     return h, weight.to(weight_dtype or dtype), labels, g
 
 
-def check_head(function, cases, scale, cap, trained):
-    """The same for (log_probs, dh[, dW]) of ``function(h, weight, labels, g, scale, cap, trained)``."""
+def check_head(function, cases, scale, cap, trained, piece=None):
+    """The same for (log_probs, dh[, dW]) of ``function(h, weight, labels, g, scale, cap, trained)``.
+
+    Stock PyTorch computes ``piece`` rows at a time, where that is given: how a library sums up a product in float32, and
+    so how much it errs, depends on how many rows it has.
+    """
 
     def judge(h, weight, labels, g):
         def exact(h, w):
             return reference.scores(h @ w.T, labels, scale, cap)[0]
 
         def stock(h, w):
-            return -stock_loss(h @ w.to(h.dtype).T, labels, scale, cap)
+            w = w.to(h.dtype).T
+            parts = zip(h.split(piece or len(h)), labels.split(piece or len(h)), strict=True)
+            return torch.cat([-stock_loss(part @ w, there, scale, cap) for part, there in parts])
 
         truths = differentiate(exact, (h.double(), weight.double()), g.double())
         theirs = differentiate(stock, (h, weight), g)
