@@ -68,9 +68,8 @@ def test_the_only_token_costs_nothing(scale, cap):
 @pytest.mark.parametrize(("rows", "width", "vocabulary"), [(70, 256, 32000), (1, 64, 1000), (33, 48, 8193)])
 def test_linear_log_probs(rows, width, vocabulary, scale, cap, trained, dtype, monkeypatch):
     monkeypatch.setattr(head_op, "_CHUNK_ELEMENTS", 32 * vocabulary)
-    piece = (
-        32 if dtype == torch.float32 else None
-    )  # as many as ours; in half precision the sum of pieces would be worse
+    # As many rows as ours takes; in half precision stock's sum of their gradients would be worse than its product.
+    piece = 32 if dtype == torch.float32 else None
     cases = several(make_head, rows, width, vocabulary, dtype, GPU)
     check_head(run_head, cases, scale, cap, trained, piece)
 

@@ -99,8 +99,8 @@ def make_head(rows, width, vocabulary, dtype=torch.float32, device="cpu", weight
 def check_head(function, cases, scale, cap, trained, piece=None):
     """The same for (log_probs, dh[, dW]) of ``function(h, weight, labels, g, scale, cap, trained)``.
 
-    Stock PyTorch computes ``piece`` rows at a time, where that is given: how a library sums up a product in float32, and
-    so how much it errs, depends on how many rows it has.
+    Stock PyTorch computes ``piece`` rows at a time, where that is given: how a library sums up a product in float32,
+    and so how much it errs, depends on how many rows it has.
     """
 
     def judge(h, weight, labels, g):
