@@ -9,14 +9,12 @@ grid serves all factors of a stack whatever their number and sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.launch import jit, launching_on, runs_triton, tl
+from pantheraml.kernels.launch import FixedLaunch, jit, launching_on, runs_triton, tl
 
 _BLOCK = 2048
 
@@ -65,7 +63,7 @@ class Table:
     def __init__(self) -> None:
         self._placements: list[Placement] | None = None
         self._addresses: list[int] = []
-        self._launch: Callable[[], object] | None = None
+        self._launch: FixedLaunch | None = None
 
     def write(self, placements: list[Placement]) -> None:
         """Do every placement; all sources share one dtype, all targets another.
@@ -95,15 +93,10 @@ class Table:
         if not runs_triton(first.target) or any(not p.source.is_contiguous() for p in placements):
             return
         keys, device = [placement.key for placement in placements], first.target.device
-        self._launch = partial(
-            _place_kernel[(len(placements), 64)],
-            torch.tensor([key[:5] for key in keys], dtype=torch.int64, device=device),
-            torch.tensor([key[5] for key in keys], dtype=torch.float32, device=device),
-            SOURCE=_NAMES[first.source.dtype],
-            TARGET=_NAMES[first.target.dtype],
-            BLOCK=_BLOCK,
-            num_warps=4,
-        )
+        table = torch.tensor([key[:5] for key in keys], dtype=torch.int64, device=device)
+        scales = torch.tensor([key[5] for key in keys], dtype=torch.float32, device=device)
+        arguments = table, scales, _NAMES[first.source.dtype], _NAMES[first.target.dtype], _BLOCK
+        self._launch = FixedLaunch(_place_kernel, (len(placements), 64, 1), arguments, num_warps=4)
 
 
 _NAMES = {} if tl is None else {

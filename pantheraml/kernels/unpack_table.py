@@ -14,13 +14,13 @@ so one grid serves weights of any sizes without a program to spare, and the kern
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.launch import jit, launching_on, runs_triton, tl
+from pantheraml.kernels.launch import FixedLaunch, jit, launching_on, runs_triton, tl
 from pantheraml.kernels.nf4 import TILE, fill, read_state, unpack_words
 
 # Values in a word of 4 bytes, the kernel's unit.
@@ -156,29 +156,25 @@ class UnpackTable:
             for (packed, state), target in zip(weights, targets, strict=True)
             if target.numel()
         ]
-        self._table: Tensor | None = None
-        self._device: int | None = None
-        self._again: Callable[..., Any] | None = None
+        self._launch: FixedLaunch | None = None
         if self._fits_one_launch():
             self._list()
 
     @property
     def is_one_launch(self) -> bool:
         """Whether one launch unpacks all of them."""
-        return self._table is not None
+        return self._launch is not None
 
     def write(self) -> None:
         """Unpack every weight to its target."""
-        if self._table is None:
-            with torch.no_grad():
-                for part in self._parts:
-                    with launching_on(part.out):
-                        fill(*part)
-        elif self._device is None or self._device == torch.cuda.current_device():
-            self._launch()
-        else:
-            with torch.cuda.device(self._device):
+        if self._launch is not None:
+            with launching_on(self._parts[0].out):
                 self._launch()
+            return
+        with torch.no_grad():
+            for part in self._parts:
+                with launching_on(part.out):
+                    fill(*part)
 
     def _fits_one_launch(self) -> bool:
         parts = self._parts
@@ -190,7 +186,7 @@ class UnpackTable:
         )
 
     def _list(self) -> None:
-        """Make the table, and all that a launch needs."""
+        """Make the table and its launch."""
         out, *_, nested, blocks = self._parts[0]
         columns, programs = [], 0
         for part in self._parts:
@@ -198,23 +194,15 @@ class UnpackTable:
             programs += part.programs
         entries = 1 << (len(columns) - 1).bit_length()
         columns += [[_NEVER] + [0] * (len(columns[0]) - 1)] * (entries - len(columns))
-        self._table = torch.tensor(columns, dtype=torch.int64).T.contiguous().to(out.device)
-        self._device = out.device.index
-        self._grid = (programs, 1, 1)
-        self._arguments = (
-            self._table, _NAMES[out.dtype], blocks[0], blocks[-1], bool(nested), entries, TILE["WORDS"],
-        )  # fmt: skip
-
-    def _launch(self) -> None:
-        if self._again is not None:
-            self._again(*self._arguments)
-            return
-        compiled = _unpack_table_kernel[self._grid](
-            *self._arguments, num_warps=TILE["num_warps"], enable_fp_fusion=False
+        table = torch.tensor(columns, dtype=torch.int64).T.contiguous().to(out.device)
+        arguments = table, _NAMES[out.dtype], blocks[0], blocks[-1], bool(nested), entries, TILE["WORDS"]
+        self._launch = FixedLaunch(
+            _unpack_table_kernel,
+            (programs, 1, 1),
+            arguments,
+            num_warps=TILE["num_warps"],
+            enable_fp_fusion=False,
         )
-        # The arguments never change, so from now on what was compiled for them is launched at once: to find it by their
-        # types is most of what a launch costs. The interpreter compiles nothing.
-        self._again = None if compiled is None else compiled[self._grid]
 
 
 _NAMES = {} if tl is None else {
