@@ -25,6 +25,7 @@ from pantheraml.log import say
 from pantheraml.models.packed_rows import keep_documents_apart
 from pantheraml.models.patching import PatchSet
 from pantheraml.models.recompute import is_recompute_forced, plan_ahead
+from pantheraml.models.split import is_split
 from pantheraml.models.state import ModelState, get_state
 from pantheraml.training.arguments import (
     PantheraMLTrainingArguments,
@@ -193,7 +194,10 @@ class PantheraMLTrainer(PipelinedSteps):
         self._say_plan()
         for device in self._predicted or {self.args.device}:
             forget_peak(device)
-        with listed_once(cast(nn.Module, self.model)):
+        model = cast(nn.Module, self.model)
+        # With one device autograd's own thread has nothing to do beside this one but to take turns with it.
+        beside = self.args.world_size > 1 or is_split(model)
+        with listed_once(model), torch.autograd.set_multithreading_enabled(beside):
             result = super().train(*args, **kwargs)
         self._say_memory()
         return result

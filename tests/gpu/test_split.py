@@ -236,3 +236,25 @@ def test_a_link_waits_for_what_it_copies_and_nobody_waits_for_it():
     moved = parcel.open()
     assert moved.device.index == 1 and torch.equal(moved.cpu(), want.cpu())
     assert torch.equal(back.send(moved * 2).open(), want * 2)
+
+
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("family", ["gemma2", "qwen3", "mixtral"])
+def test_a_model_computes_on_its_own_gpu_whichever_is_current(folders, family, mask):
+    model, _ = load(folders(family), "cuda:0")
+    ids = torch.randint(5, 400, (2, 24), generator=torch.Generator().manual_seed(1)).to("cuda:0")
+    real = torch.ones_like(ids)
+    real[1, 15:] = 0
+
+    def step(current):
+        model.zero_grad()
+        torch.cuda.synchronize(0)
+        with torch.cuda.device(0):
+            torch.cuda._sleep(10**9)  # what ran on another GPU's stream would read what is not there yet
+        with torch.cuda.device(current):
+            loss = model(input_ids=ids, attention_mask=real if mask else None, labels=ids).loss
+            loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    for one, other in zip(step(1), step(0), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)

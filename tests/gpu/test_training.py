@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,22 @@ def test_the_host_waits_for_the_gpu_where_it_logs_alone(tmp_path, family, accumu
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert trainer.state.global_step == 6
+
+
+def test_one_gpus_backward_runs_on_the_callers_thread(tmp_path):
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(tiny.save_checkpoint(tmp_path / "base")), max_seq_length=64, load_in_16bit=True
+    )
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    threads = set()
+    factor = next(p for name, p in model.named_parameters() if "lora_B" in name)
+    factor.register_hook(lambda _: threads.add(threading.get_ident()))
+    args = PantheraMLTrainingArguments(
+        output_dir=str(tmp_path / "run"), max_steps=2, save_strategy="no", report_to="none", disable_tqdm=True
+    )
+    rows = Dataset.from_dict({"input_ids": [list(range(5, 45))] * 16})
+    PantheraMLTrainer(model, args, train_dataset=rows, tokenizer=tokenizer).train()
+    assert threads == {threading.get_ident()}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from pantheraml.kernels.attention.backend import AttentionBackend, AttentionCall
 from pantheraml.kernels.attention.layout import read_layout
 from pantheraml.kernels.attention.table import choose
-from pantheraml.kernels.launch import why_no_triton
+from pantheraml.kernels.launch import launching_on, why_no_triton
 from pantheraml.kernels.rope import Rotary
 from pantheraml.models.activation_sizes import TILE
 from pantheraml.models.families import ModelFamily
@@ -71,6 +71,21 @@ class FusedDecoderLayer(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         """(B, S, H) -> (B, S, H); arguments as transformers passes them."""
+        # Kernels run on the current device, which need not be the layer's: of a split model, or of one of two models.
+        with launching_on(hidden_states):
+            return self._compute(
+                hidden_states, attention_mask, position_ids, past_key_values, position_embeddings, **kwargs
+            )
+
+    def _compute(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Any,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        **kwargs: Any,
+    ) -> Tensor:
         keep = self._keep()
         if keep != "all":  # a cache would be filled twice
             past_key_values = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pantheraml.kernels.launch import launching_on
 from pantheraml.kernels.rms_norm import rms_norm_into
 from pantheraml.kernels.rope import Rotary
 from pantheraml.kernels.swiglu import glu_forward
@@ -183,15 +184,17 @@ def decode(
     rotary = _shared(position_embeddings, hidden_states, parts.input).rotary
     few = parts.mlp is not None and hidden_states.shape[:2].numel() <= FEW_ROWS
     if not few:
-        return layer._around_attention(
-            hidden_states,
-            parts=parts,
-            rotary=rotary,
-            mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-    with torch.autocast(hidden_states.device.type, enabled=False):
+        with launching_on(hidden_states):
+            return layer._around_attention(
+                hidden_states,
+                parts=parts,
+                rotary=rotary,
+                mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+    device = hidden_states.device.type
+    with launching_on(hidden_states), torch.autocast(device, enabled=False):
         return _few_rows(
             layer, hidden_states, parts, rotary, attention_mask, past_key_values, prepared, **kwargs
         )
