@@ -106,6 +106,9 @@ def _evaluation_rows(config: RunConfig) -> str:
 
 def _batch(config: RunConfig) -> str:
     rows = config.trainer.per_device_train_batch_size
+    if config.trainer.global_batch_size is not None:
+        most = "" if rows is None else f", up to {rows} per device at a time"
+        return f"{config.trainer.global_batch_size} per step on all ranks{most}"
     steps = config.trainer.gradient_accumulation_steps
     if rows is None or steps is None:
         return f"rows per device: {rows or _LIBRARY}; accumulated: {steps or _LIBRARY}"

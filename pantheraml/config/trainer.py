@@ -22,7 +22,7 @@ from pantheraml.config.section import (
 )
 
 # Settings of ours that SFTConfig does not have.
-OUR_FIELDS = frozenset({"embedding_learning_rate", "extra"})
+OUR_FIELDS = frozenset({"embedding_learning_rate", "global_batch_size", "extra"})
 
 
 class TrainerSettings(Section):
@@ -35,6 +35,9 @@ class TrainerSettings(Section):
     per_device_train_batch_size: Count | None = unset("Rows per device in a training micro-batch.")
     per_device_eval_batch_size: Count | None = unset("Rows per device in an evaluation batch.")
     gradient_accumulation_steps: Count | None = unset("Micro-batches per optimizer step.")
+    global_batch_size: Count | None = unset(
+        "Rows of an optimizer step on all ranks; gradient_accumulation_steps follows from it."
+    )
     num_train_epochs: PositiveNumber | None = unset("Passes over the training rows.")
     max_steps: Whole | None = unset("Optimizer steps; overrides num_train_epochs when positive.")
     auto_find_batch_size: bool | None = unset("Halve the batch size when memory runs out.")

@@ -24,6 +24,8 @@ class PantheraMLTrainingArguments(SFTConfig):
         max_length: longest row in tokens; None means the model's ``max_seq_length`` (SFTConfig: 1024).
         gradient_checkpointing: None means that the model's ``use_gradient_checkpointing`` decides (SFTConfig: True);
             True or False written here wins over it.
+        global_batch_size: rows of an optimizer step on all ranks together; ``gradient_accumulation_steps`` follows from
+            it and the number of ranks. None: per device x accumulation x ranks.
         merge_micro_batches: put the micro-batches of a step through the model together, as documents of one row without
             padding; the loss is the same. None does so on a GPU where memory allows and attention keeps documents
             apart, and not where recompute is asked for.
@@ -45,6 +47,9 @@ class PantheraMLTrainingArguments(SFTConfig):
         default=None, metadata={"help": "Recompute activations; None leaves it to the model."}
     )
 
+    global_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows of a step on all ranks; the accumulation follows."}
+    )
     merge_micro_batches: bool | None = field(
         default=None, metadata={"help": "Micro-batches of a step in one pass; None decides by memory."}
     )

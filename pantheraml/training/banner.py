@@ -17,6 +17,7 @@ from pantheraml.models.recompute import sections
 from pantheraml.models.recompute_plan import RecomputePlan
 from pantheraml.models.split import Split, is_split
 from pantheraml.models.state import ModelState, get_state
+from pantheraml.training.global_batch import GlobalBatch
 from pantheraml.training.rows import token_counts
 
 # What a step takes of each device that a rank trains on.
@@ -45,7 +46,7 @@ def describe_ranks(places: list[tuple[str, str]], strategy: str) -> str:
     return f"{len(places)} ranks ({hosts}); DDP, {why}: each has the whole model and rows of its own."
 
 
-def describe_run(model: nn.Module, args: TrainingArguments, rows: Any) -> str:
+def describe_run(model: nn.Module, args: TrainingArguments, rows: Any, batch: GlobalBatch) -> str:
     """What is trained, in what precision, and of what a step is made."""
     trainable, total = count_parameters(model)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
@@ -54,11 +55,13 @@ def describe_run(model: nn.Module, args: TrainingArguments, rows: Any) -> str:
     kinds = ", ".join(dict.fromkeys(device_name(device) for device in devices))
     alone = f" on {', '.join(map(str, devices))} ({kinds})" if args.world_size == 1 else ""
     count = f"{len(rows)} rows" if isinstance(rows, Dataset) else "streamed rows"
-    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    each = f"{batch.per_device} x {batch.accumulation} x {batch.ranks}"
+    step = (
+        f"{each} = {batch.rows} rows a step" if batch.is_even else f"{batch.rows} rows a step, up to {each}"
+    )
     return (
-        f"{trainable:,} of {total:,} parameters are trained{alone} in {precision}; {count}; "
-        f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size} = {step} "
-        f"rows a step (per device x accumulation x ranks)."
+        f"{trainable:,} of {total:,} parameters are trained{alone} in {precision}; {count}; {step} "
+        f"(per device x accumulation x ranks)."
     )
 
 

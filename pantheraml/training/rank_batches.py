@@ -1,8 +1,8 @@
-"""The rows of each rank: one order for all, of which rank r of W takes batches r, r + W, r + 2 W, ...
+"""The rows of each rank: one order for all, of which every step takes the next ones, however many ranks there are.
 
-So a step of W ranks with A micro-batches of B rows each is made of the same W * A * B rows as a step of one rank with
-W * A micro-batches. Nothing is lost or seen twice: the last batch may be short, and ranks for which there is none get a
-row without labels, so that every rank takes every step.
+The rows of a step are cut into micro-batches (``GlobalBatch``), of which rank r of W takes those numbered r, r + W, ...
+Nothing is lost or seen twice: the last step may be short, and ranks for which there is none get a row without labels,
+so that every rank takes every step.
 
 A stream is read by every rank, which keeps its own batches: nobody knows how long a stream is, so nobody could hand out
 parts of it that come to the same steps. It costs each rank the reading and tokenising of all rows.
@@ -24,6 +24,7 @@ from trl import SFTTrainer
 from pantheraml.distributed.process_group import gather_objects
 from pantheraml.errors import DataError
 from pantheraml.log import say_once
+from pantheraml.training.global_batch import GlobalBatch
 
 Batch = dict[str, Any]
 # Which tokens of a flat batch are labels: numbers that stay on the host, where nobody waits to learn them.
@@ -38,29 +39,27 @@ class RankBatches(Sampler[list[int]]):
     Args:
         rows: the data set.
         sampler: its order; a shuffle is drawn anew, from ``seed`` and the epoch, so that all ranks have the same.
-        batch_size: rows of a batch.
-        world_size: number of ranks.
+        batch: how many rows a step has, and how they are cut.
         rank: this one.
         seed: of the shuffle.
-        drop_last: leave out what fills no batch on every rank.
+        drop_last: leave out, of the last step, what fills no batch on every rank.
     """
 
     def __init__(
         self,
         rows: Sized,
         sampler: Sampler[int],
-        batch_size: int,
+        batch: GlobalBatch,
         *,
-        world_size: int,
         rank: int,
         seed: int,
         drop_last: bool = False,
     ) -> None:
-        self._rows, self._sampler, self._size = rows, sampler, batch_size
+        self._rows, self._sampler, self._batch = rows, sampler, batch
         self.drop_last = drop_last
         # accelerate cuts what ranks gather at the end of an epoch to the number of rows modulo this: nothing is a copy.
         self.batch_size = 1
-        self._world_size, self._rank, self._seed = world_size, rank, seed
+        self._rank, self._seed = rank, seed
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -68,15 +67,20 @@ class RankBatches(Sampler[list[int]]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self._rows), self._size * self._world_size)
-        return whole if self.drop_last or not rest else whole + 1
+        steps, rest = divmod(self._count(), self._batch.rows)
+        return steps * self._batch.accumulation + self._batch.turns(rest)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order()
-        for turn in range(len(self)):
-            start = (turn * self._world_size + self._rank) * self._size
-            yield order[start : start + self._size]
+        order = self._order()[: self._count()]
+        for start in range(0, len(order), self._batch.rows):
+            yield from self._batch.cut(order[start : start + self._batch.rows], self._rank)
         self._epoch += 1
+
+    def _count(self) -> int:
+        """Rows of an epoch."""
+        together = self._batch.per_device * self._batch.ranks
+        rest = len(self._rows) % self._batch.rows
+        return len(self._rows) - (rest % together if self.drop_last else 0)
 
     def _order(self) -> list[int]:
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
@@ -94,29 +98,37 @@ class RankStream(IterableDataset[list[Any]]):
 
     Args:
         rows: the stream, in the same order on all ranks.
-        batch_size: rows of a batch.
-        world_size: number of ranks.
+        batch: how many rows a step has, and how they are cut.
         rank: this one.
-        drop_last: leave out what fills no batch on every rank.
+        drop_last: leave out, of the last step, what fills no batch on every rank.
+        start: where a run goes on: the first epoch, and the rows of it that are done.
     """
 
     def __init__(
-        self, rows: Iterable[Any], batch_size: int, *, world_size: int, rank: int, drop_last: bool = False
+        self,
+        rows: Iterable[Any],
+        batch: GlobalBatch,
+        *,
+        rank: int,
+        drop_last: bool = False,
+        start: tuple[int, int] = (0, 0),
     ) -> None:
-        self._rows, self._size, self._drop_last = rows, batch_size, drop_last
-        self._world_size, self._rank = world_size, rank
+        self._rows, self._batch, self._rank, self._drop_last = rows, batch, rank, drop_last
+        self._start, self._epoch = start, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch whose order comes next."""
+        """The epoch whose order comes next, counted from the start."""
+        self._epoch = epoch
         if hasattr(self._rows, "set_epoch"):
-            self._rows.set_epoch(epoch)  # pyright: ignore[reportAttributeAccessIssue]
+            self._rows.set_epoch(self._start[0] + epoch)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __iter__(self) -> Iterator[list[Any]]:
-        rows = iter(self._rows)
-        start, turn = self._rank * self._size, self._world_size * self._size
-        while found := list(islice(rows, turn)):
-            if not self._drop_last or len(found) == turn:
-                yield found[start : start + self._size]
+        rows, batch = islice(self._rows, 0 if self._epoch else self._start[1], None), self._batch
+        together = batch.per_device * batch.ranks
+        while found := list(islice(rows, batch.rows)):
+            if self._drop_last and len(found) < batch.rows:
+                found = found[: len(found) // together * together]
+            yield from batch.cut(found, self._rank)
 
 
 class FilledCollator:
@@ -169,7 +181,11 @@ def first_row(rows: Iterable[Any]) -> Any:
 
 
 class RankedRows(SFTTrainer):
-    """The part of the trainer that gives each rank its rows; to one process it gives TRL's."""
+    """The part of the trainer that gives each rank its rows; to one process it gives TRL's, where steps are even."""
+
+    _global_batch: GlobalBatch
+    # Of a stream: the epoch and the rows of it that are done where the run goes on.
+    _start = (0, 0)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -193,8 +209,9 @@ class RankedRows(SFTTrainer):
         is_training: bool = False,
         dataloader_key: str | None = None,
     ) -> Any:
-        """TRL's; with several ranks, this rank's share of the rows."""
-        if self.args.world_size == 1:
+        """TRL's; with several ranks, or uneven steps, this rank's share of the rows."""
+        own = not self._global_batch.is_even or self._start != (0, 0)
+        if self.args.world_size == 1 and not (is_training and own):
             return super()._get_dataloader(
                 dataset, description, batch_size, sampler_fn, is_training, dataloader_key
             )
@@ -218,8 +235,7 @@ class RankedRows(SFTTrainer):
         batches = RankBatches(
             dataset,
             SequentialSampler(dataset) if sampler is None else sampler,
-            batch_size,
-            world_size=self.args.world_size,
+            self._batch_of(batch_size, is_training),
             rank=self.args.process_index,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             drop_last=is_training and self.args.dataloader_drop_last,
@@ -233,12 +249,17 @@ class RankedRows(SFTTrainer):
             say_once("a stream is read by one worker of each rank, so that all ranks read it in one order.")
         stream = RankStream(
             dataset,
-            batch_size,
-            world_size=self.args.world_size,
+            self._batch_of(batch_size, is_training),
             rank=self.args.process_index,
             drop_last=is_training and self.args.dataloader_drop_last,
+            start=self._start if is_training else (0, 0),
         )
         return self._loader(stream, FilledCollator(collator, first_row(dataset)), batch_size=None)
+
+    def _batch_of(self, batch_size: int, is_training: bool) -> GlobalBatch:
+        """How rows are cut: those of a training step, or of one batch on each rank."""
+        ranks = self.args.world_size
+        return self._global_batch if is_training else GlobalBatch(batch_size * ranks, batch_size, ranks)
 
     def _loader(self, dataset: Any, collator: FilledCollator, **batches: Any) -> DataLoader[Any]:
         workers = self.args.dataloader_num_workers

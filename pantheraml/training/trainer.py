@@ -47,6 +47,7 @@ from pantheraml.training.banner import (
 )
 from pantheraml.training.evaluation import TokenSums
 from pantheraml.training.given import one_tokenizer, refuse_name
+from pantheraml.training.global_batch import resolve_global_batch
 from pantheraml.training.head import bind_cpu_head, bind_head, needs_cpu_head, why_not_fused
 from pantheraml.training.module_walks import listed_once
 from pantheraml.training.optimizer import embedding_parameters, split_embedding_group
@@ -131,6 +132,7 @@ class PantheraMLTrainer(PipelinedSteps):
                 )
 
         join_ranks(config, group_size())
+        self._global_batch = resolve_global_batch(config, group_size())
         state = get_state(model)
         written = written_recompute(args)
         if state is not None:
@@ -187,9 +189,20 @@ class PantheraMLTrainer(PipelinedSteps):
         if self._has_own_head:
             bind_head(base, PatchSet())
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as SFTTrainer does, after some lines about the run and one row with what is trained on marked."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as SFTTrainer does, after some lines about the run and one row with what is trained on marked.
+
+        Args:
+            resume_from_checkpoint: the folder of a checkpoint, or True for the last one of ``output_dir``: the run goes
+                on with the next row and the same number of rows a step, also on another number of ranks.
+            args: as for SFTTrainer.
+            kwargs: likewise.
+        """
         self._check_rows()  # rows may have been masked since
+        with self.going_on(resume_from_checkpoint):
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    def _train(self, *args: Any, **kwargs: Any) -> Any:
         self._predicted = self._plan_memory()
         self._say_plan()
         for device in self._predicted or {self.args.device}:
@@ -249,7 +262,7 @@ class PantheraMLTrainer(PipelinedSteps):
         sample = next(iter(rows))
         if "input_ids" in sample:
             say(describe_sample(sample, cast(Any, self.processing_class)))
-        say(describe_run(cast(torch.nn.Module, self.model), self.args, rows))
+        say(describe_run(cast(torch.nn.Module, self.model), self.args, rows, self._global_batch))
         if self._predicted is not None:
             gpus = [device for device in self._predicted if device.type == "cuda"]
             totals = {device: gpu_memory(device.index or 0)["total"] for device in gpus}
@@ -271,6 +284,7 @@ class PantheraMLTrainer(PipelinedSteps):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         with removed_on_failure(folder):
             super()._save_checkpoint(model, trial)
+            self.write_cursor(folder)
 
     # --- optimizer ------------------------------------------------------------------------------------------
 

@@ -97,6 +97,7 @@ def test_a_dry_run_shows_the_resolved_settings_and_what_would_happen(cli, run_fi
         (["multi_gpu=true"], "2 per device x 4 accumulated x a rank for each visible GPU"),
         (["multi_gpu=true", "model.device_map=balanced"], "by device_map balanced"),
         (["multi_gpu=true", "model.device_map=balanced"], "2 per device x 4 accumulated = 8 per step"),
+        (["multi_gpu=true", "trainer.global_batch_size=24"], "24 per step on all ranks, up to 2 per device at a time"),
         (["multi_gpu.strategy=none"], "the first GPU, or the CPU"),
         (["model.auto_device_map=true"], "by device_map auto"),
     ],

@@ -77,6 +77,10 @@ def reference(folder, output):
         (2, 2, 2, dict(merge_micro_batches=True)),
         (4, 2, 1, {}),
         (4, 1, 2, {}),
+        (1, 3, 1, dict(global_batch_size=8)),
+        (2, 3, 1, dict(global_batch_size=8, merge_micro_batches=True)),
+        (3, 2, 1, dict(global_batch_size=8)),
+        (3, 1, 1, dict(global_batch_size=8)),
     ],
 )
 def test_any_number_of_ranks_trains_the_same(

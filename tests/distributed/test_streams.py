@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments
 from pantheraml.errors import DataError
+from pantheraml.training.global_batch import GlobalBatch
 from pantheraml.training.rank_batches import RankStream, first_row
 from tests import tiny
 from tests.distributed.ranks import run_ranks
@@ -100,11 +101,14 @@ def test_each_row_is_on_one_rank(folder, tmp_path):
     assert by_rank[0][0] != by_rank[0][1], "the second epoch has an order of its own"
 
 
+BATCH = GlobalBatch(6, 2, 3)
+
+
 def test_all_ranks_have_as_many_batches():
     def batches(count, **settings):
-        return [list(RankStream(range(count), 2, world_size=3, rank=rank, **settings)) for rank in range(3)]
+        return [list(RankStream(range(count), BATCH, rank=rank, **settings)) for rank in range(3)]
 
-    assert batches(8) == [[[0, 1], [6, 7]], [[2, 3], []], [[4, 5], []]]
+    assert batches(8) == [[[0, 1], [6]], [[2, 3], [7]], [[4, 5], []]]
     assert batches(8, drop_last=True) == [[[0, 1]], [[2, 3]], [[4, 5]]]
     assert batches(0) == [[], [], []]
 
@@ -112,9 +116,7 @@ def test_all_ranks_have_as_many_batches():
 def test_a_worker_reads_in_the_same_order_for_every_rank():
     """In one process: ranks of a test are forked, and workers of such ranks may wait for threads that are not there."""
     shares = [
-        DataLoader(
-            RankStream(stream(), 2, world_size=3, rank=rank), batch_size=None, num_workers=1, collate_fn=list
-        )
+        DataLoader(RankStream(stream(), BATCH, rank=rank), batch_size=None, num_workers=1, collate_fn=list)
         for rank in range(3)
     ]
     found = [tuple(row["input_ids"]) for share in shares for batch in share for row in batch]
