@@ -179,6 +179,9 @@ def join_ranks(config: SFTConfig, ranks: int) -> None:
             need="Arguments that are made before the ranks know of one another train each rank alone.",
             fix="Call FastLanguageModel.from_pretrained or setup_multi_gpu before making the arguments.",
         )
+    if ranks > 1 and config.device.type == "cpu":
+        # accelerate numbers CPUs, and older torch loads an optimizer to no such device: no run could be gone on with.
+        config.__dict__["_setup_devices"] = torch.device("cpu")
 
 
 def copy_batches_beside(config: SFTConfig) -> None:

@@ -19,6 +19,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
 from pantheraml.distributed.process_group import gather_objects
@@ -181,7 +182,7 @@ def first_row(rows: Iterable[Any]) -> Any:
 
 
 class RankedRows(SFTTrainer):
-    """The part of the trainer that gives each rank its rows; to one process it gives TRL's, where steps are even."""
+    """The part of the trainer that gives each rank its rows, in an order that does not depend on how many there are."""
 
     _global_batch: GlobalBatch
     # Of a stream: the epoch and the rows of it that are done where the run goes on.
@@ -209,9 +210,8 @@ class RankedRows(SFTTrainer):
         is_training: bool = False,
         dataloader_key: str | None = None,
     ) -> Any:
-        """TRL's; with several ranks, or uneven steps, this rank's share of the rows."""
-        own = not self._global_batch.is_even or self._start != (0, 0)
-        if self.args.world_size == 1 and not (is_training and own):
+        """This rank's share of the rows; TRL's where one process evaluates."""
+        if self.args.world_size == 1 and not is_training:
             return super()._get_dataloader(
                 dataset, description, batch_size, sampler_fn, is_training, dataloader_key
             )
@@ -231,11 +231,16 @@ class RankedRows(SFTTrainer):
     def _share_of_rows(
         self, dataset: Any, batch_size: int, collator: Any, sampler_fn: Any, is_training: bool
     ) -> DataLoader[Any]:
-        sampler = sampler_fn(dataset) if sampler_fn is not None else None
+        sampler, batch = (
+            sampler_fn(dataset) if sampler_fn is not None else None,
+            self._batch_of(batch_size, is_training),
+        )
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.batch_size = batch.rows  # transformers groups for one rank
         batches = RankBatches(
             dataset,
             SequentialSampler(dataset) if sampler is None else sampler,
-            self._batch_of(batch_size, is_training),
+            batch,
             rank=self.args.process_index,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             drop_last=is_training and self.args.dataloader_drop_last,

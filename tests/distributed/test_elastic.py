@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,31 @@ def test_it_goes_on_with_the_next_row(folder, tmp_path, whole, saved, ranks, ste
 @pytest.mark.parametrize(("ranks", "step"), [(1, 3), (2, 4), (3, 6), (4, 6), (2, 6)])
 def test_a_stream_goes_on_with_the_next_row(folder, tmp_path, whole, saved, ranks, step):
     compare(folder, tmp_path, whole, saved, stream, ranks, step)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_rows_grouped_by_length(folder, tmp_path, ranks):
+    """In the order of two ranks, which depends on neither their number nor the accumulation."""
+    settings = dict(train_sampling_strategy="group_by_length")
+    oracle = run_ranks(2, partial(train, **settings), folder, tmp_path / "two", rows)
+    accumulation = dict(gradient_accumulation_steps=4 // ranks)
+    found = run_ranks(ranks, partial(train, **settings, **accumulation), folder, tmp_path / "other", rows)
+    assert together(found) == together(oracle)
+
+
+@pytest.mark.parametrize("make", [rows, stream])
+def test_workers_that_read_ahead(folder, tmp_path, make):
+    """In one process: workers of forked ranks may wait for threads that are not there."""
+    settings = dict(gradient_accumulation_steps=4, dataloader_num_workers=2)
+    oracle = train(folder, tmp_path / "whole", make, **settings)
+    train(folder, tmp_path / "saved", make, 6, **settings)
+    logs, seen, total = train(
+        folder, tmp_path, make, None, str(tmp_path / "saved" / "checkpoint-6"), **settings
+    )
+    assert together([(logs, seen, total)]) == together([oracle])[6:] and total == oracle[2]
+    assert {step: logs[step] for step in range(7, total + 1)} == {
+        step: oracle[0][step] for step in range(7, total + 1)
+    }, "bit by bit"
 
 
 def compare(folder, tmp_path, whole, saved, make, ranks, step):
