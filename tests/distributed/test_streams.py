@@ -8,7 +8,7 @@ import pytest
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
-from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments
+from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments, log
 from pantheraml.errors import DataError
 from pantheraml.training.global_batch import GlobalBatch
 from pantheraml.training.rank_batches import RankStream, first_row
@@ -123,7 +123,8 @@ def test_a_worker_reads_in_the_same_order_for_every_rank():
     assert sorted(found) == sorted(tuple(row["input_ids"]) for row in rows())
 
 
-def test_a_stream_has_one_worker(folder, tmp_path, caplog):
+def test_a_stream_has_one_worker(folder, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(log, "_said", set())
     with caplog.at_level("INFO", "pantheraml"):
         trainer = build(folder, tmp_path, 2, dataloader_num_workers=3)
         loader = trainer._share_of_stream(stream(), 2, trainer.data_collator, None, True)
