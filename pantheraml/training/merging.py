@@ -28,11 +28,13 @@ from pantheraml.models.recompute_plan import most_tokens
 from pantheraml.models.state import get_state
 from pantheraml.training.rank_batches import LABEL_AT
 from pantheraml.training.router_balance import Groups
+from pantheraml.training.sample_keys import KEYS
 from pantheraml.training.step_loss import StepLoss
 
 # Tokens beyond which a pass is no faster per token (H200, 8B: 8,192 tokens keep the GPU busy; twice that, to be sure).
 MOST_TOKENS = 16384
 _PER_TOKEN = ("input_ids", "labels", "position_ids")
+_OF_TOKENS = (*_PER_TOKEN, KEYS)
 Batch = dict[str, Any]
 
 
@@ -84,7 +86,7 @@ def merge_batches(batches: list[Batch], most: int, *, grouped: bool = False) -> 
 
 
 def _empty(batch: Batch) -> Batch:
-    return {name: batch[name][:, :0] for name in _PER_TOKEN}
+    return {name: batch[name][:, :0] for name in _OF_TOKENS if name in batch}
 
 
 def _joined(group: list[Batch], grouped: bool) -> Batch:
@@ -98,7 +100,8 @@ def _joined(group: list[Batch], grouped: bool) -> Batch:
     lengths = [length for batch in group for length in batch["lengths"]]
     sizes, device = [batch["input_ids"].numel() for batch in group], group[0]["input_ids"].device
     starts = list(accumulate(sizes, initial=0))
-    tokens = {name: torch.cat([batch[name] for batch in group], dim=1) for name in _PER_TOKEN}
+    names = [name for name in _OF_TOKENS if all(name in batch for batch in group)]
+    tokens = {name: torch.cat([batch[name] for batch in group], dim=1) for name in names}
     label_at = np.concatenate([batch[LABEL_AT] + start for batch, start in zip(group, starts, strict=False)])
     beside: Batch = {}
     if grouped:
@@ -108,7 +111,8 @@ def _joined(group: list[Batch], grouped: bool) -> Batch:
             index=_sent(numbers, device), labelled=_sent(labelled, device), count=len(group)
         )
     if len(set(lengths)) == 1:
-        rows = {name: tokens[name].view(len(lengths), lengths[0]) for name in ("input_ids", "labels")}
+        names = [name for name in names if name != "position_ids"]
+        rows = {name: tokens[name].view(len(lengths), lengths[0]) for name in names}
         return rows | beside | {"label_index": _sent(label_at - label_at // lengths[0] - 1, device)}
     offsets: list[Tensor] = [group[0]["cu_seq_lens_q"][:1]]
     offsets += [batch["cu_seq_lens_q"][1:] + start for batch, start in zip(group, starts, strict=False)]

@@ -25,7 +25,9 @@ from trl import SFTTrainer
 from pantheraml.distributed.process_group import gather_objects
 from pantheraml.errors import DataError
 from pantheraml.log import say_once
+from pantheraml.models.sample_dropout import TokenKeys, keyed, mixed
 from pantheraml.training.global_batch import GlobalBatch
+from pantheraml.training.sample_keys import KEYS, SAMPLE, Numbered, token_keys, without_number
 
 Batch = dict[str, Any]
 # Which tokens of a flat batch are labels: numbers that stay on the host, where nobody waits to learn them.
@@ -103,6 +105,7 @@ class RankStream(IterableDataset[list[Any]]):
         rank: this one.
         drop_last: leave out, of the last step, what fills no batch on every rank.
         start: where a run goes on: the first epoch, and the rows of it that are done.
+        numbered: let rows know their number.
     """
 
     def __init__(
@@ -113,9 +116,10 @@ class RankStream(IterableDataset[list[Any]]):
         rank: int,
         drop_last: bool = False,
         start: tuple[int, int] = (0, 0),
+        numbered: bool = False,
     ) -> None:
         self._rows, self._batch, self._rank, self._drop_last = rows, batch, rank, drop_last
-        self._start, self._epoch = start, 0
+        self._start, self._epoch, self._numbered = start, 0, numbered
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch whose order comes next, counted from the start."""
@@ -124,7 +128,10 @@ class RankStream(IterableDataset[list[Any]]):
             self._rows.set_epoch(self._start[0] + epoch)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __iter__(self) -> Iterator[list[Any]]:
-        rows, batch = islice(self._rows, 0 if self._epoch else self._start[1], None), self._batch
+        first, batch = 0 if self._epoch else self._start[1], self._batch
+        rows = islice(self._rows, first, None)
+        if self._numbered:
+            rows = ({**row, SAMPLE: number} for number, row in enumerate(rows, first))
         together = batch.per_device * batch.ranks
         while found := list(islice(rows, batch.rows)):
             if self._drop_last and len(found) < batch.rows:
@@ -138,16 +145,22 @@ class FilledCollator:
     Args:
         collator: the one for batches of rows.
         row: any row of the data set.
+        keyed: add the keys of tokens, from the rows' numbers.
     """
 
-    def __init__(self, collator: Callable[[list[Any]], Batch], row: Any) -> None:
-        self.collator, self._row = collator, row
+    def __init__(self, collator: Callable[[list[Any]], Batch], row: Any, *, keyed: bool = False) -> None:
+        self.collator, self._row, self._keyed = collator, row, keyed
 
     def __call__(self, examples: list[Any]) -> Batch:
         """The batch on the CPU."""
-        if examples:
+        return self._collated(examples) if examples else without_labels(self._collated([self._row]))
+
+    def _collated(self, examples: list[Any]) -> Batch:
+        if not self._keyed:
             return self.collator(examples)
-        return without_labels(self.collator([self._row]))
+        batch = self.collator([without_number(example) for example in examples])
+        keys = token_keys(batch, examples)
+        return batch if keys is None else {**batch, KEYS: keys}
 
 
 def without_labels(batch: Batch) -> Batch:
@@ -185,6 +198,8 @@ class RankedRows(SFTTrainer):
     """The part of the trainer that gives each rank its rows, in an order that does not depend on how many there are."""
 
     _global_batch: GlobalBatch
+    # Whether dropout follows the samples, so that tokens need keys.
+    _keyed = False
     # Of a stream: the epoch and the rows of it that are done where the run goes on.
     _start = (0, 0)
 
@@ -200,6 +215,15 @@ class RankedRows(SFTTrainer):
         if batches and num_items is not None:
             batches += [without_labels(batches[-1])] * (num_batches - len(batches))
         return batches, num_items
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """TRL's; dropout in front of adapters follows the samples of the batch and the number of the step."""
+        keys = inputs.pop(KEYS, None)
+        seed = mixed(self.args.seed, self.state.global_step)
+        with keyed(None if keys is None else TokenKeys(keys.reshape(-1), seed)):
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def _get_dataloader(
         self,
@@ -245,7 +269,9 @@ class RankedRows(SFTTrainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             drop_last=is_training and self.args.dataloader_drop_last,
         )
-        return self._loader(dataset, FilledCollator(collator, dataset[0]), batch_sampler=batches)
+        keyed = is_training and self._keyed
+        filled = FilledCollator(collator, dataset[0], keyed=keyed)
+        return self._loader(Numbered(dataset) if keyed else dataset, filled, batch_sampler=batches)
 
     def _share_of_stream(
         self, dataset: Any, batch_size: int, collator: Any, sampler_fn: Any, is_training: bool
@@ -258,8 +284,10 @@ class RankedRows(SFTTrainer):
             rank=self.args.process_index,
             drop_last=is_training and self.args.dataloader_drop_last,
             start=self._start if is_training else (0, 0),
+            numbered=is_training and self._keyed,
         )
-        return self._loader(stream, FilledCollator(collator, first_row(dataset)), batch_size=None)
+        filled = FilledCollator(collator, first_row(dataset), keyed=is_training and self._keyed)
+        return self._loader(stream, filled, batch_size=None)
 
     def _batch_of(self, batch_size: int, is_training: bool) -> GlobalBatch:
         """How rows are cut: those of a training step, or of one batch on each rank."""

@@ -25,6 +25,7 @@ from pantheraml.log import say
 from pantheraml.models.packed_rows import keep_documents_apart
 from pantheraml.models.patching import PatchSet
 from pantheraml.models.recompute import is_recompute_forced, plan_ahead
+from pantheraml.models.sample_dropout import follow_samples
 from pantheraml.models.split import is_split
 from pantheraml.models.state import ModelState, get_state
 from pantheraml.training.arguments import (
@@ -165,6 +166,9 @@ class PantheraMLTrainer(PipelinedSteps):
         if config.world_size > 1:
             ddp.configure(self.accelerator, config, cast(torch.nn.Module, self.model), self._multi_gpu)
         self._place_head(fused=state is not None and state.kernels == "auto")
+        ledger = PatchSet() if state is None else state.patches
+        # Layers of a split model compute several micro-batches in turn.
+        self._keyed = follow_samples(cast(nn.Module, self.model), ledger) and not is_split(model)
         self._check_rows()
 
     def _plan_memory(self) -> Predicted | None:

@@ -12,6 +12,7 @@ from pantheraml.models.fused.decoder_layer import FusedDecoderLayer, apply_layer
 from pantheraml.models.fused.functions import AttentionInput
 from pantheraml.models.fused.host_store import HostStore
 from pantheraml.models.patching import PatchSet
+from pantheraml.models.sample_dropout import SampleDropout, TokenKeys, follow_samples, keyed
 from tests.fused.masks import Recorder, apply_masks
 from tests.fused.test_decoder_layer import (
     ALL,
@@ -194,3 +195,21 @@ def test_generation_in_training_mode_drops_as_stock_does(monkeypatch):
     assert not used
     model.eval().generate(input_ids=ids, max_new_tokens=4, do_sample=False)
     assert used
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
+def test_masks_that_follow_samples_are_those_of_the_stock_layer(family, calls):
+    """In tiles, recomputed and around a mask: keys go with their rows."""
+    keys = TokenKeys(torch.randint(2**40, (48,), device=DEVICE), seed=5)
+    results = []
+    for fused in (True, False):
+        model = build(family, ALL, fused, **DROP)[0].train()
+        assert follow_samples(model, PatchSet())
+        with keyed(keys):
+            results.append(run(model))
+    assert len(calls) == 2
+    assert_equal(*results)
+    for layer in [module for module in model.modules() if isinstance(module, SampleDropout)]:
+        assert layer.number >= 0
+    torch.manual_seed(1)
+    assert not torch.equal(run(model)[0], results[1][0]), "without keys, masks are drawn"

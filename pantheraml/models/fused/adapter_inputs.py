@@ -6,7 +6,8 @@ d_j is the dropout in front of adapter j, a mask and a factor; i = s dy B. Witho
 adapters, and dX takes i A from the margin of the wide product; so it is the backward alone that dropout makes slower.
 
 A mask is a function of a seed, drawn for each adapter and call of the layer, and of the row and column
-(``keyed_dropout``). Whoever computes some rows again, or rows of a part, gets the same mask: nothing is kept for it.
+(``keyed_dropout``); where it is known of which samples the rows are (``sample_dropout``), of the step's seed and of
+those. Whoever computes some rows again, or rows of a part, gets the same mask: nothing is kept for it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from pantheraml.kernels.keyed_dropout import add_dropped, draw_seeds, dropped
 from pantheraml.models.fused.projection import Projection
 from pantheraml.models.fused.slots import Slot, slots
+from pantheraml.models.sample_dropout import current_keys
 
 
 class AdapterInputs:
@@ -38,9 +40,21 @@ class AdapterInputs:
         at = {slot.index: slot for slot in self._slots}
         self.places = [at.get(index) for index in range(len(projections))]
         self._first_row = 0
+        self._keys: Tensor | None = None
         dropping = [slot.index for slot in self._slots if slot.projection.dropout]
         self.drop = bool(dropping)
-        self.seeds = dict(zip(dropping, draw_seeds(len(dropping)), strict=True)) if dropping else {}
+        self.seeds = self._seeds(projections, dropping) if dropping else {}
+
+    def _seeds(self, projections: tuple[Projection, ...], dropping: list[int]) -> dict[int, int]:
+        known, numbers = current_keys(), [projections[index].number for index in dropping]
+        if known is None or None in numbers:
+            return dict(zip(dropping, draw_seeds(len(dropping)), strict=True))
+        self._keys = known.keys
+        return {
+            index: known.seed_of(number)
+            for index, number in zip(dropping, numbers, strict=True)
+            if number is not None
+        }
 
     def at(self, row: int) -> AdapterInputs:
         """The inputs of rows that begin at ``row`` of the layer's."""
@@ -67,7 +81,7 @@ class AdapterInputs:
             if seed is None:
                 dx += share
             else:
-                add_dropped(dx, share, p, seed, self._first_row)
+                add_dropped(dx, share, p, seed, self._first_row, keys=self._keys_of(dx))
         return dx
 
     def gradients_of_a(self, inner: Tensor, x: Tensor) -> list[Tensor]:
@@ -79,7 +93,13 @@ class AdapterInputs:
 
     def _read(self, slot: Slot, x: Tensor) -> Tensor:
         seed = self.seeds.get(slot.index)
-        return x if seed is None else dropped(x, slot.projection.dropout, seed, self._first_row)
+        if seed is None:
+            return x
+        return dropped(x, slot.projection.dropout, seed, self._first_row, keys=self._keys_of(x))
+
+    def _keys_of(self, x: Tensor) -> Tensor | None:
+        """The keys of the rows of x (T, K), which begin at this part's first row."""
+        return None if self._keys is None else self._keys[self._first_row : self._first_row + x.shape[0]]
 
 
 def transposed_product(left: Tensor, right: Tensor) -> Tensor:

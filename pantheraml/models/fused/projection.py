@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from pantheraml.models.fp8 import Fp8Linear
+from pantheraml.models.sample_dropout import SampleDropout
 
 _KINDS = ("Linear", "Linear4bit", "Fp8Linear")
 
@@ -27,6 +28,7 @@ class Projection(NamedTuple):
         scale: the adapter's scale.
         lora_bias: LoRA's own bias, (N,), or None.
         dropout: the share of the adapter's input that is dropped at this call.
+        number: of the adapter in the model, for masks that follow from samples; None where they do not.
     """
 
     linear: nn.Linear
@@ -35,6 +37,7 @@ class Projection(NamedTuple):
     scale: float
     lora_bias: Tensor | None = None
     dropout: float = 0.0
+    number: int | None = None
 
     @property
     def factors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -117,11 +120,11 @@ def read_projection(layer: nn.Module, *, trained: bool = False) -> Projection | 
     if module.fan_in_fan_out:
         return "the weight is stored turned"
     dropout = factors["lora_dropout"]._modules[name]
-    if dropout.training and type(dropout) not in (nn.Dropout, nn.Identity):
+    if dropout.training and type(dropout) not in (nn.Dropout, nn.Identity, SampleDropout):
         return f"the adapter's input goes through {type(dropout).__name__}"
-    p = float(getattr(dropout, "p", 0.0)) if dropout.training and type(dropout) is nn.Dropout else 0.0
-    a, b = first[name]._parameters, second[name]._parameters
-    return Projection(base, a["weight"], b["weight"], float(module.scaling[name]), b["bias"], p)
+    p = float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
+    a, b, number = first[name]._parameters, second[name]._parameters, getattr(dropout, "number", None)
+    return Projection(base, a["weight"], b["weight"], float(module.scaling[name]), b["bias"], p, number)
 
 
 def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
