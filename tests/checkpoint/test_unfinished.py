@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -337,3 +338,50 @@ def test_hidden_folders_of_others_are_left_as_they_are(tmp_path):
         (".unfinished-thoughts", "This is no save of PantheraML, and was left as it is.")
     ]
     assert (tmp_path / ".unfinished-thoughts").is_dir()
+
+
+def test_a_hidden_folder_without_anything_makes_nothing_the_latest(tmp_path):
+    """A process that was killed while it made the folder: the checkpoint of that name is an older run's."""
+    save(tmp_path, 4)
+    (tmp_path / "latest.json").unlink()
+    (tmp_path / ".unfinished-checkpoint-4-0badcafe").mkdir()
+    assert recover(tmp_path) == [
+        (".unfinished-checkpoint-4-0badcafe", "A save that was killed was unfinished: removed.")
+    ]
+    assert read_pointer(tmp_path, LATEST) is None and hidden(tmp_path) == []
+
+
+def test_a_checkpoint_that_was_moved_aside_comes_back(tmp_path):
+    """Its successor turned out to be damaged: the disk lost it, though it was flushed."""
+    save(tmp_path, 4, 1)
+    unfinished = start_saving(tmp_path, 4)
+    write(unfinished.folder, contents(2))
+    write_manifest(unfinished.folder, {"step": 4})
+    (tmp_path / "checkpoint-4").rename(unfinished.home / "replaced-0badcafe")
+    os.truncate(unfinished.folder / "trainer_state.json", 3)
+    unfinished.close()
+    assert value_of(newest_whole(tmp_path).folder) == 1 and hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_rename_that_fails_loses_nothing(tmp_path, monkeypatch, comes_back):
+    save(tmp_path, 4, 1)
+    rename = Path.rename
+
+    def fail(path: Path, to: Path) -> Path:
+        is_new = path.parent.name.startswith(".unfinished") and path.name == "checkpoint-4"
+        is_back = path.name.startswith("replaced-") and not comes_back
+        if (is_new and not Path(to).exists()) or is_back:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(SaveError, match="Input/output error") as caught:
+        save(tmp_path, 4, 2)
+    monkeypatch.undo()
+    if comes_back:
+        assert "untouched" in str(caught.value) and hidden(tmp_path) == []
+        assert value_of(tmp_path / "checkpoint-4") == 1
+    else:
+        assert f"wait in {tmp_path}/.unfinished-checkpoint-4-" in str(caught.value)
+        assert value_of(newest_whole(tmp_path).folder) == 2 and hidden(tmp_path) == []
