@@ -47,6 +47,10 @@ class SaveError(PantheraMLError, RuntimeError):
     """Nothing was saved, or what was there before is kept."""
 
 
+class CheckpointError(PantheraMLError, ValueError):
+    """A checkpoint, or what points to one, is missing, damaged or foreign."""
+
+
 class HardwareError(PantheraMLError, RuntimeError):
     """The machine lacks what was asked for."""
 

@@ -67,17 +67,18 @@ def save_error(
     if _TORCH_WRITER.search(text):
         text = "torch.save could not write"
     # Not the numbers of errors, nor the hidden folder that the user did not name.
-    text = re.sub(r"^\[Errno \d+\] | ?\(os error \d+\)|: '[^']*/\.pantheraml-saving-[^']*'", "", text)
+    text = re.sub(r"^\[Errno \d+\] | ?\(os error \d+\)", "", text)
+    text = re.sub(r": '[^']*/\.(pantheraml-saving|unfinished-checkpoint)-[^']*'", "", text)
     reason = text if number is None or os.strerror(number) in text else f"{os.strerror(number)}: {text}"
     got = f"Saving to {target} stopped: {reason}."
     kept = f"Whatever {target} held before is untouched, and nothing half-written is left."
     if waiting is not None:
         kept = f"The new files are complete; those not yet in place wait in {waiting} for the next save."
     if number is None or number in _FULL:
-        space = f"{_size(free_bytes(target))} is free there."
+        space = f"{size_text(free_bytes(target))} is free there."
         if number is None or written:
-            size = f"needs {_size(bytes_needed)}" if number is None else f"had written {_size(written)}"
-            space = f"The save {size} and {space}"
+            size = size_text(bytes_needed if number is None else written)
+            space = f"The save {'needs' if number is None else 'had written'} {size} and {space}"
         fix = "Free some space or save to a folder on another disk; `df -h` lists the disks."
         return SaveError(got, f"{space} {kept}", fix)
     if number in _FORBIDDEN:
@@ -93,7 +94,7 @@ def save_error(
     return SaveError(got, kept, "Save to a folder on another disk.")
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
     """``count`` bytes in the unit that reads best."""
     value = float(count)
     for unit in ("bytes", "kB", "MB", "GB"):

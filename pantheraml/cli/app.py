@@ -21,6 +21,7 @@ from pantheraml.version import __version__
 if TYPE_CHECKING:
     from pantheraml.config.run import RunConfig
 
+DAMAGED = 1
 FAILED = 2
 INTERRUPTED = 130
 
@@ -132,6 +133,22 @@ def _read_settings(words: list[str], config: Path | None) -> RunConfig:
             "Type `pantheraml train run.yaml`, or set CONFIG_PATH.",
         )
     return load_config(config, words)
+
+
+@app.command()
+def verify(
+    folder: Annotated[
+        Path, typer.Argument(help="A checkpoint, a saved model or adapter, or a run's output_dir.")
+    ],
+    load: Annotated[bool, typer.Option("--load", help="Also load every tensor of the weights.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Check that saved files are what was saved. The exit code is 0 if so, 1 if not, 2 if they cannot be checked."""
+    with _clean_errors(debug):
+        from pantheraml.cli.verify import verify_folder
+
+        is_whole = verify_folder(folder, load=load)
+    raise typer.Exit(0 if is_whole else DAMAGED)
 
 
 @app.command()

@@ -121,6 +121,7 @@ def load_cases() -> None:
     """Import the modules that register cases."""
     from tests.errors import (
         cases_adapters,
+        cases_checkpoints,
         cases_data,
         cases_loading,
         cases_placement,
@@ -128,7 +129,17 @@ def load_cases() -> None:
         cases_training,
     )
 
-    assert all((cases_adapters, cases_data, cases_loading, cases_placement, cases_saving, cases_training))
+    assert all(
+        (
+            cases_adapters,
+            cases_checkpoints,
+            cases_data,
+            cases_loading,
+            cases_placement,
+            cases_saving,
+            cases_training,
+        )
+    )
 
 
 def offline() -> None:
