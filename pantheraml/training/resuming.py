@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from pantheraml.checkpoint.cursor import Cursor, read_cursor
 from pantheraml.errors import ConfigError
@@ -48,13 +47,6 @@ class Standing(TrainerCallback):
     def cursor(self, batch: GlobalBatch) -> Cursor:
         """The place where the run stands."""
         return Cursor(batch.rows, self.epoch, self.steps * batch.rows)
-
-
-def resumed_folder(resume: str | Path | bool | None, args: TrainingArguments) -> Path | None:
-    """The checkpoint that ``train(resume_from_checkpoint=resume)`` means, None for a new run; others check it."""
-    if resume is True:
-        resume = get_last_checkpoint(args.output_dir) if args.output_dir else None
-    return Path(resume) if isinstance(resume, str | Path) else None
 
 
 def go_on(
@@ -120,16 +112,16 @@ class ResumedRows(RankedRows):
         self.add_callback(self._standing)
 
     @contextmanager
-    def going_on(self, resume: str | Path | bool | None) -> Iterator[None]:
+    def going_on(self, resume: str | bool | None) -> Iterator[None]:
         """A run begins, or goes on where a checkpoint stands in the data.
 
         Args:
-            resume: as ``train(resume_from_checkpoint=...)`` takes it.
+            resume: its folder; without one the run is a new one.
 
         Raises:
             ConfigError: another ``global_batch_size`` was written than the checkpoint's.
         """
-        checkpoint = resumed_folder(resume, self.args)
+        checkpoint = Path(resume) if isinstance(resume, str) else None
         self._global_batch, cursor = go_on(self._global_batch, self.args, checkpoint)
         is_stream = isinstance(self.train_dataset, IterableDataset)
         if cursor is not None and is_stream:
@@ -156,7 +148,6 @@ class ResumedRows(RankedRows):
             self._rng_due = None
         return found
 
-    def write_cursor(self, checkpoint: Path) -> None:
-        """Write where the run stands into a checkpoint's folder; the first rank does."""
-        if self.is_world_process_zero():
-            self._standing.cursor(self._global_batch).write(checkpoint)
+    def cursor(self) -> Cursor:
+        """Where the run stands."""
+        return self._standing.cursor(self._global_batch)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,7 +13,6 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from pantheraml.checkpoint.partial import removed_on_failure
 from pantheraml.data.masking import check_labels
 from pantheraml.data.preview import describe_sample
 from pantheraml.devices.memory import forget_peak, format_memory_stats, get_memory_stats, gpu_memory
@@ -203,8 +201,9 @@ class PantheraMLTrainer(PipelinedSteps):
             kwargs: likewise.
         """
         self._check_rows()  # rows may have been masked since
-        with self.going_on(resume_from_checkpoint):
-            return self._train(resume_from_checkpoint, *args, **kwargs)
+        checkpoint = self.checkpoint_of(resume_from_checkpoint)
+        with self.going_on(checkpoint):
+            return self._train(checkpoint, *args, **kwargs)
 
     def _train(self, *args: Any, **kwargs: Any) -> Any:
         self._predicted = self._plan_memory()
@@ -280,15 +279,6 @@ class PantheraMLTrainer(PipelinedSteps):
             gpu_memory(d.index or 0)["peak_allocated"] for d in self._predicted
         ]  # pragma: no cover - needs a GPU
         say(compare_memory(self._predicted, gather_objects(mine)))  # pragma: no cover - needs a GPU
-
-    # --- checkpoints ----------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save as TRL does; a checkpoint that cannot be finished is removed, older ones stay."""
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        with removed_on_failure(folder):
-            super()._save_checkpoint(model, trial)
-            self.write_cursor(folder)
 
     # --- optimizer ------------------------------------------------------------------------------------------
 

@@ -266,7 +266,12 @@ def test_a_full_disk_costs_one_checkpoint(llama, tmp_path, free, reason):
         command = [sys.executable, "-W", "ignore", "-c", FULL_DISK, str(llama), str(out), str(free)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
         assert "SaveError: Saving to" in done.stdout and reason in done.stdout, done.stdout + done.stderr
-        assert sorted(path.name for path in out.iterdir()) == ["README.md", "ballast", "checkpoint-1"]
+        assert sorted(path.name for path in out.iterdir()) == [
+            "README.md",
+            "ballast",
+            "checkpoint-1",
+            "latest.json",
+        ]
         model, _ = FastLanguageModel.from_pretrained(
             str(out / "checkpoint-1"), max_seq_length=64, load_in_4bit=False
         )

@@ -1,0 +1,138 @@
+"""What a run saves is whole, pointed to and kept; what is damaged is never gone on with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments
+from pantheraml.checkpoint.manifest import problems, read_manifest
+from pantheraml.checkpoint.pointers import read_pointer
+from pantheraml.errors import CheckpointError
+from tests import tiny
+from tests.distributed.ranks import run_ranks
+
+ROWS = Dataset.from_list([{"input_ids": list(range(5, 17 + index % 5))} for index in range(24)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def build(folder, output, **settings):
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder), 64, load_in_4bit=False, device_map="cpu"
+    )
+    model = FastLanguageModel.get_peft_model(model, r=2)
+    args = PantheraMLTrainingArguments(
+        output_dir=str(output),
+        **{
+            **dict(per_device_train_batch_size=2, max_steps=6, save_strategy="steps", save_steps=2, logging_steps=1),
+            **dict(learning_rate=1e-3, report_to="none", disable_tqdm=True, use_cpu=True), **settings,
+        },
+    )  # fmt: skip
+    return PantheraMLTrainer(model, args, train_dataset=ROWS, eval_dataset=ROWS, tokenizer=tokenizer)
+
+
+def train(folder, output, **settings):
+    trainer = build(folder, output, **settings)
+    trainer.train()
+    return trainer
+
+
+def names(output):
+    return sorted(path.name for path in output.iterdir() if path.name != "README.md")
+
+
+def losses(trainer):
+    return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry}
+
+
+def test_checkpoints_are_whole_and_the_last_one_is_named(folder, tmp_path):
+    train(folder, tmp_path)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "latest.json"]
+    for step in (2, 4, 6):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        assert not problems(checkpoint)
+        assert read_manifest(checkpoint).about["cursor"] == {
+            "global_batch_size": 2,
+            "epoch": 0,
+            "rows": 2 * step,
+        }
+    assert read_pointer(tmp_path, "latest").checkpoint == "checkpoint-6"
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_the_best_one_is_named_and_kept(folder, tmp_path, limit):
+    trainer = train(
+        folder, tmp_path, eval_strategy="steps", eval_steps=2, save_total_limit=limit, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", greater_is_better=True, learning_rate=1e-2,
+    )  # fmt: skip
+    best = read_pointer(tmp_path, "best")
+    assert trainer.state.best_model_checkpoint == str(tmp_path / best.checkpoint)
+    assert (
+        best.value == pytest.approx(trainer.state.best_metric) and best.step == trainer.state.best_global_step
+    )
+    assert (tmp_path / best.checkpoint).is_dir() and not problems(tmp_path / best.checkpoint)
+    assert best.checkpoint == "checkpoint-2", "the loss falls, so that the first one stays"
+    kept = [name for name in names(tmp_path) if name.startswith("checkpoint-")]
+    assert kept == (["checkpoint-2", "checkpoint-6"] if limit == 2 else ["checkpoint-2"])
+    for name in kept:
+        state = json.loads((tmp_path / name / "trainer_state.json").read_text())
+        assert Path(state["best_model_checkpoint"]) == tmp_path / "checkpoint-2"
+
+
+def test_a_run_goes_on_with_the_newest_whole_one(folder, tmp_path, caplog):
+    whole = losses(train(folder, tmp_path))
+    flip(tmp_path / "checkpoint-6" / "adapter_model.safetensors")
+    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
+    again = build(folder, tmp_path)
+    with caplog.at_level("INFO", "pantheraml"):
+        again.train(resume_from_checkpoint=True)
+    assert "checkpoint-6 is passed over" in caplog.text and "adapter_model.safetensors" in caplog.text
+    assert "checkpoint-4 is passed over: optimizer.pt is missing" in caplog.text
+    assert losses(again) == whole, "from step 3 on, bit by bit"
+    assert not problems(tmp_path / "checkpoint-6"), "written anew"
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def test_damage_is_refused(folder, tmp_path):
+    train(folder, tmp_path, save_steps=3)
+    for step in (3, 6):
+        flip(tmp_path / f"checkpoint-{step}" / "optimizer.pt")
+    with pytest.raises(CheckpointError, match=r"checkpoint-3.*optimizer\.pt"):
+        build(folder, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint.*checkpoint-6.*checkpoint-3"):
+        build(folder, tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_no_checkpoint_at_all(folder, tmp_path):
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        build(folder, tmp_path).train(resume_from_checkpoint=True)
+
+
+def on_ranks(folder, output, settings):
+    trainer = build(folder, output, **settings)
+    trainer.train(resume_from_checkpoint=settings.get("save_steps") == 3)
+    return losses(trainer)
+
+
+def test_ranks_save_one_checkpoint_and_agree_on_it(folder, tmp_path):
+    first = run_ranks(2, on_ranks, folder, tmp_path, {})
+    checkpoint = tmp_path / "checkpoint-6"
+    assert {"rng_state_0.pth", "rng_state_1.pth", "cursor.json"} <= set(read_manifest(checkpoint).files)
+    assert not problems(checkpoint)
+    flip(checkpoint / "rng_state_1.pth")
+    flip(tmp_path / "checkpoint-2" / "scheduler.pt")
+    second = run_ranks(2, on_ranks, folder, tmp_path, dict(save_steps=3))
+    for mine, theirs in zip(second, first, strict=True):
+        assert mine == theirs
