@@ -15,10 +15,11 @@ from typing import Any
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from pantheraml.checkpoint.manifest import has_manifest, problems
 from pantheraml.checkpoint.names import step_of
 from pantheraml.checkpoint.partial import removed_on_failure
 from pantheraml.checkpoint.pointers import BEST, point
-from pantheraml.checkpoint.resuming import STATE, damage, newest_whole
+from pantheraml.checkpoint.resuming import STATE, newest_whole
 from pantheraml.checkpoint.retention import retain
 from pantheraml.checkpoint.unfinished import publish, saving
 from pantheraml.distributed.process_group import barrier, broadcast_object
@@ -41,7 +42,8 @@ class WholeCheckpoints(ResumedRows):
         """Save as TRL does; a checkpoint that cannot be finished is not there, older ones stay."""
         run, step = self._get_output_dir(trial=trial), self.state.global_step
         name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        if self.args.save_on_each_node:  # each on a disk of its own, where nobody says when all are done
+        # Each on a disk of its own, where nobody says when all are done; or uploaded beside the training, by its name.
+        if self.args.save_on_each_node or self.args.push_to_hub:
             with removed_on_failure(Path(run, name)):
                 super()._save_checkpoint(model, trial)
                 self.cursor().write(Path(run, name))
@@ -125,4 +127,4 @@ class WholeCheckpoints(ResumedRows):
                 str(one) for one in choice.passed_over
             ]
         folder = Path(str(resume))
-        return str(folder), damage(folder) if folder.is_dir() else []
+        return str(folder), problems(folder) if has_manifest(folder) else []

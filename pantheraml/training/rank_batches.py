@@ -255,10 +255,8 @@ class RankedRows(SFTTrainer):
     def _share_of_rows(
         self, dataset: Any, batch_size: int, collator: Any, sampler_fn: Any, is_training: bool
     ) -> DataLoader[Any]:
-        sampler, batch = (
-            sampler_fn(dataset) if sampler_fn is not None else None,
-            self._batch_of(batch_size, is_training),
-        )
+        sampler = None if sampler_fn is None else sampler_fn(dataset)
+        batch, numbered = self._batch_of(batch_size, is_training), is_training and self._keyed
         if isinstance(sampler, LengthGroupedSampler):
             sampler.batch_size = batch.rows  # transformers groups for one rank
         batches = RankBatches(
@@ -269,9 +267,8 @@ class RankedRows(SFTTrainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             drop_last=is_training and self.args.dataloader_drop_last,
         )
-        keyed = is_training and self._keyed
-        filled = FilledCollator(collator, dataset[0], keyed=keyed)
-        return self._loader(Numbered(dataset) if keyed else dataset, filled, batch_sampler=batches)
+        filled = FilledCollator(collator, dataset[0], keyed=numbered)
+        return self._loader(Numbered(dataset) if numbered else dataset, filled, batch_sampler=batches)
 
     def _share_of_stream(
         self, dataset: Any, batch_size: int, collator: Any, sampler_fn: Any, is_training: bool

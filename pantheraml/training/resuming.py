@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainingArguments
 
 from pantheraml.checkpoint.cursor import Cursor, read_cursor
 from pantheraml.errors import ConfigError
@@ -40,9 +40,10 @@ class Standing(TrainerCallback):
         """A step is done."""
         self.steps += 1
 
-    def on_epoch_end(self, *_: Any, **__: Any) -> None:
-        """A pass is done."""
-        self.epoch, self.steps = self.epoch + 1, 0
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        """A pass is done, unless the run was stopped within it."""
+        if not control.should_training_stop:
+            self.epoch, self.steps = self.epoch + 1, 0
 
     def cursor(self, batch: GlobalBatch) -> Cursor:
         """The place where the run stands."""

@@ -163,6 +163,16 @@ def compare(folder, tmp_path, whole, saved, make, ranks, step):
             assert mine[number] == pytest.approx(logs[number], rel=2e-6, abs=1e-7), number
 
 
+@pytest.mark.parametrize("make", [rows, stream])
+def test_a_run_that_was_stopped_by_its_end(folder, tmp_path, make):
+    """Saved where an epoch is said to end because the run does: the rest of it comes when the run is made longer."""
+    settings = dict(gradient_accumulation_steps=4, lr_scheduler_type="constant_with_warmup")
+    whole = train(folder, tmp_path / "whole", make, max_steps=10, **settings)
+    train(folder, tmp_path, make, max_steps=6, **{**settings, "save_strategy": "epoch"})
+    found = train(folder, tmp_path, make, None, str(tmp_path / "checkpoint-6"), max_steps=10, **settings)
+    assert together([found]) == together([whole])[6:]
+
+
 def test_epochs_have_all_rows_once(whole):
     for make in (rows, stream):
         steps = together(whole(make))
