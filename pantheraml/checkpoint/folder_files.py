@@ -1,8 +1,9 @@
-"""The files below a folder: listed without following links, flushed, hashed several at a time."""
+"""The files below a folder: listed without following links, flushed, hashed; and small ones of ours."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
 import stat
@@ -10,7 +11,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pantheraml.checkpoint.locks import hold
 
@@ -155,6 +156,26 @@ def replace_text(path: Path, text: str) -> None:
     finally:
         os.close(lock)
     flush(path.parent)
+
+
+def read_ours(path: Path, form: str) -> dict[str, Any]:
+    """The content of a JSON file of ours, whose ``format`` is ``form``.
+
+    Raises:
+        ValueError: what is wrong, as the rest of a sentence that begins with the file's name.
+        OSError: it is missing or unreadable.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("is no plain file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError("is damaged: it is no text") from None
+    except (ValueError, RecursionError):
+        raise ValueError("is damaged or was cut short: it is no JSON") from None
+    if not isinstance(content, dict) or content.get("format") != form:
+        raise ValueError("was not written by PantheraML")
+    return content
 
 
 def shown(name: str) -> str:

@@ -21,6 +21,7 @@ from pantheraml.checkpoint.folder_files import (
     files_below,
     flush_folders,
     measure,
+    read_ours,
     reason_of,
     replace_text,
     shown,
@@ -102,7 +103,7 @@ def read_manifest(folder: Path) -> Manifest:
         CheckpointError: there is none, or it is cut short, changed, foreign or unreadable.
     """
     try:
-        return _parse(_text(folder))
+        return _read(folder)
     except ValueError as error:
         raise CheckpointError(
             f"'{folder / MANIFEST}' {error}.",
@@ -130,7 +131,7 @@ def problems(folder: Path, *, hashes: bool = True) -> list[str]:
     except OSError as error:
         return [f"{shown(folder.name)} cannot be read ({reason_of(error)})."]
     try:
-        manifest = _parse(_text(folder))
+        manifest = _read(folder)
     except ValueError as error:
         return [f"{MANIFEST} {error}."]
     wrong = _another_step(folder, manifest)
@@ -159,34 +160,21 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def _text(folder: Path) -> str:
-    path = folder / MANIFEST
-    try:
-        if path.is_symlink():
-            raise ValueError("is a symbolic link, which no save leaves")
-        if path.exists() and not path.is_file():
-            raise ValueError("is no plain file")
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError("is missing: the save did not end, or the file was removed") from None
-    except UnicodeDecodeError:
-        raise ValueError("is damaged: it is no text") from None
-    except OSError as error:
-        raise ValueError(f"cannot be read ({reason_of(error)})") from None
-
-
-def _parse(text: str) -> Manifest:
-    """The manifest of a text.
+def _read(folder: Path) -> Manifest:
+    """The manifest of a checkpoint.
 
     Raises:
         ValueError: what is wrong, as the rest of a sentence that begins with the file's name.
     """
+    path = folder / MANIFEST
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError("is damaged or was cut short: it is no JSON") from None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ValueError("was not written by PantheraML")
+        if path.is_symlink():
+            raise ValueError("is a symbolic link, which no save leaves")
+        content = read_ours(path, _FORMAT)
+    except FileNotFoundError:
+        raise ValueError("is missing: the save did not end, or the file was removed") from None
+    except OSError as error:
+        raise ValueError(f"cannot be read ({reason_of(error)})") from None
     if content.get("version") != _VERSION:
         raise ValueError("has the layout of another version of PantheraML")
     seal = content.pop("sha256", None)

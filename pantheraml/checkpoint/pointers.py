@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pantheraml.checkpoint.disk_errors import disk_error_number, save_error
-from pantheraml.checkpoint.folder_files import reason_of, replace_text
+from pantheraml.checkpoint.folder_files import read_ours, reason_of, replace_text
 from pantheraml.checkpoint.names import checkpoint_name
 from pantheraml.errors import CheckpointError
 
@@ -92,15 +92,11 @@ def read_pointer(run_folder: Path, which: str, *, must_exist: bool = True) -> Po
     """
     path = pointer_path(run_folder, which)
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("is no plain file")
-        pointer = _parse(path.read_text(encoding="utf-8"))
+        pointer = _pointer(read_ours(path, _FORMAT))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         reason = f"cannot be read ({reason_of(error)})" if isinstance(error, OSError) else error
-        if isinstance(error, UnicodeDecodeError):
-            reason = "is damaged: it is no text"
         raise CheckpointError(
             f"'{path}' {reason}.",
             'It names a checkpoint of this folder, as in {"checkpoint": "checkpoint-7", "step": 7}.',
@@ -120,18 +116,12 @@ def _ensure_there(path: Path, pointer: Pointer) -> None:
         )
 
 
-def _parse(text: str) -> Pointer:
-    """The pointer of a text.
+def _pointer(said: dict[str, Any]) -> Pointer:
+    """The pointer of a file's content.
 
     Raises:
         ValueError: what is wrong, as the rest of a sentence that begins with the file's name.
     """
-    try:
-        said = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError("is damaged or was cut short: it is no JSON") from None
-    if not isinstance(said, dict) or said.get("format") != _FORMAT:
-        raise ValueError("was not written by PantheraML")
     name, step, metric, value = (said.get(key) for key in ("checkpoint", "step", "metric", "value"))
     if type(step) is not int or name != checkpoint_name(step):
         raise ValueError("names no checkpoint of its folder")

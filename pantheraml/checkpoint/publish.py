@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pantheraml.checkpoint.disk_errors import disk_error_number, free_bytes, save_error
+from pantheraml.checkpoint.folder_files import flush
 
 _BUILDING = ".pantheraml-saving-"
 # One save's weights: a single file, or shards with their index. An adapter and a full model may live
@@ -155,15 +156,15 @@ def _write_plan(folder: Path, target: Path) -> None:
     for name in names:
         if (target / name).is_dir():
             raise IsADirectoryError(21, "a folder lies where a file belongs", str(target / name))
-        _flush(files / name)
+        flush(files / name)
     for path in (files, *(path for path in files.rglob("*") if path.is_dir())):
-        _flush(path)
+        flush(path)
     plan = {"target": os.path.relpath(target, folder.parent), "files": names}
     draft = folder / "plan.draft"
     draft.write_text(json.dumps(plan), encoding="utf-8")
-    _flush(draft)
+    flush(draft)
     draft.replace(folder / "plan.json")
-    _flush(folder)
+    flush(folder)
 
 
 def _finish(folder: Path) -> None:
@@ -178,7 +179,7 @@ def _finish(folder: Path) -> None:
     for stale in _superseded(target, plan["files"]):
         stale.unlink()
     if target.is_dir():
-        _flush(target)
+        flush(target)
     (folder / "plan.json").unlink()
 
 
@@ -193,12 +194,3 @@ def _superseded(target: Path, names: list[str]) -> list[Path]:
         and old[1] == adapter
         and str(parent / path.name) not in names
     ]
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -61,8 +61,8 @@ class _Part(NamedTuple):
             and 0 <= gap < 2**31
             and size % 16 == 0
             and size * 2 == out.numel()
-            and size // 4 + TILE["WORDS"]
-            <= 2**31  # words are counted in int32, up to the end of the last tile
+            # Words are counted in int32, up to the end of the last tile.
+            and size // 4 + TILE["WORDS"] <= 2**31
             and self.blocks[0] % _PER == 0
             and out.data_ptr() % 16 == 0
             and self.packed.data_ptr() % 16 == 0

@@ -207,9 +207,7 @@ def _layers(model: Any) -> list[Any]:
     from pantheraml.models.fused import FusedDecoderLayer
 
     if isinstance(model, FusedDecoderLayer | GradientCheckpointingLayer):
-        return [
-            model
-        ]  # what is inside is not walked through: that took the host longer than launching a layer
+        return [model]  # not walked through: that took the host longer than launching a layer
     return [layer for child in model.children() for layer in _layers(child)]
 
 

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pantheraml.checkpoint.manifest import has_manifest, problems
@@ -75,10 +74,7 @@ class WholeCheckpoints(ResumedRows):
             return
         self.state.best_model_checkpoint = os.path.join(run, name)  # noqa: PTH118 (as transformers writes it)
         if self.args.should_save:
-            written = Path(home, name, STATE)
-            state = TrainerState.load_from_json(str(written))
-            state.best_model_checkpoint = self.state.best_model_checkpoint
-            state.save_to_json(str(written))
+            self.state.save_to_json(str(Path(home, name, STATE)))
 
     def _point_to_best(self, run: str) -> None:
         best, value = self.state.best_model_checkpoint, self.state.best_metric

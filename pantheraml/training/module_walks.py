@@ -49,6 +49,6 @@ def _zero_grad(
 ) -> None:
     if not set_to_none:
         walk(set_to_none)
+        return
     for parameter in parameters:
-        if set_to_none and parameter.grad is not None:
-            parameter.grad = None
+        parameter.grad = None

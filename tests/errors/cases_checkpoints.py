@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
 
-from tests.errors.workshop import CannotHappenHere, Workshop, case
+from tests.errors.workshop import Workshop, case, small_disk
 
 
 def _saved(shop: Workshop, name: str):
@@ -61,15 +60,9 @@ def pointer_that_was_cut_short(shop: Workshop) -> None:
 def checkpoint_on_a_full_disk(shop: Workshop) -> None:
     from tests.checkpoint.runs import save
 
-    disk = shop.folder("disk")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(disk)]
-    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
-        raise CannotHappenHere("mounting a disk is not permitted")
-    try:
+    with small_disk(shop, "40k") as disk:
         save(disk, 3)
         save(disk, 5)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 @case

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.errors.workshop import CannotHappenHere, Workshop, case
+from tests.errors.workshop import Workshop, case, small_disk
 
 
 def _tree(folder: Path) -> dict[str, bytes]:
@@ -59,26 +58,16 @@ def shards_without_a_size(shop: Workshop) -> None:
 
 @case
 def full_disk(shop: Workshop) -> None:
-    disk = shop.folder("disk")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=450k", "tmpfs", str(disk)]
-    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
-        raise CannotHappenHere("mounting a disk is not permitted")
-    try:
+    with small_disk(shop, "450k") as disk:
         model = shop.adapted()
         model.save_pretrained_merged(disk / "out", shop.tokenizer)
         with _kept(disk / "out"):
             model.save_pretrained_merged(disk / "out", shop.tokenizer)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 @case
 def disk_that_fills_up(shop: Workshop) -> None:
-    disk = shop.folder("disk")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)]
-    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
-        raise CannotHappenHere("mounting a disk is not permitted")
-    try:
+    with small_disk(shop, "700k") as disk:
         model = shop.adapted()
         model.save_pretrained_merged(disk / "out", shop.tokenizer)
         # Room for the weights, which are counted beforehand, and not for the tokenizer after them.
@@ -87,8 +76,6 @@ def disk_that_fills_up(shop: Workshop) -> None:
         (disk / "other").write_bytes(b"0" * (free - weights - 16_000))
         with _kept(disk / "out"):
             model.save_pretrained_merged(disk / "out", shop.tokenizer)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 @case

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,19 @@ def load_cases() -> None:
             cases_training,
         )
     )
+
+
+@contextmanager
+def small_disk(shop: Workshop, size: str) -> Iterator[Path]:
+    """A real file system of ``size``."""
+    disk = shop.folder("disk")
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
+        raise CannotHappenHere("mounting a disk is not permitted")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def offline() -> None:
