@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.pytorch_utils import Conv1D
 
+from pantheraml.checkpoint.names import UNFINISHED
 from pantheraml.checkpoint.publish import publish_folder
 from pantheraml.errors import AdapterError
 from pantheraml.export.fingerprint import base_name, differences, fingerprint
@@ -68,7 +69,10 @@ def save_adapter(
             config.with_name(RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(build)
-    say(f"Saved the adapter to {folder}.")
+    if not Path(folder).parent.name.startswith(
+        UNFINISHED
+    ):  # else a checkpoint, which is there when it is whole
+        say(f"Saved the adapter to {folder}.")
     return Path(folder)
 
 
