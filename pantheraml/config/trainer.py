@@ -22,7 +22,7 @@ from pantheraml.config.section import (
 )
 
 # Settings of ours that SFTConfig does not have.
-OUR_FIELDS = frozenset({"embedding_learning_rate", "global_batch_size", "extra"})
+OUR_FIELDS = frozenset({"embedding_learning_rate", "global_batch_size", "async_save", "extra"})
 
 
 class TrainerSettings(Section):
@@ -118,6 +118,7 @@ class TrainerSettings(Section):
     save_strategy: Literal["no", "steps", "epoch", "best"] | None = unset("When to write a checkpoint.")
     save_steps: PositiveNumber | None = unset("Write one every so many steps; below 1 it is a share.")
     save_total_limit: Count | None = unset("Checkpoints to keep.")
+    async_save: bool | None = unset("Write checkpoints beside the training, from a copy in host memory.")
     save_only_model: bool | None = unset("Leave out optimizer state; such a checkpoint cannot be resumed.")
     resume_from_checkpoint: bool | str | None = unset("A checkpoint folder, or true for the last one.")
 

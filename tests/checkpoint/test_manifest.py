@@ -29,7 +29,7 @@ def test_the_manifest_lists_every_file_and_what_it_is_about(folder):
     manifest = read_manifest(folder)
     assert manifest.about == {"epoch": 0.3, "cursor": {"samples": 12}, "ranks": 2, "step": 3}
     assert list(manifest.libraries) == [
-        "python", "pantheraml", "torch", "transformers", "trl", "peft", "accelerate",
+        "python", "pantheraml", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes",
     ]  # fmt: skip
     assert {name: (file.size, file.sha256) for name, file in manifest.files.items()} == {
         name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in contents(3).items()
