@@ -32,6 +32,9 @@ class PantheraMLTrainingArguments(SFTConfig):
         async_save: write checkpoints beside the training: the state is copied to host memory, which takes as much of it
             as the trained weights and the optimizer's state, and a thread writes it. A failure is raised at the next
             save, or at the end.
+        deterministic: take only what adds numbers up in a fixed order, so that two runs with the same arguments on as
+            many of the same GPUs are equal bit by bit; slower. On GPUs, CUBLAS_WORKSPACE_CONFIG=:4096:8 has to be set
+            when Python starts.
         logging_nan_inf_filter: off: a loss that is not finite is logged as such, and no step waits for the device to
             find out (transformers: replaced by the mean of the others).
         use_cpu: on where there is no CUDA GPU.
@@ -58,6 +61,9 @@ class PantheraMLTrainingArguments(SFTConfig):
     )
     async_save: bool = field(
         default=False, metadata={"help": "Write checkpoints beside the training, from a copy in host memory."}
+    )
+    deterministic: bool = field(
+        default=False, metadata={"help": "Two runs of the same layout are equal bit by bit; slower."}
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Log losses that are not finite as what they are."}

@@ -13,10 +13,10 @@ from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
 from pantheraml.devices.memory import get_memory_stats
 from pantheraml.distributed.process_group import gather_objects
 from pantheraml.log import say
-from pantheraml.training.resuming import ResumedRows
+from pantheraml.training.repeatable import RepeatableRun
 
 
-class RecordedRun(ResumedRows):
+class RecordedRun(RepeatableRun):
     """The part of the trainer that counts what a run comes to, over all its starts."""
 
     _multi_gpu: MultiGPUConfig | None = None
@@ -25,7 +25,7 @@ class RecordedRun(ResumedRows):
 
     @contextmanager
     def going_on(self, resume: str | bool | None) -> Iterator[None]:
-        """As ``ResumedRows``; totals go on from the checkpoint's."""
+        """As ``RepeatableRun``; totals go on from the checkpoint's."""
         checkpoint = Path(resume) if isinstance(resume, str) else None
         self._before = Totals() if checkpoint is None else read_totals(checkpoint)
         self._total_train_tokens, self._began = self._before.tokens, time.perf_counter()
