@@ -112,14 +112,12 @@ class WholeCheckpoints(AsyncSaves):
         """
         if not resume:
             return None
-        found, said = broadcast_object(self._look_for(resume) if self.is_world_process_zero() else None) or (
-            None,
-            [],
-        )
+        looked = self._look_for(resume) if self.is_world_process_zero() else None
+        found, said, is_damaged = broadcast_object(looked) or (None, [], False)
         if resume is True:
             for line in said:
                 say(line)
-            if found is None and any(PREFIX_CHECKPOINT_DIR in line for line in said):
+            if found is None and is_damaged:
                 raise CheckpointError(
                     got=f"resume_from_checkpoint=True was given, and {self.args.output_dir} has no whole checkpoint.",
                     need="A run goes on only with one whose files are what was saved. " + " ".join(said),
@@ -134,15 +132,16 @@ class WholeCheckpoints(AsyncSaves):
             )
         return str(resume)
 
-    def _look_for(self, resume: str | Path | bool) -> tuple[str | None, list[str]]:
-        """The folder, and what is wrong with it or was passed over before it."""
+    def _look_for(self, resume: str | Path | bool) -> tuple[str | None, list[str], bool]:
+        """The folder, what is wrong with it or was passed over before it, and whether a checkpoint was."""
         if resume is True:
             choice = newest_whole(self.args.output_dir or ".")
-            return None if choice.folder is None else str(choice.folder), [
-                str(one) for one in choice.passed_over
-            ]
+            said = [str(one) for one in choice.passed_over]
+            is_damaged = any(step_of(one.name) is not None for one in choice.passed_over)
+            return None if choice.folder is None else str(choice.folder), said, is_damaged
         folder = Path(str(resume))
-        return str(folder), problems(folder) if has_manifest(folder) else []
+        said = problems(folder) if has_manifest(folder) else []
+        return str(folder), said, bool(said)
 
 
 def _nothing() -> None:
