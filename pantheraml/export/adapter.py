@@ -6,7 +6,7 @@ import json
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftModel
 from safetensors import safe_open
@@ -60,7 +60,7 @@ def save_adapter(
             fix="Use save_method='merged_16bit' for a fully fine-tuned model, or add an adapter with "
             "FastLanguageModel.get_peft_model.",
         )
-    kwargs.setdefault("save_embedding_layers", _vocabulary_changed(model))
+    kwargs.setdefault("save_embedding_layers", vocabulary_changed(model))
     trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     with publish_folder(folder, trained) as build:
         type(model).save_pretrained(model, str(build), **kwargs)
@@ -76,7 +76,7 @@ def save_adapter(
     return Path(folder)
 
 
-def _vocabulary_changed(model: PeftModel) -> bool | str:
+def vocabulary_changed(model: PeftModel) -> bool | Literal["auto"]:
     """Whether the embedding has other rows than the checkpoint's; PEFT would ask the hub, so it is told."""
     state = get_state(model)
     if state is None:

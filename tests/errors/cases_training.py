@@ -88,3 +88,12 @@ def run_file_that_is_not_there(shop: Workshop) -> None:
     from pantheraml.config.load import load_config
 
     load_config(shop.root / "nothing.yaml")
+
+
+@case
+def deterministic_without_the_variable(shop: Workshop) -> None:
+    import torch
+
+    from pantheraml.training.repeatable import check_cublas
+
+    check_cublas(torch.device("cuda"), {})
