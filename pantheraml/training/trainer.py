@@ -58,6 +58,7 @@ from pantheraml.training.rows import (
     prepared_once,
     report_cut_rows,
 )
+from pantheraml.training.trackers import TrackerGuard
 
 
 class PantheraMLTrainer(PipelinedSteps):
@@ -168,6 +169,8 @@ class PantheraMLTrainer(PipelinedSteps):
         # Layers of a split model compute several micro-batches in turn.
         self._keyed = follow_samples(cast(nn.Module, self.model), ledger) and not is_split(model)
         self._check_rows()
+        self._trackers = TrackerGuard()
+        self._trackers.cover(self.callback_handler)
 
     def _plan_memory(self) -> Predicted | None:
         """Plan recompute and merging for the longest batch, and predict what a step takes."""
@@ -201,6 +204,7 @@ class PantheraMLTrainer(PipelinedSteps):
             kwargs: likewise.
         """
         self._check_rows()  # rows may have been masked since
+        self._trackers.cover(self.callback_handler)  # some may have come since
         checkpoint = self.checkpoint_of(resume_from_checkpoint)
         with self.going_on(checkpoint):
             return self._train(checkpoint, *args, **kwargs)
