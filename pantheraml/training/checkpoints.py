@@ -7,7 +7,8 @@ first one lists the files in a manifest and gives the folder its name.
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from pantheraml.checkpoint.partial import removed_on_failure
 from pantheraml.checkpoint.pointers import BEST, point
 from pantheraml.checkpoint.resuming import STATE, newest_whole
 from pantheraml.checkpoint.retention import retain
-from pantheraml.checkpoint.unfinished import publish, saving
-from pantheraml.distributed.process_group import barrier, broadcast_object
+from pantheraml.checkpoint.unfinished import Unfinished, publish, saving
+from pantheraml.distributed.process_group import broadcast_object
 from pantheraml.errors import CheckpointError
 from pantheraml.log import say
+from pantheraml.training.agreeing import agreeing
 from pantheraml.training.resuming import ResumedRows
 
 
@@ -32,40 +34,85 @@ class WholeCheckpoints(ResumedRows):
 
     # The hidden folder that a checkpoint is written to now.
     _saving_in: str | None = None
+    # What has failed of the checkpoint that is written now, to be raised when all ranks are past TRL's barriers.
+    _late: list[Exception] | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where checkpoints are written."""
         return super()._get_output_dir(trial=trial) if self._saving_in is None else self._saving_in
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save as TRL does; a checkpoint that cannot be finished is not there, older ones stay."""
+        """Save as TRL does; a checkpoint that cannot be finished is not there, older ones stay.
+
+        Raises:
+            DiskRefused: on every rank, if the disk of one of them failed.
+        """
         run, step = self._get_output_dir(trial=trial), self.state.global_step
         name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        target = Path(run, name)
         # Each on a disk of its own, where nobody says when all are done; or uploaded beside the training, by its name.
         if self.args.save_on_each_node or self.args.push_to_hub:
-            with removed_on_failure(Path(run, name)):
-                super()._save_checkpoint(model, trial)
-                self.cursor().write(Path(run, name))
+            with removed_on_failure(target), agreeing(target, target):
+                self._write(model, trial)
+                self.cursor().write(target)
             return
         is_first = self.is_world_process_zero()
-        with saving(run, step) if is_first else nullcontext() as save:
-            self._saving_in = home = broadcast_object(None if save is None else str(save.home))
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._saving_in = None
-            self._name_best(run, home or "", name)
-            barrier()  # every rank has written
-            if save is not None:
-                cursor = self.cursor()
-                cursor.write(save.folder)
-                publish(
-                    save, {"cursor": asdict(cursor), "ranks": self.args.world_size, "epoch": self.state.epoch}
-                )
-        if is_first:
-            self._point_to_best(run)
-            retain(run, self.args.save_total_limit)
-        barrier()  # nobody looks for it before it is there
+        with ExitStack() as stack:
+            save: Unfinished | None = None
+            with agreeing(target):
+                save = stack.enter_context(saving(run, step)) if is_first else None
+            home = broadcast_object(None if save is None else str(save.home)) or ""
+            with agreeing(target, Path(home)):  # every rank has written
+                self._saving_in = home
+                try:
+                    self._write(model, trial)
+                finally:
+                    self._saving_in = None
+                self._name_best(run, home, name)
+            with agreeing(target, Path(home)):
+                if save is not None:
+                    cursor = self.cursor()
+                    cursor.write(save.folder)
+                    publish(
+                        save,
+                        {"cursor": asdict(cursor), "ranks": self.args.world_size, "epoch": self.state.epoch},
+                    )
+        with agreeing(target):  # nobody looks for it before it is there
+            if is_first:
+                self._point_to_best(run)
+                retain(run, self.args.save_total_limit)
+
+    def _write(self, model: Any, trial: Any) -> None:
+        """Let TRL write its files; the first failure is raised at the end, since ranks meet in between."""
+        self._late = late = list[Exception]()
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            late.append(error)
+        finally:
+            self._late = None
+        if late:
+            raise late[0]
+
+    @contextmanager
+    def _raised_late(self) -> Iterator[None]:
+        """Keep an error of the block for the end of the checkpoint that is being written, if one is."""
+        try:
+            yield
+        except Exception as error:
+            if self._late is None:
+                raise
+            self._late.append(error)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's."""
+        with self._raised_late():
+            super().create_model_card(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's."""
+        with self._raised_late():
+            super().save_model(*args, **kwargs)
 
     def _name_best(self, run: str, home: str, name: str) -> None:
         """The best checkpoint, if it is this one, by the name that it will have."""
