@@ -45,12 +45,12 @@ from pantheraml.training.banner import (
     predict_memory,
 )
 from pantheraml.training.evaluation import TokenSums
+from pantheraml.training.finite_steps import FiniteSteps
 from pantheraml.training.given import one_tokenizer, refuse_name
 from pantheraml.training.global_batch import resolve_global_batch
 from pantheraml.training.head import bind_cpu_head, bind_head, needs_cpu_head, why_not_fused
 from pantheraml.training.module_walks import listed_once
 from pantheraml.training.optimizer import embedding_parameters, split_embedding_group
-from pantheraml.training.pipelining import PipelinedSteps
 from pantheraml.training.rows import (
     Rows,
     format_rows,
@@ -61,7 +61,7 @@ from pantheraml.training.rows import (
 from pantheraml.training.trackers import TrackerGuard
 
 
-class PantheraMLTrainer(PipelinedSteps):
+class PantheraMLTrainer(FiniteSteps):
     """SFTTrainer for models of ``FastLanguageModel`` (and any other causal language model).
 
     What it adds to TRL's trainer:
