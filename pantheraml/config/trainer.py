@@ -23,7 +23,7 @@ from pantheraml.config.section import (
 
 # Settings of ours that SFTConfig does not have.
 OUR_FIELDS = frozenset(
-    {"embedding_learning_rate", "global_batch_size", "async_save", "deterministic", "extra"}
+    {"embedding_learning_rate", "global_batch_size", "async_save", "deterministic", "on_non_finite", "extra"}
 )
 
 
@@ -59,6 +59,9 @@ class TrainerSettings(Section):
     lr_scheduler_type: str | None = unset("Schedule, such as linear, cosine or constant_with_warmup.")
     lr_scheduler_kwargs: dict[str, Any] | None = unset("Arguments of the schedule.")
     warmup_steps: NumberOrZero | None = unset("Warm-up steps; below 1 it is a share of all steps.")
+    on_non_finite: Literal["stop", "skip", "restore"] | None = unset(
+        "What becomes of the run when a loss or gradient is not finite."
+    )
     label_smoothing_factor: Share | None = unset("Label smoothing.")
     neftune_noise_alpha: NumberOrZero | None = unset("Strength of NEFTune noise on the embeddings.")
 

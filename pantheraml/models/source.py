@@ -10,10 +10,12 @@ from __future__ import annotations
 import fnmatch
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pantheraml.errors import ModelLoadError
+from pantheraml.models.hub_patience import patiently
 from pantheraml.models.tensor_header import BadHeader, read_header
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer*", "*.tiktoken"]
@@ -170,10 +172,11 @@ def _fetch(repo_id: str, revision: str | None, token: str | None, trust_remote_c
     from huggingface_hub import snapshot_download
 
     def download(patterns: list[str]) -> Path:
-        folder = snapshot_download(
-            repo_id, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=_NESTED
-        )
-        return Path(folder)
+        fetch = partial(
+            snapshot_download, repo_id, revision=revision, token=token, allow_patterns=patterns,
+            ignore_patterns=_NESTED,
+        )  # fmt: skip
+        return Path(patiently(fetch, f"fetching {repo_id}"))
 
     try:
         folder = download([*_SMALL_FILES, *(["*.py"] if trust_remote_code else [])])

@@ -12,6 +12,7 @@ from trl import SFTConfig
 
 from pantheraml.devices.inventory import is_bfloat16_supported, num_gpus
 from pantheraml.errors import ConfigError
+from pantheraml.training.non_finite import POLICIES, RESTORE
 
 
 @dataclass
@@ -35,6 +36,9 @@ class PantheraMLTrainingArguments(SFTConfig):
         deterministic: take only what adds numbers up in a fixed order, so that two runs with the same arguments on as
             many of the same GPUs are equal bit by bit; slower. On GPUs, CUBLAS_WORKSPACE_CONFIG=:4096:8 has to be set
             when Python starts.
+        on_non_finite: what becomes of a run when a loss or gradient is not finite: "stop" ends it with an error that
+            names step and rows, "skip" leaves the step out, "restore" goes back to the last checkpoint's weights and on
+            with the next rows. Weights and optimizer are never touched by such a step.
         logging_nan_inf_filter: off: a loss that is not finite is logged as such, and no step waits for the device to
             find out (transformers: replaced by the mean of the others).
         use_cpu: on where there is no CUDA GPU.
@@ -65,6 +69,9 @@ class PantheraMLTrainingArguments(SFTConfig):
     deterministic: bool = field(
         default=False, metadata={"help": "Two runs of the same layout are equal bit by bit; slower."}
     )
+    on_non_finite: str = field(
+        default="stop", metadata={"help": "A loss or gradient that is not finite: stop, skip or restore."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Log losses that are not finite as what they are."}
     )
@@ -88,6 +95,22 @@ class PantheraMLTrainingArguments(SFTConfig):
                 fix="Leave it out to use learning_rate for embeddings too.",
             )
         super().__post_init__()
+        self._check_non_finite()
+
+    def _check_non_finite(self) -> None:
+        if self.on_non_finite not in POLICIES:
+            raise ConfigError(
+                got=f"on_non_finite={self.on_non_finite!r} was given.",
+                need='It is "stop", "skip" or "restore".',
+                fix="Leave it out to end a run whose loss is not finite.",
+            )
+        if self.on_non_finite == RESTORE and (self.save_strategy == "no" or self.save_only_model):
+            given = "save_only_model=True" if self.save_only_model else 'save_strategy="no"'
+            raise ConfigError(
+                got=f'on_non_finite="restore" and {given} were given.',
+                need="A run goes back to a checkpoint that it has saved, with its optimizer.",
+                fix=f'Leave {given} out, or pass on_non_finite="skip" to leave such steps out.',
+            )
 
 
 UnslothTrainingArguments = PantheraMLTrainingArguments

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 
 from pantheraml.checkpoint.background import Background
-from pantheraml.distributed.process_group import broadcast_object
-from pantheraml.errors import SaveError, first_line
+from pantheraml.errors import first_line
 from pantheraml.export.adapter import vocabulary_changed
 from pantheraml.log import say_once, warn
+from pantheraml.training.agreeing import agreeing
 from pantheraml.training.run_record import RecordedRun
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class AsyncSaves(RecordedRun):
     _later: Writes | None = None
     _stager: DefaultStager | None = None
     _processing_copy: Any = None
-    # Whether a checkpoint is being written of whose end no rank knows yet.
-    _is_saving = False
+    # The checkpoint that is being written, of whose end no rank knows yet.
+    _saving: Path | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._background = Background()
@@ -83,7 +83,7 @@ class AsyncSaves(RecordedRun):
                 failure = self._background.failure()
                 if failure is not None:
                     warn(f"A checkpoint could not be saved. {first_line(failure)}.")
-                self._is_saving, self._later = False, None
+                self._saving, self._later = None, None
 
     def saves_beside(self) -> bool:
         """Whether checkpoints are written beside the training; where that cannot be, the log says why."""
@@ -157,35 +157,36 @@ class AsyncSaves(RecordedRun):
             )
         return cast("dict[str, Any]", self._stager.stage(state))
 
-    def start_saving(self, finish: Callable[[], None], *, beside: bool) -> None:
+    def start_saving(self, finish: Callable[[], None], target: Path, *, beside: bool) -> None:
         """Let rank 0 finish a checkpoint whose small files are written; every rank calls this.
 
         Args:
             finish: what rank 0 has to do; nothing on the others.
+            target: the checkpoint.
             beside: go on training meanwhile.
+
+        Raises:
+            DiskRefused: as ``finish_saving``, where all wait for it.
         """
-        self._is_saving = True
+        self._saving = target
         self._background.start(finish, beside=beside)
         if not beside:
             self.finish_saving()
 
     def finish_saving(self) -> None:
-        """Wait until the checkpoint that is under way is there, or is known not to be; every rank calls this."""
-        if not self._is_saving:
-            return
-        self._is_saving = False
-        failure = self._background.failure()
-        told = broadcast_object(None if failure is None else str(failure))
-        if told is not None:
-            self.save_failed(failure or SaveError(told))
-
-    def save_failed(self, failure: BaseException) -> None:
-        """What becomes of a run whose checkpoint could not be finished, the same on all ranks.
+        """Wait until the checkpoint that is under way is there, or is known not to be; every rank calls this.
 
         Raises:
-            SaveError: the disk is full or cannot be written.
+            DiskRefused: on every rank: the disk took it not.
+            SaveError: on ranks beside the one that failed otherwise, which raises its own error.
         """
-        raise failure
+        target, self._saving = self._saving, None
+        if target is None:
+            return
+        with agreeing(target):  # and nobody looks for it before it is there
+            failure = self._background.failure()
+            if failure is not None:
+                raise failure
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers; a run ends with its last checkpoint in place."""

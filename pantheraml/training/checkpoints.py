@@ -7,14 +7,12 @@ first one lists the files in a manifest and gives the folder its name.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pantheraml.checkpoint.manifest import has_manifest, problems
 from pantheraml.checkpoint.names import checkpoint_name, step_of
@@ -22,10 +20,12 @@ from pantheraml.checkpoint.partial import removed_on_failure
 from pantheraml.checkpoint.pointers import BEST, point
 from pantheraml.checkpoint.resuming import STATE, newest_whole
 from pantheraml.checkpoint.retention import retain
+from pantheraml.checkpoint.run_record import Totals
 from pantheraml.checkpoint.unfinished import Unfinished, publish, saving
 from pantheraml.distributed.process_group import broadcast_object
 from pantheraml.errors import CheckpointError
 from pantheraml.log import say
+from pantheraml.training.agreeing import agreeing
 from pantheraml.training.async_saves import AsyncSaves, Writes
 
 Best = tuple[int, float | None] | None
@@ -36,46 +36,62 @@ class WholeCheckpoints(AsyncSaves):
 
     # The hidden folder that a checkpoint is written to now.
     _saving_in: str | None = None
+    # What has failed of the checkpoint that is written now, to be raised when all ranks are past TRL's barriers.
+    _late: list[Exception] | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where checkpoints are written."""
         return super()._get_output_dir(trial=trial) if self._saving_in is None else self._saving_in
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save as TRL does; a checkpoint that cannot be finished is not there, older ones stay."""
+        """Save as TRL does; a checkpoint that cannot be finished is not there, older ones stay.
+
+        Raises:
+            DiskRefused: on every rank, if the disk of one of them failed; also that of the save before, if it was
+                written beside the training.
+        """
+        self.finish_saving()
         run, step = self._get_output_dir(trial=trial), self.state.global_step
-        name, beside = f"{PREFIX_CHECKPOINT_DIR}-{step}", self.saves_beside()
+        target, beside = Path(run, checkpoint_name(step)), self.saves_beside()
         # Each on a disk of its own, where nobody says when all are done; or uploaded beside the training, by its name.
         if self.args.save_on_each_node or self.args.push_to_hub:
-            with removed_on_failure(Path(run, name)):
-                super()._save_checkpoint(model, trial)
-                self.cursor().write(Path(run, name))
+            with removed_on_failure(target), agreeing(target, target):
+                self._write(model, trial)
+                self.cursor().write(target)
             return
-        self.finish_saving()
         is_first = self.is_world_process_zero()
         with ExitStack() as opened:
-            save = opened.enter_context(saving(run, step)) if is_first else None
-            self._saving_in = home = broadcast_object(None if save is None else str(save.home))
-            try:
-                with self.kept_for_later(beside) as later:
-                    super()._save_checkpoint(model, trial)
-            finally:
-                self._saving_in = None
-            self._name_best(run, home or "", name)
-            totals = self.totals()  # every rank is here, and has written what is its own
+            save: Unfinished | None = None
+            with agreeing(target):
+                save = opened.enter_context(saving(run, step)) if is_first else None
+            home = broadcast_object(None if save is None else str(save.home)) or ""
+            with agreeing(target, Path(home)), self.kept_for_later(beside) as later:
+                self._saving_in = home
+                try:
+                    self._write(model, trial)
+                finally:
+                    self._saving_in = None
+                self._name_best(run, home, target.name)
+            totals = self.totals()
             finish: Callable[[], None] = _nothing
-            if save is not None:
-                cursor = self.cursor()
-                cursor.write(save.folder)
-                self.write_record(save.folder, totals)
-                about = {"cursor": asdict(cursor), "ranks": self.args.world_size, "epoch": self.state.epoch}
-                finish = partial(self._finish, opened.pop_all(), save, later, about, self._best(run))
-        self.start_saving(finish, beside=beside)
+            with agreeing(target, Path(home)):
+                if save is not None:
+                    finish = self._finishing(save, totals, later, opened)
+        self.start_saving(finish, target, beside=beside)
+
+    def _finishing(
+        self, save: Unfinished, totals: Totals, later: Writes, opened: ExitStack
+    ) -> Callable[[], None]:
+        """Write what rank 0 knows; what is left for it to do, perhaps in a thread, with what is ``opened``."""
+        cursor = self.cursor()
+        cursor.write(save.folder)
+        self.write_record(save.folder, totals)
+        about = {"cursor": asdict(cursor), "ranks": self.args.world_size, "epoch": self.state.epoch}
+        return partial(self._finish, save, later, about, self._best(str(save.run_folder)), opened.pop_all())
 
     def _finish(
-        self, opened: ExitStack, save: Unfinished, later: Writes, about: dict[str, Any], best: Best
+        self, save: Unfinished, later: Writes, about: dict[str, Any], best: Best, opened: ExitStack
     ) -> None:
-        """What rank 0 does when every rank has written, perhaps in a thread."""
         with opened:
             for write in later:
                 write()
@@ -83,6 +99,38 @@ class WholeCheckpoints(AsyncSaves):
         if best is not None and (save.run_folder / checkpoint_name(best[0])).is_dir():
             point(save.run_folder, BEST, best[0], metric=self.args.metric_for_best_model, value=best[1])
         retain(save.run_folder, self.args.save_total_limit)
+
+    def _write(self, model: Any, trial: Any) -> None:
+        """Let TRL write its files; the first failure is raised at the end, since ranks meet in between."""
+        self._late = late = list[Exception]()
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            late.append(error)
+        finally:
+            self._late = None
+        if late:
+            raise late[0]
+
+    @contextmanager
+    def _raised_late(self) -> Iterator[None]:
+        """Keep an error of the block for the end of the checkpoint that is being written, if one is."""
+        try:
+            yield
+        except Exception as error:
+            if self._late is None:
+                raise
+            self._late.append(error)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's."""
+        with self._raised_late():
+            super().create_model_card(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's."""
+        with self._raised_late():
+            super().save_model(*args, **kwargs)
 
     def _name_best(self, run: str, home: str, name: str) -> None:
         """The best checkpoint, if it is this one, by the name that it will have."""

@@ -11,6 +11,7 @@ not logged costs nothing.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -110,11 +111,14 @@ class Telemetry:
         return figures
 
     def _write(self, line: dict[str, Any]) -> None:
-        """A disk that is full does not end a run."""
+        """A disk that is full does not end a run, and leaves no half of a line."""
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            with self._file.open("ab", buffering=0) as file:
+                size, text = file.tell(), json.dumps(line).encode() + b"\n"
+                if file.write(text) < len(text):
+                    file.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             say_once(f"telemetry is not written to {self._file}: {first_line(error)}.")
 

@@ -6,6 +6,8 @@ import errno
 import os
 import signal
 import threading
+from logging import getLogger
+from logging.handlers import BufferingHandler
 
 import pytest
 import torch
@@ -72,27 +74,41 @@ def test_training_goes_on_while_a_checkpoint_is_written(folder, tmp_path):  # no
     )
 
 
-def fails(folder, output, at):  # noqa: F811
-    """Names of the checkpoints when the run has failed, since the disk was full at one."""
+def full_at(step):
+    """A trainer whose disk is full when it writes the checkpoint of ``step``."""
 
-    class Fails(PantheraMLTrainer):
+    class Full(PantheraMLTrainer):
         def _write_model(self, target, weights):
             super()._write_model(target, weights)
-            if target.endswith(f"checkpoint-{at}"):
+            if target.endswith(f"checkpoint-{step}"):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
 
-    trainer = build(folder, output, Fails, async_save=True)
-    with pytest.raises(SaveError, match=rf"Saving to .*checkpoint-{at} stopped: No space left"):
-        trainer.train()
-    return trainer.state.global_step, names(output)
+    return Full
 
 
-@pytest.mark.parametrize(("ranks", "at", "ends_at"), [(1, 6, 6), (2, 4, 6)])
-def test_a_failure_is_raised_at_the_next_save_or_the_end(folder, tmp_path, ranks, at, ends_at):  # noqa: F811
-    """On all ranks; what was saved before stays the latest."""
-    left = [f"checkpoint-{step}" for step in (2, 4) if step != at] + ["latest.json"]
-    assert run_ranks(ranks, fails, folder, tmp_path, at) == [(ends_at, left)] * ranks
-    assert read_pointer(tmp_path, "latest").checkpoint == left[-2]
+def test_a_last_checkpoint_that_fails_is_raised(folder, tmp_path):  # noqa: F811
+    with pytest.raises(SaveError, match=r"Saving to .*checkpoint-6 stopped: No space left"):
+        build(folder, tmp_path, full_at(6), async_save=True).train()
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "latest.json"]
+    assert read_pointer(tmp_path, "latest").checkpoint == "checkpoint-4"
+
+
+def goes_on(folder, output):  # noqa: F811
+    """What a run said whose disk was full at one checkpoint, and which one it takes for the best."""
+    said = BufferingHandler(999)
+    getLogger("pantheraml").addHandler(said)
+    evaluating = dict(eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
+    trainer = build(folder, output, full_at(4), async_save=True, **evaluating)
+    trainer.train()
+    lines = [record.getMessage() for record in said.buffer]
+    return [line for line in lines if "checkpoint-4" in line], trainer.state.best_model_checkpoint
+
+
+def test_another_costs_that_checkpoint_on_all_ranks(folder, tmp_path):  # noqa: F811
+    (warned, best), (quiet, same) = run_ranks(2, goes_on, folder, tmp_path)
+    assert len(warned) == 1 and "No space left" in warned[0] and "Training goes on" in warned[0]
+    assert quiet == [] and best == same == str(tmp_path / "checkpoint-6")
+    assert names(tmp_path) == ["best.json", "checkpoint-2", "checkpoint-6", "latest.json"]
 
 
 def test_killed_while_a_checkpoint_is_written(folder, tmp_path):  # noqa: F811
