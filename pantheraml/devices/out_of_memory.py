@@ -1,10 +1,9 @@
-"""Which errors say that memory has run out, and how it is given back."""
+"""Which errors say that memory has run out."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from accelerate.utils.memory import clear_device_cache
 
 # What is said by those that do not raise torch's own error: the driver, Triton, cuBLAS, the allocator of host memory.
 _SAID = (
@@ -25,8 +24,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError) or (dist.is_available() and isinstance(error, dist.DistError)):
         return False
     return any(text in str(error) for text in _SAID)
-
-
-def give_memory_back() -> None:
-    """Free what nothing refers to any more, also in cycles, and what the allocator holds unused."""
-    clear_device_cache(garbage_collection=True)

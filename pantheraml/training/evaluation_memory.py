@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pantheraml.devices.out_of_memory import give_memory_back, is_out_of_memory
+from pantheraml.devices.out_of_memory import is_out_of_memory
+from pantheraml.kernels.utils import clear_gpu_cache
 from pantheraml.log import say
 from pantheraml.training.pass_cuts import cut_batch, num_tokens
 from pantheraml.training.pass_limit import PassLimit
@@ -42,7 +43,7 @@ class HalvedForward:
         else:
             self._limit.passed(tokens)
             return found
-        give_memory_back()
+        clear_gpu_cache()
         most = self._limit.failed(tokens, self._limit.proven)
         say(f"evaluation ran out of memory in a pass of {tokens:,} tokens; it goes on with up to {most:,}.")
         return self(**inputs)

@@ -37,10 +37,13 @@ def out_of_memory_error(got: str, model: Any, args: TrainingArguments, tokens: i
         args: of the run.
         tokens: of the smallest pass: one row.
     """
-    now = _predicted(model, args, tokens)
-    changes = [
-        change for change in _changes(model, args, tokens, now) if change.saved >= _LEAST_SHARE * now.total
-    ]
+    state = get_state(model)
+    if state is None:
+        need = "What it needs is not predicted for models that FastLanguageModel did not load."
+        return HardwareError(got, need, "Shorten the rows (max_length), or take a GPU with more memory.")
+    now = _predicted(model, state, args, tokens)
+    least = _LEAST_SHARE * now.total
+    changes = [one for one in _changes(model, state, args, tokens, now) if one.saved >= least]
     told = ", ".join(f"{one.what} saves {describe_bytes(one.saved)}" for one in changes[:_MOST_CHANGES])
     return HardwareError(
         got=got,
@@ -51,32 +54,34 @@ def out_of_memory_error(got: str, model: Any, args: TrainingArguments, tokens: i
 
 def _predicted(
     model: Any,
+    state: ModelState,
     args: TrainingArguments,
     tokens: int,
+    *,
     plan: RecomputePlan | None = None,
     optim: str | None = None,
 ) -> MemoryEstimate:
     """What a step takes, of all devices of a model that is split."""
-    state = get_state(model)
-    plans = () if state is None else state.plans
+    plans = state.plans
     plan = plan or (plans[0] if len(plans) == 1 else RecomputePlan(tokens, sum(one.layers for one in plans)))
     return predicted_bytes(model, tokens, plan, optim or str(getattr(args.optim, "value", args.optim)))
 
 
-def _changes(model: Any, args: TrainingArguments, tokens: int, now: MemoryEstimate) -> Iterator[Change]:
-    """The cheapest first: of the same training, then of the weights' precision, then of what is trained."""
-    state = get_state(model)
-    eight_bit = _predicted(model, args, tokens, optim="adamw_8bit")
+def _changes(
+    model: Any, state: ModelState, args: TrainingArguments, tokens: int, now: MemoryEstimate
+) -> Iterator[Change]:
+    """The cheapest first: what trains the same, then what changes the weights' precision, then what is trained."""
+    eight_bit = _predicted(model, state, args, tokens, optim="adamw_8bit")
     yield Change('optim="adamw_8bit"', now.optimizer - eight_bit.optimizer)
-    if state is None or state.recompute not in ("offload", "unsloth"):
+    if state.recompute not in ("offload", "unsloth"):
         plan = offload_plan(model, tokens, psutil.virtual_memory().available)
-        saved = now.activations - _predicted(model, args, tokens, plan).activations
-        yield Change('use_gradient_checkpointing="offload"', saved)
-    if state is not None and not state.full_finetuning:
+        offloaded = _predicted(model, state, args, tokens, plan=plan)
+        yield Change('use_gradient_checkpointing="offload"', now.activations - offloaded.activations)
+    if not state.full_finetuning:
         yield Change("load_in_4bit=True", _saved_by_4_bits(model, state))
-    half = max(1, tokens // 2)
-    yield Change(f"max_seq_length={half}", now.activations - _predicted(model, args, half).activations)
-    if state is None or state.full_finetuning:
+    shorter = _predicted(model, state, args, max(1, tokens // 2))
+    yield Change("half the max_seq_length", now.activations - shorter.activations)
+    if state.full_finetuning:
         yield Change("full_finetuning=False (LoRA)", now.gradients + now.optimizer)
     else:
         yield Change("half the r of get_peft_model", (now.gradients + now.optimizer) // 2)

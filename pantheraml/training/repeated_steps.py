@@ -15,10 +15,11 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from pantheraml.devices.out_of_memory import give_memory_back, is_out_of_memory
+from pantheraml.devices.out_of_memory import is_out_of_memory
 from pantheraml.distributed.agreement import Agreement
 from pantheraml.distributed.strategies.held_reduction import Reduction, reduction_of
 from pantheraml.errors import PantheraMLError
+from pantheraml.kernels.utils import clear_gpu_cache
 from pantheraml.log import say
 from pantheraml.models.less_memory import next_resort, restored_afterwards
 from pantheraml.models.state import get_state
@@ -77,7 +78,7 @@ class RepeatedSteps(PipelinedSteps):
         except RuntimeError as error:
             if isinstance(error, PantheraMLError) or not is_out_of_memory(error):
                 raise
-            got = f"Memory ran out outside of a forward and backward, after step {self.state.global_step}."
+            got = f"Memory ran out after step {self.state.global_step}, outside of what is repeated in smaller passes."
             raise out_of_memory_error(got, model, self.args, max(1, self._limit.proven)) from error
         finally:
             self._step = self._reduction = self._reduced_model = None
@@ -109,7 +110,8 @@ class RepeatedSteps(PipelinedSteps):
 
     def prediction_step(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         """TRL's; a batch of evaluation that does not fit goes through the model in parts."""
-        return super().prediction_step(HalvedForward(model, self._eval_limit), inputs, *args, **kwargs)
+        forward: Any = HalvedForward(model, self._eval_limit)
+        return super().prediction_step(forward, inputs, *args, **kwargs)
 
     def _may_repeat(self, model: nn.Module) -> bool:
         """Whether steps of ``model`` can be repeated, found out once a run; every rank asks at its first step."""
@@ -200,7 +202,7 @@ class RepeatedSteps(PipelinedSteps):
         mine = [NO_LIMIT, NO_LIMIT, 1, 1]
         if failed is not None:
             model.zero_grad()
-            give_memory_back()
+            clear_gpu_cache()
             reduction.give_up()
             can_cut = self._tokens_at_a_time(self._passes(step, failed // 2)) < failed
             mine = [failed, self.args.process_index, int(can_cut), int(next_resort(model) is not None)]
@@ -209,7 +211,7 @@ class RepeatedSteps(PipelinedSteps):
             return True
         reduction.undo()
         model.zero_grad()
-        give_memory_back()
+        clear_gpu_cache()
         step.go_back()
         step.failed, step.longest = None, 0
         got = f"Step {self.state.global_step + 1} ran out of memory on rank {rank}, in a pass of {tokens:,} tokens"

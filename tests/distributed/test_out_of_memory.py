@@ -17,6 +17,7 @@ from pantheraml.models.state import get_state
 from tests import tiny
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_parity import rows
+from tests.distributed.test_pipeline import split_at
 from tests.training.starving import Starved
 
 LOGGED = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss")
@@ -37,10 +38,12 @@ class Said(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def build(folder, full=False, **adapter):
+def build(folder, full=False, split=None, **adapter):
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=64, load_in_4bit=False, device_map="cpu", full_finetuning=full
     )
+    if split is not None:
+        get_state(model).split = split_at(*split)
     if not full:
         adapter = dict(r=4, lora_dropout=0.3) | adapter
         model = FastLanguageModel.get_peft_model(model, random_state=1, **adapter)
@@ -162,6 +165,19 @@ def test_routers_keep_their_micro_batches(tmp_path, tmp_path_factory):
     assert_same(found, wanted)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_model_that_is_split(tmp_path, tmp_path_factory, backward):
+    """Micro-batches that follow one another through its stages become smaller."""
+    folder = tiny.save_checkpoint(tmp_path_factory.mktemp("split"), "llama", num_hidden_layers=4)
+    found = []
+    for starve in (None, dict(most=FITS, backward=backward)):
+        settings = dict(per_device_train_batch_size=8, global_batch_size=16)
+        found.append(train(folder, tmp_path, starve, settings, lora_dropout=0.0, split=(0, 2, 4)))
+    assert_same(found[1], found[0])
+    assert found[1]["failures"] and max(found[1]["passes"]) <= FITS
+    assert len(found[1]["said"]) == 1 and "from now on a pass has up to" in found[1]["said"][0]
+
+
 def test_more_is_recomputed_where_rows_are_single(folder, tmp_path, undisturbed):
     starve, settings = dict(most=10, unless_recomputing=True), dict(per_device_train_batch_size=1)
     found = run_ranks(2, train, folder, tmp_path, starve, settings)
@@ -187,7 +203,7 @@ def test_the_optimizer_runs_out_of_memory(folder, tmp_path):
 
     trainer = trainer_of(folder, tmp_path, *build(folder, r=64))
     trainer.add_callback(Greedy())
-    with pytest.raises(HardwareError, match="outside of a forward and backward") as caught:
+    with pytest.raises(HardwareError, match="outside of what is repeated") as caught:
         trainer.train()
     assert 'optim="adamw_8bit" saves' in str(caught.value)
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from pantheraml.distributed.process_group import group_size
+
 # A hook of DDP: reduces a bucket.
 Hook = Callable[[Any, Any], Future[Any]]
 
@@ -155,7 +157,7 @@ def reduction_of(model: nn.Module) -> Reduction | None:
         model: as the trainer is given it for a step: wrapped by DDP on several ranks.
     """
     if not isinstance(model, DistributedDataParallel):
-        return Reduction()
+        return Reduction() if group_size() == 1 else None
     if model.static_graph:  # it counts the passes of its first step
         return None
     return LaunchedBuckets(model) if model in _launches else HeldReduction(model)
