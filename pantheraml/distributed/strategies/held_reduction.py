@@ -45,7 +45,7 @@ class Reduction:
 
 
 class _Reached(torch.autograd.Function):
-    """Something that depends on all parameters, and has no gradient to give to them."""
+    """Something that depends on parameters, and has no gradient to give to them."""
 
     @staticmethod
     def forward(ctx: Any, *parameters: Tensor) -> Tensor:
@@ -79,8 +79,14 @@ class HeldReduction(Reduction):
         self._model.require_forward_param_sync = False
 
     def finish(self) -> None:
-        """A backward of nothing: it reaches every parameter, and DDP reduces what is there."""
-        reached: Tensor = _Reached.apply(*(p for p in self._model.parameters() if p.requires_grad))
+        """A backward of nothing: it reaches every parameter that has a gradient, and DDP reduces what is there.
+
+        One that took no part in the loss is missing then, as ever, unless DDP looks for such ones.
+        """
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        if not self._model.find_unused_parameters:
+            trained = [p for p in trained if p.grad is not None]
+        reached: Tensor = _Reached.apply(*trained)
         self._model.reducer.prepare_for_backward([reached])
         reached.backward()
         self._model.require_forward_param_sync = True
