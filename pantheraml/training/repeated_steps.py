@@ -39,8 +39,8 @@ class _Step:
     Attributes:
         batches: its micro-batches as they are given to ``training_step``, which takes things out of them.
         has_count: whether the number of label tokens is known, so that micro-batches may be cut.
-        go_back: undoes what has been noted and drawn since its beginning.
         turns: micro-batches that were given.
+        go_back: undoes what has been noted and drawn since the first of them.
         failed: tokens of the pass that did not fit on this rank; None while all have.
         told: losses that were given back.
         longest: tokens of the longest pass so far.
@@ -48,8 +48,8 @@ class _Step:
 
     batches: list[Batch]
     has_count: bool
-    go_back: Callable[[], None]
     turns: int = 0
+    go_back: Callable[[], None] | None = None
     failed: int | None = None
     told: list[Tensor] = field(default_factory=list[Tensor])
     longest: int = 0
@@ -89,7 +89,7 @@ class RepeatedSteps(PipelinedSteps):
         """The micro-batches of a step, of which copies are kept until it is done."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         kept = [dict(batch) for batch in batches]
-        self._step = _Step(kept, num_items is not None, self._remember()) if batches else None
+        self._step = _Step(kept, num_items is not None) if batches else None
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
@@ -97,6 +97,8 @@ class RepeatedSteps(PipelinedSteps):
         step = self._step
         if step is None or not self._may_repeat(model):
             return super().training_step(model, inputs, num_items_in_batch)
+        if step.go_back is None:
+            step.go_back = self._remember()
         step.turns += 1
         is_last = step.turns == len(step.batches)
         if self._tokens_at_a_time(step.batches) > self._limit.most:  # the last micro-batch brings all of them
@@ -120,7 +122,8 @@ class RepeatedSteps(PipelinedSteps):
             model.train()
             is_plain = self._loss_is_plain()
             # TRL's other losses talk to all ranks in every forward, and LOMO takes its step within the backward.
-            is_possible = (is_plain or self.args.world_size == 1) and "lomo" not in str(self.args.optim)
+            optim = str(getattr(self.args.optim, "value", self.args.optim))
+            is_possible = (is_plain or self.args.world_size == 1) and "lomo" not in optim
             is_known = self.accelerator.distributed_type in (
                 DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU
             )  # fmt: skip
@@ -199,19 +202,23 @@ class RepeatedSteps(PipelinedSteps):
             HardwareError: some rank has nothing left to reduce; raised on all of them.
         """
         model, failed = cast(nn.Module, self.model), step.failed
-        mine = [NO_LIMIT, NO_LIMIT, 1, 1]
+        # Of all ranks that failed, the one with the shortest pass, told as one number.
+        mine, ranks = [NO_LIMIT, 1, 1], self.args.world_size
         if failed is not None:
             model.zero_grad()
             clear_gpu_cache()
             reduction.give_up()
             can_cut = self._tokens_at_a_time(self._passes(step, failed // 2)) < failed
-            mine = [failed, self.args.process_index, int(can_cut), int(next_resort(model) is not None)]
-        tokens, rank, can_cut, has_resort, proven = self._agreement.least([*mine, self._limit.proven])
-        if tokens == NO_LIMIT:
+            shortest = failed * ranks + self.args.process_index
+            mine = [shortest, int(can_cut), int(next_resort(model) is not None)]
+        shortest, can_cut, has_resort, proven = self._agreement.least([*mine, self._limit.proven])
+        if shortest == NO_LIMIT:
             return True
+        tokens, rank = divmod(shortest, ranks)
         reduction.undo()
         model.zero_grad()
         clear_gpu_cache()
+        assert step.go_back is not None
         step.go_back()
         step.failed, step.longest = None, 0
         got = f"Step {self.state.global_step + 1} ran out of memory on rank {rank}, in a pass of {tokens:,} tokens"
