@@ -29,6 +29,12 @@ class PantheraMLTrainingArguments(SFTConfig):
         merge_micro_batches: put the micro-batches of a step through the model together, as documents of one row without
             padding; the loss is the same. None does so on a GPU where memory allows and attention keeps documents
             apart, and not where recompute is asked for.
+        async_save: write checkpoints beside the training: the state is copied to host memory, which takes as much of it
+            as the trained weights and the optimizer's state, and a thread writes it. A failure is raised at the next
+            save, or at the end.
+        deterministic: take only what adds numbers up in a fixed order, so that two runs with the same arguments on as
+            many of the same GPUs are equal bit by bit; slower. On GPUs, CUBLAS_WORKSPACE_CONFIG=:4096:8 has to be set
+            when Python starts.
         logging_nan_inf_filter: off: a loss that is not finite is logged as such, and no step waits for the device to
             find out (transformers: replaced by the mean of the others).
         use_cpu: on where there is no CUDA GPU.
@@ -52,6 +58,12 @@ class PantheraMLTrainingArguments(SFTConfig):
     )
     merge_micro_batches: bool | None = field(
         default=None, metadata={"help": "Micro-batches of a step in one pass; None decides by memory."}
+    )
+    async_save: bool = field(
+        default=False, metadata={"help": "Write checkpoints beside the training, from a copy in host memory."}
+    )
+    deterministic: bool = field(
+        default=False, metadata={"help": "Two runs of the same layout are equal bit by bit; slower."}
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Log losses that are not finite as what they are."}

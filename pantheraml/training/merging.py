@@ -166,6 +166,8 @@ class MergedSteps(StepLoss):
             return "attention is not PantheraML's"
         if self.args.device.type != "cuda" and not forced:
             return "there is no GPU that would wait"
+        if self.args.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+            return "as many go together as memory is free, and deterministic training was asked for"
         if state.recompute not in (False, "auto") and not forced:
             return "recompute was asked for, to save memory"
         if self.aux_loss_enabled and not (self._has_own_head and self._loss_is_plain()):

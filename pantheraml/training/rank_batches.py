@@ -15,10 +15,18 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import islice
 from typing import Any
 
+import datasets
 import torch
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    get_worker_info,
+)
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
@@ -129,7 +137,7 @@ class RankStream(IterableDataset[list[Any]]):
 
     def __iter__(self) -> Iterator[list[Any]]:
         first, batch = 0 if self._epoch else self._start[1], self._batch
-        rows = islice(self._rows, first, None)
+        rows = islice(_in_one_order(self._rows), first, None)
         if self._numbered:
             rows = ({**row, SAMPLE: number} for number, row in enumerate(rows, first))
         together = batch.per_device * batch.ranks
@@ -137,6 +145,13 @@ class RankStream(IterableDataset[list[Any]]):
             if self._drop_last and len(found) < batch.rows:
                 found = found[: len(found) // together * together]
             yield from batch.cut(found, self._rank)
+
+
+def _in_one_order(rows: Iterable[Any]) -> Iterable[Any]:
+    """A stream in the order that it has without workers: in a worker, be it the only one, datasets shuffles anew."""
+    if get_worker_info() is None or not isinstance(rows, datasets.IterableDataset):
+        return rows
+    return ({name: values[0] for name, values in batch.items()} for batch in rows.iter(batch_size=1))
 
 
 class FilledCollator:

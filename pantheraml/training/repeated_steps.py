@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from pantheraml.devices.out_of_memory import is_out_of_memory
-from pantheraml.distributed.agreement import Agreement
+from pantheraml.distributed.between_hosts import BetweenHosts
 from pantheraml.distributed.strategies.held_reduction import Reduction, reduction_of
 from pantheraml.errors import PantheraMLError
 from pantheraml.kernels.utils import clear_gpu_cache
@@ -58,11 +58,11 @@ class _Step:
 class RepeatedSteps(PipelinedSteps):
     """The part of the trainer that repeats steps for which memory was too short."""
 
-    _step: _Step | None = None
+    _at_hand: _Step | None = None
     # Of the model of this run; without a reduction its steps cannot be repeated.
     _reduced_model: nn.Module | None = None
     _reduction: Reduction | None = None
-    _agreement: Agreement
+    _hosts: BetweenHosts
     _may_cut = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -81,7 +81,7 @@ class RepeatedSteps(PipelinedSteps):
             got = f"Memory ran out after step {self.state.global_step}, outside of what is repeated in smaller passes."
             raise out_of_memory_error(got, model, self.args, max(1, self._limit.proven)) from error
         finally:
-            self._step = self._reduction = self._reduced_model = None
+            self._at_hand = self._reduction = self._reduced_model = None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -89,12 +89,12 @@ class RepeatedSteps(PipelinedSteps):
         """The micro-batches of a step, of which copies are kept until it is done."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         kept = [dict(batch) for batch in batches]
-        self._step = _Step(kept, num_items is not None) if batches else None
+        self._at_hand = _Step(kept, num_items is not None) if batches else None
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         """TRL's; with the last micro-batch of a step all ranks agree whether it is done, or repeat it."""
-        step = self._step
+        step = self._at_hand
         if step is None or not self._may_repeat(model):
             return super().training_step(model, inputs, num_items_in_batch)
         if step.go_back is None:
@@ -102,11 +102,11 @@ class RepeatedSteps(PipelinedSteps):
         step.turns += 1
         is_last = step.turns == len(step.batches)
         if self._tokens_at_a_time(step.batches) > self._limit.most:  # the last micro-batch brings all of them
-            loss = self._pass_all(model, step, num_items_in_batch) if is_last else self._nothing()
+            loss = self._pass_all(model, step, num_items_in_batch) if is_last else self._no_loss()
         else:
             loss = self._pass(model, step, inputs, num_items_in_batch, is_last=is_last)
         if is_last:
-            return self._finish(model, step, loss, num_items_in_batch)
+            return self._settle(model, step, loss, num_items_in_batch)
         step.told.append(loss)
         return loss
 
@@ -118,7 +118,7 @@ class RepeatedSteps(PipelinedSteps):
     def _may_repeat(self, model: nn.Module) -> bool:
         """Whether steps of ``model`` can be repeated, found out once a run; every rank asks at its first step."""
         if self._reduced_model is not model:
-            self._reduced_model, self._agreement = model, Agreement()
+            self._reduced_model, self._hosts = model, BetweenHosts()
             model.train()
             is_plain = self._loss_is_plain()
             # TRL's other losses talk to all ranks in every forward, and LOMO takes its step within the backward.
@@ -133,13 +133,13 @@ class RepeatedSteps(PipelinedSteps):
 
     # --- one attempt ----------------------------------------------------------------------------------------
 
-    def _nothing(self) -> Tensor:
+    def _no_loss(self) -> Tensor:
         return torch.zeros((), device=self.args.device)
 
     def _pass(self, model: nn.Module, step: _Step, batch: Batch, num_items: Any, *, is_last: bool) -> Tensor:
         """Forward and backward of one pass, unless one has failed; one that does not fit is noted."""
         if step.failed is not None:
-            return self._nothing()
+            return self._no_loss()
         tokens = self._tokens_at_a_time([batch])
         step.longest = max(step.longest, tokens)
         assert self._reduction is not None
@@ -151,7 +151,7 @@ class RepeatedSteps(PipelinedSteps):
                 raise
         # The error, which held all that was computed, is gone here. In a pipeline all batches were on their way.
         step.failed = step.longest if self._pieces else tokens
-        return self._nothing()
+        return self._no_loss()
 
     def _pass_all(self, model: nn.Module, step: _Step, num_items: Any) -> Tensor:
         """All of a step in passes within the limit; the sum of their losses."""
@@ -183,7 +183,7 @@ class RepeatedSteps(PipelinedSteps):
 
     # --- between attempts -----------------------------------------------------------------------------------
 
-    def _finish(self, model: nn.Module, step: _Step, loss: Tensor, num_items: Any) -> Tensor:
+    def _settle(self, model: nn.Module, step: _Step, loss: Tensor, num_items: Any) -> Tensor:
         """Repeat until the step is done on all ranks; the part of its loss that has not been told yet."""
         reduction = self._reduction
         assert reduction is not None
@@ -192,7 +192,7 @@ class RepeatedSteps(PipelinedSteps):
             loss, is_repeated = self._pass_all(model, step, num_items), True
         reduction.finish()
         self._limit.passed(step.longest)
-        self._step = None
+        self._at_hand = None
         return loss - torch.stack(step.told).sum() if is_repeated and step.told else loss
 
     def _all_have_done(self, step: _Step, reduction: Reduction) -> bool:
@@ -211,7 +211,7 @@ class RepeatedSteps(PipelinedSteps):
             can_cut = self._tokens_at_a_time(self._passes(step, failed // 2)) < failed
             shortest = failed * ranks + self.args.process_index
             mine = [shortest, int(can_cut), int(next_resort(model) is not None)]
-        shortest, can_cut, has_resort, proven = self._agreement.least([*mine, self._limit.proven])
+        shortest, can_cut, has_resort, proven = self._hosts.least([*mine, self._limit.proven])
         if shortest == NO_LIMIT:
             return True
         tokens, rank = divmod(shortest, ranks)

@@ -69,6 +69,15 @@ class StepFigures:
         """Forget all but the first ``count`` passes: the others are repeated."""
         del self._rows[count:]
 
+    def waiting_tokens(self) -> int:
+        """Tokens of all ranks since the last time; reading waits for the device and the other ranks."""
+        if not self._rows:
+            return 0
+        tokens = torch.stack([row[3].to(self._rows[0].device) for row in self._rows]).sum()
+        if is_distributed_available():
+            dist.all_reduce(tokens)
+        return int(tokens)
+
     def take(self) -> Figures | None:
         """The figures of all ranks since the last time, or None; reading waits for the device and the other ranks."""
         if not self._rows:

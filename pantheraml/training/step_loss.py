@@ -112,6 +112,10 @@ class StepLoss(WholeCheckpoints):
             logs.update(self.figures(self._total_train_tokens, logs))
         super().log(logs, start_time)
 
+    def tokens_seen(self) -> int:
+        """As ``RecordedRun``; those since the last log line are waiting among the figures."""
+        return super().tokens_seen() + self._figures.waiting_tokens()
+
     def figures(self, tokens: int, logs: dict[str, float]) -> dict[str, float]:
         """What is logged beside the figures of the loss, after ``tokens`` of all ranks; nothing here."""
         return {}

@@ -110,3 +110,12 @@ def optimizer_that_does_not_fit(shop: Workshop) -> None:
 
     trainer.create_optimizer().register_step_pre_hook(step)
     trainer.train()
+
+
+@case
+def deterministic_without_the_variable(shop: Workshop) -> None:
+    import torch
+
+    from pantheraml.training.repeatable import check_cublas
+
+    check_cublas(torch.device("cuda"), {})

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from pantheraml.distributed.process_group import is_distributed_available
 
 
-class Agreement:
+class BetweenHosts:
     """A way between the hosts of all ranks; every rank makes it at the same place."""
 
     def __init__(self) -> None:
