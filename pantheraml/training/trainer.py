@@ -45,12 +45,12 @@ from pantheraml.training.banner import (
     predict_memory,
 )
 from pantheraml.training.evaluation import TokenSums
-from pantheraml.training.finite_steps import FiniteSteps
 from pantheraml.training.given import one_tokenizer, refuse_name
 from pantheraml.training.global_batch import resolve_global_batch
 from pantheraml.training.head import bind_cpu_head, bind_head, needs_cpu_head, why_not_fused
 from pantheraml.training.module_walks import listed_once
 from pantheraml.training.optimizer import embedding_parameters, split_embedding_group
+from pantheraml.training.repeated_steps import RepeatedSteps
 from pantheraml.training.rows import (
     Rows,
     format_rows,
@@ -61,7 +61,7 @@ from pantheraml.training.rows import (
 from pantheraml.training.trackers import TrackerGuard
 
 
-class PantheraMLTrainer(FiniteSteps):
+class PantheraMLTrainer(RepeatedSteps):
     """SFTTrainer for models of ``FastLanguageModel`` (and any other causal language model).
 
     What it adds to TRL's trainer:
@@ -69,6 +69,7 @@ class PantheraMLTrainer(FiniteSteps):
     - rows in any known format are recognised, and one is shown with what is trained on marked;
     - a model without an adapter gets a LoRA adapter, unless it was loaded for full fine-tuning;
     - the micro-batches of a step go through the model in one pass where memory allows, without padding;
+    - a step that runs out of memory on any rank is repeated in smaller passes, with the same gradient;
     - recompute follows the model's policy, row length the model's ``max_seq_length``;
     - adapters are trained in float32, also on quantised models;
     - evaluation loss, perplexity and accuracy are means over all label tokens;
