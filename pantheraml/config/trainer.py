@@ -119,7 +119,9 @@ class TrainerSettings(Section):
     save_steps: PositiveNumber | None = unset("Write one every so many steps; below 1 it is a share.")
     save_total_limit: Count | None = unset("Checkpoints to keep.")
     save_only_model: bool | None = unset("Leave out optimizer state; such a checkpoint cannot be resumed.")
-    resume_from_checkpoint: bool | str | None = unset("A checkpoint folder, or true for the last one.")
+    resume_from_checkpoint: bool | str | None = unset(
+        "A checkpoint folder, true for the last one, or auto: the last one, if there is one."
+    )
 
     # Hub
     push_to_hub: bool | None = unset("Push checkpoints to the Hub.")

@@ -26,6 +26,10 @@ from pantheraml.errors import CheckpointError
 from pantheraml.log import say
 from pantheraml.training.resuming import ResumedRows
 
+# The newest checkpoint, or none: what a script that is started again and again says.
+AUTO = "auto"
+_NUMBERED = f"{PREFIX_CHECKPOINT_DIR}-"
+
 
 class WholeCheckpoints(ResumedRows):
     """The part of the trainer that saves checkpoints, and says which one a run goes on with."""
@@ -86,7 +90,8 @@ class WholeCheckpoints(ResumedRows):
         """The checkpoint that a run goes on with, the same on all ranks; what is damaged is passed over by name.
 
         Args:
-            resume: a folder; True: the newest whole one of ``output_dir``; None or False: none.
+            resume: a folder; True: the newest whole one of ``output_dir``; "auto": the same, or none where nothing was
+                saved yet; None or False: none.
 
         Raises:
             CheckpointError: the folder is damaged, or no checkpoint is whole.
@@ -97,12 +102,15 @@ class WholeCheckpoints(ResumedRows):
             None,
             [],
         )
-        if resume is True:
+        if resume in (True, AUTO):
             for line in said:
                 say(line)
+            if found is None and resume == AUTO and not any(line.startswith(_NUMBERED) for line in said):
+                return None  # an unfinished first save, at most
             if found is None and any(PREFIX_CHECKPOINT_DIR in line for line in said):
                 raise CheckpointError(
-                    got=f"resume_from_checkpoint=True was given, and {self.args.output_dir} has no whole checkpoint.",
+                    got=f"resume_from_checkpoint={resume!r} was given, and {self.args.output_dir} has no whole "
+                    "checkpoint.",
                     need="A run goes on only with one whose files are what was saved. " + " ".join(said),
                     fix="Remove what is damaged and start anew, or give the folder of another run's checkpoint.",
                 )
@@ -117,7 +125,7 @@ class WholeCheckpoints(ResumedRows):
 
     def _look_for(self, resume: str | Path | bool) -> tuple[str | None, list[str]]:
         """The folder, and what is wrong with it or was passed over before it."""
-        if resume is True:
+        if resume in (True, AUTO):
             choice = newest_whole(self.args.output_dir or ".")
             return None if choice.folder is None else str(choice.folder), [
                 str(one) for one in choice.passed_over

@@ -28,6 +28,7 @@ from pantheraml.log import say_once
 from pantheraml.models.sample_dropout import TokenKeys, keyed, mixed
 from pantheraml.training.global_batch import GlobalBatch
 from pantheraml.training.sample_keys import KEYS, SAMPLE, Numbered, token_keys, without_number
+from pantheraml.training.stop_signals import leave_signals_to_rank
 
 Batch = dict[str, Any]
 # Which tokens of a flat batch are labels: numbers that stay on the host, where nobody waits to learn them.
@@ -300,5 +301,6 @@ class RankedRows(SFTTrainer):
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            worker_init_fn=leave_signals_to_rank,
             **batches,
         )

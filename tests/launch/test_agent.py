@@ -94,6 +94,25 @@ def test_signals_end_every_rank(tmp_path, sent, code):
     assert children and not any(Path(f"/proc/{pid}").exists() for pid in children)
 
 
+def test_ranks_that_save_are_waited_for(tmp_path):
+    """Ctrl-C once is passed on, and nothing more; twice ends them."""
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "2", "saves"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=environment(READY=str(tmp_path)),
+    )  # fmt: skip
+    for ready in ({"0", "1"}, {"0", "1", "0 noted", "1 noted"}):
+        deadline = time.monotonic() + 60
+        while {path.name for path in tmp_path.iterdir()} != ready and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if "0 noted" in ready:
+            time.sleep(1)
+            assert process.poll() is None, "they may take their time"
+        process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=45)
+    assert process.returncode == 130
+    assert "SIGINT: all ranks were ended" in err and "Traceback" not in err
+
+
 def test_the_first_rank_goes_first():
     code, out, _ = run(SCRIPT, 3, "first")
     order = [line for line in out.splitlines() if line.startswith("in ")]
