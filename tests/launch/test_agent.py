@@ -11,6 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
+
+from pantheraml.launch import stopping
+from pantheraml.launch.environment import AGENT
 
 SCRIPT = Path(__file__).with_name("script.py")
 ROOT = SCRIPT.parents[2]
@@ -111,6 +115,23 @@ def test_ranks_that_save_are_waited_for(tmp_path):
     _, err = process.communicate(timeout=45)
     assert process.returncode == 130
     assert "SIGINT: all ranks were ended" in err and "Traceback" not in err
+
+
+def test_ranks_that_do_not_end_are_not_waited_for_for_ever(tmp_path, monkeypatch):
+    """After ten minutes (here half a second) the agent hears a second signal, its own; elastic's way is taken then."""
+    monkeypatch.setattr(stopping, "_LONGEST_SAVE", 0.5)
+    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print(); time.sleep(60)"
+    with subprocess.Popen(
+        [sys.executable, "-uc", deaf], env=environment(**{AGENT: str(tmp_path)}), stdout=subprocess.PIPE
+    ) as rank:
+        rank.stdout.readline()
+        with pytest.raises(SignalException), stopping.PassedOn(tmp_path) as requests:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert requests.heard == signal.SIGTERM and stopping.read_stop(tmp_path) == "SIGTERM was sent."
+            time.sleep(30)
+        assert rank.poll() is None
+        rank.kill()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_the_first_rank_goes_first():
