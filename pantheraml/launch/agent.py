@@ -15,11 +15,12 @@ import sys
 import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pantheraml.launch.environment import AGENT
+from pantheraml.launch.stopping import OTHERS, PassedOn, read_stop
 from pantheraml.log import say, warn
 
 if TYPE_CHECKING:
@@ -60,12 +61,14 @@ class Outcome:
         rank: the one that failed first; None if none did.
         said: what is to be told of it, as a sentence; empty if all is well.
         signal: what this process was sent while it waited, or None.
+        stopped: what the ranks were asked, and where they saved, as sentences; empty if they were not asked to stop.
     """
 
     code: int = 0
     rank: int | None = None
     said: str = ""
     signal: signal.Signals | None = None
+    stopped: str = ""
 
 
 _became_agent = False
@@ -128,16 +131,24 @@ def run_ranks(command: list[str], ranks: Ranks, folder: Path) -> Outcome:
         if name.startswith("torch.distributed.elastic"):  # its lines would stand beside ours and say the same
             logging.getLogger(name).setLevel(logging.CRITICAL)
     say(_describe(ranks))
-    with _environment(_variables(ranks, folder)):
+    with _environment(_variables(ranks, folder)), PassedOn(folder) as requests:
         try:
             elastic_launch(_elastic_config(ranks), command[0])(*command[1:])
         except ChildFailedError as error:
+            if requests.heard is not None:
+                return _ended_by(requests.heard, folder)
             codes = {int(rank): int(failure.exitcode) for rank, failure in error.failures.items()}
-            return _blame(codes, int(error.get_first_failure()[0]), folder)
+            outcome = _blame(codes, int(error.get_first_failure()[0]), folder)
+            stopped = read_stop(folder)
+            return replace(outcome, said="", stopped=stopped) if stopped else outcome
         except SignalException as error:
-            sent = signal.Signals(error.sigval)
-            return Outcome(128 + sent, said=f"{sent.name}: all ranks were ended.", signal=sent)
+            return _ended_by(signal.Signals(error.sigval), folder)
     return Outcome()
+
+
+def _ended_by(sent: signal.Signals, folder: Path) -> Outcome:
+    said = f"{sent.name}: all ranks were ended."
+    return Outcome(128 + sent, said=said, signal=sent, stopped=read_stop(folder))
 
 
 @contextmanager
@@ -184,6 +195,7 @@ def _elastic_config(ranks: Ranks) -> LaunchConfig:
         rdzv_configs={"rank": ranks.node_rank, "timeout": 900} if several else {"timeout": 900},
         max_restarts=0,
         monitor_interval=0.1,
+        signals_to_handle=OTHERS,
     )
 
 

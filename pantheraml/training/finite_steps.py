@@ -153,6 +153,8 @@ class FiniteSteps(PipelinedSteps):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """TRL's, after a look: a run may be asked to save at any step."""
+        self._look()
         super()._save_checkpoint(model, trial)
         self._saved.add(f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}")
 

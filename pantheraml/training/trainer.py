@@ -200,9 +200,15 @@ class PantheraMLTrainer(RepeatedSteps):
 
         Args:
             resume_from_checkpoint: the folder of a checkpoint, or True for the last one of ``output_dir``: the run goes
-                on with the next row and the same number of rows a step, also on another number of ranks.
+                on with the next row and the same number of rows a step, also on another number of ranks. "auto" is
+                True where something was saved, and starts anew where nothing was.
             args: as for SFTTrainer.
             kwargs: likewise.
+
+        Raises:
+            RunStopped: SIGTERM, SIGUSR1 or a file STOP asked the run to stop, and it is saved; see
+                ``docs/reliability.md``.
+            KeyboardInterrupt: Ctrl-C did.
         """
         self._check_rows()  # rows may have been masked since
         self._trackers.cover(self.callback_handler)  # some may have come since

@@ -37,7 +37,14 @@ def main():
         sys.exit(3)
     if end == "kill" and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    if end == "wait":
+    if end == "saves":  # as a run that trains: one Ctrl-C is noted, a second one obeyed
+
+        def noted(number, _):
+            signal.signal(number, signal.default_int_handler)
+            Path(os.environ["READY"]).joinpath(f"{rank} noted").touch()
+
+        signal.signal(signal.SIGINT, noted)
+    if end in ("wait", "saves"):
         Path(os.environ["READY"]).joinpath(str(rank)).touch()
         time.sleep(100)
     if end == "first":
