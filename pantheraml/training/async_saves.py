@@ -7,7 +7,7 @@ All that is small (random numbers, schedule, scaler, state of the trainer) is wr
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,15 @@ def saved_weights(model: nn.Module) -> dict[str, Tensor] | None:
     }
     found = {name: tensor for name, tensor in whole.items() if _place(tensor) in wanted}
     return found if {_place(tensor) for tensor in found.values()} == wanted else None
+
+
+def _plain(state: Any) -> Any:
+    """``state`` in plain containers: torch 2.11's stager fails at a ``defaultdict``, which optimizers have."""
+    if isinstance(state, Mapping):
+        return {name: _plain(value) for name, value in cast("Mapping[Any, Any]", state).items()}
+    if isinstance(state, list):
+        return [_plain(value) for value in cast("list[Any]", state)]
+    return state
 
 
 def _place(tensor: Any) -> Any:
@@ -155,7 +164,7 @@ class AsyncSaves(RecordedRun):
                     use_non_blocking_copy=on_gpu,
                 )
             )
-        return cast("dict[str, Any]", self._stager.stage(state))
+        return cast("dict[str, Any]", self._stager.stage(_plain(state)))
 
     def start_saving(self, finish: Callable[[], None], target: Path, *, beside: bool) -> None:
         """Let rank 0 finish a checkpoint whose small files are written; every rank calls this.
