@@ -42,13 +42,6 @@ def test_layouts_are_compared_with_the_first():
     assert "code 3" in lines[4]
 
 
-def test_a_run_that_fails_fails_the_command(tmp_path, monkeypatch, capsys):
-    words = ["--model", str(tmp_path / "none"), "--cpu", "--layouts", "1x1"]
-    monkeypatch.setattr(sys, "argv", ["curves", *words])
-    assert curves.main() == 1
-    assert "code 1" in capsys.readouterr().out
-
-
 def test_soak(model, tmp_path, monkeypatch, capsys):
     file = tmp_path / "soak.json"
     words = ["--minutes", "0.02", "--every", "0", "--save-steps", "2", "--workers", "0", "--most", "1e9"]

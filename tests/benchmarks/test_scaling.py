@@ -83,8 +83,9 @@ def test_the_shares_of_ranks_add_up_to_one_copy(tmp_path):
     found = run_ranks(3, share)
     assert sum(mapped - before for before, mapped, _, _ in found) == pytest.approx(size / 2**30, rel=0.3)
     for _, mapped, seen, after in found:
-        assert after == pytest.approx(mapped, abs=0.02)
-        assert peak_together([seen]) - after > 0.9 * size / 2**30
+        # Libraries that other programs mapped, too, fall to us when these end: a tenth of a GiB is room for that.
+        assert after == pytest.approx(mapped, abs=0.1)
+        assert peak_together([seen]) - mapped > 0.9 * size / 2**30
 
 
 def test_runs_at_the_same_time_are_one_line(monkeypatch):
