@@ -43,6 +43,9 @@ class MultiGPUConfig:
         max_memory: as in ``FastLanguageModel.from_pretrained``, for the model that this config is passed with.
         micro_batches: into how many a step of a split model is cut; None is four for each GPU, as far as there
             are rows.
+        hang_seconds: how long a rank may be without progress in a step before the run ends with a report of where it
+            hangs (a single process reports and goes on); three times the longest step so far, if that is more.
+            First steps, callbacks, saving and evaluating may take longer. None or 0: nobody watches.
         reduce_dtype: in what gradients are sent and averaged: None is the dtype of the trained weights (float32 for
             LoRA, which is exact); ``"bfloat16"`` sends half of that, and rounds; ``"float32"`` is for weights in bf16.
 
@@ -63,6 +66,7 @@ class MultiGPUConfig:
     max_memory: Mapping[int | str, int | str] | None = None
     micro_batches: int | None = None
     reduce_dtype: ReduceDtype | None = None
+    hang_seconds: float | None = 50
 
     def __post_init__(self) -> None:
         _one_of("backend", self.backend, get_args(Backend))
@@ -78,6 +82,8 @@ class MultiGPUConfig:
                 need="It is a mapping from GPUs to limits.",
                 fix="Write max_memory={0: '20GB', 1: '10GB'}, for example.",
             )
+        if self.hang_seconds is not None and (self.hang_seconds != 0 or isinstance(self.hang_seconds, bool)):
+            _positive("hang_seconds", self.hang_seconds, (int, float))
         for name in ("num_processes", "micro_batches"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name), (int,))

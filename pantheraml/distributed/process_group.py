@@ -49,13 +49,21 @@ def setup_multi_gpu(config: MultiGPUConfig | None = None) -> MultiGPUConfig:
     Raises:
         ConfigError: the script cannot be started again, or its surroundings contradict the settings.
     """
+    global _settings  # noqa: PLW0603
     config = config_of(config)
+    if config != MultiGPUConfig():
+        _settings = config
     environment = ensure_ranks(config)
     if environment.world_size > 1 and not dist.is_initialized():
         _create(config, environment)
     elif dist.is_initialized() and not _made:
         say_once("the ranks talk already, through a process group with a backend and a timeout of its own.")
     return config
+
+
+def settings_of_run() -> MultiGPUConfig:
+    """The settings that ``setup_multi_gpu`` was given last, for a trainer that gets none of its own."""
+    return _settings
 
 
 def cleanup_multi_gpu() -> None:
@@ -247,6 +255,7 @@ def main_process_first(local: bool = True) -> Iterator[None]:
 
 # Ranks take the same turns in the same order, so their keys agree.
 _turns, _groups = count(), count()
+_settings = MultiGPUConfig()
 _made = False  # whether a process group was made here
 
 

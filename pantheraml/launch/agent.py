@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pantheraml.launch.environment import AGENT
+from pantheraml.launch.ranks import HUNG, recorded_hang
 from pantheraml.log import say, warn
 
 if TYPE_CHECKING:
@@ -193,6 +194,9 @@ def _blame(codes: dict[int, int], earliest: int, folder: Path) -> Outcome:
     Ranks that lose one of them fail, too, often before its process has ended. Who left without a traceback, by an exit
     or a signal that was not ours, is the cause; else who printed one first.
     """
+    hang = recorded_hang(folder)
+    if hang is not None:
+        return Outcome(HUNG, hang[0], f"{hang[1]}; all ranks were ended.")
     told = {int(file.stem.removeprefix("rank_")) for file in folder.glob("rank_*.txt")}
     silent = [rank for rank, code in codes.items() if rank not in told and code != -signal.SIGTERM]
     first = folder / "first"

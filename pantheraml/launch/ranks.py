@@ -9,6 +9,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -18,6 +19,11 @@ from pantheraml.launch.slurm import read_step
 from pantheraml.log import set_quiet
 
 Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
+
+# Exit code of ranks that their watchdog ended; timeout(1) has the same.
+HUNG = 124
+# In the folder that the ranks of a machine share: the rank that hung, and what is to be said of it.
+_HANG = "hang"
 
 _joined = False
 
@@ -68,6 +74,8 @@ class FirstTraceback:
         """Show it, if no other rank was faster."""
         if issubclass(kind, KeyboardInterrupt):  # the agent says so, once
             return
+        if recorded_hang(self._folder) is not None:  # ranks that are ended lose one another
+            return
         environment = self._environment
         if record_failure(environment, self._folder, value.with_traceback(trace)):
             where = f"rank {environment.rank} of {environment.world_size} on {socket.gethostname()}"
@@ -93,6 +101,32 @@ def record_failure(environment: LaunchEnvironment, folder: Path, error: BaseExce
     except FileExistsError:
         return False
     return True
+
+
+def record_hang(folder: Path, rank: int, said: str) -> None:
+    """Tell the agent of this machine why its ranks end; the first of them that does so counts.
+
+    Args:
+        folder: the agent's.
+        rank: which one hung.
+        said: what is to be told of it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    whole = folder / f"{_HANG}_{os.getpid()}"
+    whole.write_text(f"{rank}\n{said}")
+    with suppress(FileExistsError):
+        (folder / _HANG).hardlink_to(whole)
+
+
+def recorded_hang(folder: Path) -> tuple[int, str] | None:
+    """The rank that hung and what is to be said of it, if that was why the ranks of this machine ended."""
+    file = folder / _HANG
+    if not file.exists():
+        return None
+    rank, said = file.read_text().split("\n", 1)
+    return int(rank), said
 
 
 def _leave_in_peace() -> None:

@@ -17,9 +17,11 @@ from pantheraml.distributed.process_group import (
     gather_objects,
     get_rank,
     get_world_size,
+    settings_of_run,
     setup_multi_gpu,
 )
 from pantheraml.distributed.questions import Question
+from pantheraml.distributed.watchdog import Watchdog
 from pantheraml.log import say
 from pantheraml.models.recompute import check_policy
 from pantheraml.models.split import is_split
@@ -27,6 +29,7 @@ from pantheraml.models.state import get_state
 from pantheraml.training.banner import describe_ranks, device_name
 from pantheraml.training.telemetry import Telemetry, number_devices
 from pantheraml.training.trainer import PantheraMLTrainer
+from pantheraml.training.watching import patience, watched
 
 
 class PantheraMLDistributedTrainer(PantheraMLTrainer):
@@ -43,6 +46,8 @@ class PantheraMLDistributedTrainer(PantheraMLTrainer):
         NotYetError: a strategy that this version does not have.
     """
 
+    _watchdog: Watchdog | None = None
+
     def __init__(
         self,
         model: Any,
@@ -52,6 +57,7 @@ class PantheraMLDistributedTrainer(PantheraMLTrainer):
         **kwargs: Any,
     ) -> None:
         config = config_of(multi_gpu_config)
+        self._watching = config if multi_gpu_config is not None else settings_of_run()
         # A split model has all GPUs already: there is none left for ranks.
         if (multi_gpu_config is not None and not is_split(model)) or get_world_size() > 1:
             setup_multi_gpu(config)
@@ -72,7 +78,22 @@ class PantheraMLDistributedTrainer(PantheraMLTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as ``PantheraMLTrainer`` does, and tell what it does to the GPUs at every logging step."""
         self._telemetry.begin()
-        return super().train(*args, **kwargs)
+        resumed = bool(kwargs.get("resume_from_checkpoint") or args[:1] not in ((), (None,), (False,)))
+        with watched(self, self._watching, resumed) as self._watchdog:
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as ``PantheraMLTrainer`` does; the watchdog of a run waits for it."""
+        with patience(self._watchdog, "evaluating"):
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        with patience(self._watchdog, "saving"):
+            return super()._save_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with patience(self._watchdog, "loading the best model"):
+            super()._load_best_model()
 
     def figures(self, tokens: int, logs: dict[str, float]) -> dict[str, float]:
         """Telemetry of the steps since the last log line, for the log."""
