@@ -118,6 +118,9 @@ class HangEnd:
         ]
         culprit, said = self._publish(findings, limit)
         _tell_agent(culprit, said)
+        _kill(
+            [place for place in beside if stacks[place.rank].note]
+        )  # who was woken would report the others' end
         claim.done()
         wait_for(lambda: not any(_lives(place) for place in beside), _LEAVE)
         _kill(beside)
