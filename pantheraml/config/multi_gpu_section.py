@@ -57,6 +57,10 @@ class MultiGPUSettings(Section):
         default=float(MultiGPUConfig.hang_seconds or 0),
         description="How long a rank may be without progress before the run ends with a report; null or 0 is off.",
     )
+    max_restarts: CountOrZero = Field(
+        default=MultiGPUConfig.max_restarts,
+        description="How often ranks are started again after one has died, to go on with the last whole checkpoint.",
+    )
 
     @property
     def may_start_ranks(self) -> bool:

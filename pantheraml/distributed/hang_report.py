@@ -5,13 +5,30 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from pantheraml.distributed import flight_record
 from pantheraml.distributed.heartbeats import Beat
-from pantheraml.distributed.stacks import Stacks, collective_of, is_of_python, place
+from pantheraml.distributed.stacks import Frame, Thread, collective_of, is_of_python, parse, place
 
-# Collectives of a rank's flight recorder that are told.
-_LAST_COLLECTIVES = 4
+
+@dataclass(frozen=True)
+class Stacks:
+    """What a rank tells, or is found of it, when a run hangs.
+
+    Attributes:
+        text: its stacks, as ``faulthandler`` writes them; empty if they cannot be had.
+        note: why its process tells nothing, as a clause; mostly empty.
+        flight: its last collectives, of ``flight_record``.
+    """
+
+    text: str = ""
+    note: str = ""
+    flight: str = ""
+
+    def written(self) -> str:
+        """As text that the store can keep."""
+        return json.dumps(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -33,9 +50,14 @@ class Finding:
     stacks: Stacks
 
     @property
+    def threads(self) -> tuple[Thread, ...]:
+        """Its threads, the one that trains first."""
+        return parse(self.stacks.text, self.beat.place.thread if self.beat.place else 0)
+
+    @property
     def where(self) -> str:
         """Where its training stands, as a line of source or two; empty if that is not known."""
-        frames = self.stacks.frames
+        frames = self._frames
         caller = next((frame for frame in frames if not is_of_python(frame)), None)
         if not frames or caller is None or caller == frames[0]:
             return place(frames[0]) if frames else ""
@@ -44,20 +66,26 @@ class Finding:
     @property
     def waits(self) -> str:
         """In which collective it waits, and the line that called it; empty if it is in none."""
-        found = collective_of(self.stacks.frames)
+        found = collective_of(self._frames)
         return f"{found[0]} ({found[1][0]}:{found[1][1]})" if found else ""
+
+    @property
+    def _frames(self) -> tuple[Frame, ...]:
+        return next((thread.frames for thread in self.threads if thread.trains), ())
 
 
 def blamed(findings: list[Finding]) -> list[Finding]:
     """The ranks that the others wait for; all of them where that cannot be told.
 
-    Who gives no sign of life comes first, then who trains no more, then who is in no collective. Of several, those
-    that said least often that they go on; then those that are where few others are.
+    Who gives no sign of life comes first, then who trains no more, then who is in no collective, then who has asked a
+    GPU for fewer of them. Of several, those that said least often that they go on; then those that are where few others
+    are.
     """
     for some in (
         [one for one in findings if one.silent is not None],
         [one for one in findings if one.beat.left or one.beat.place is None],
         [one for one in findings if not one.waits],
+        _behind(findings),
     ):
         if some and len(some) < len(findings):
             return some
@@ -68,6 +96,18 @@ def blamed(findings: list[Finding]) -> list[Finding]:
     places = Counter(one.waits or one.where for one in findings)
     most = max(places.values())
     return [one for one in findings if places[one.waits or one.where] < most] or findings
+
+
+def _behind(findings: list[Finding]) -> list[Finding]:
+    """Ranks that have not asked for a collective, by the flight recorder, that others have asked for."""
+    asked = [flight_record.asked_for(one.stacks.flight) for one in findings]
+    shared = set.intersection(*(set(one) for one in asked)) if asked else set[str]()
+    most = {group: max(one[group] for one in asked) for group in shared}
+    return [
+        one
+        for one, numbers in zip(findings, asked, strict=True)
+        if any(numbers[group] < most[group] for group in shared)
+    ]
 
 
 def sentence(findings: list[Finding]) -> str:
@@ -96,7 +136,7 @@ def _of_culprit(one: Finding, ranks: int) -> str:
     if one.silent is not None:
         why = f"a call holds its Python lock, in {one.where}" if one.where else "why is not known"
         if one.stacks.note:
-            why = f"its process {one.stacks.note}" + (f"; woken, it was in {one.where}" if one.where else "")
+            why = f"its process {one.stacks.note}"
         return f"{who} has given no sign of life for {one.silent:.0f} s at step {beat.step}: {why}"
     does = (
         f"it waits in {one.waits}" if one.waits else f"it is in {one.where or 'a place that it cannot tell'}"
@@ -107,6 +147,9 @@ def _of_culprit(one: Finding, ranks: int) -> str:
 def _meanwhile(one: Finding) -> str:
     if one.waits:
         return f"wait in {one.waits}"
+    asked = flight_record.waits_in(one.stacks.flight)
+    if asked and one.where:
+        return f"wait in {one.where} for the GPU, which is in {asked}"
     return f"stay in {one.where}" if one.where else "remain in a place that is not known"
 
 
@@ -126,9 +169,9 @@ def report(findings: list[Finding], limit: float) -> str:
     rows = [("rank", "host", "pid", "step", "phase", "has not moved for"), *map(_row, findings)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    for text, ranks in _alike(findings, lambda one: _stack_lines(one.stacks)):
+    for text, ranks in _alike(findings, _stack_lines):
         lines += ["", f"Stacks of {ranks}, the innermost call first:", *text]
-    for text, ranks in _alike(findings, lambda one: _collectives(one.stacks.flight)):
+    for text, ranks in _alike(findings, lambda one: flight_record.lines(one.stacks.flight)):
         if text:
             lines += ["", f"The last collectives of {ranks}, by torch's flight recorder:", *text]
     return "\n".join(lines) + "\n"
@@ -155,25 +198,10 @@ def _row(one: Finding) -> tuple[str, ...]:
     return str(one.rank), host, pid, str(beat.step), beat.left or beat.phase, idle
 
 
-def _stack_lines(stacks: Stacks) -> Iterable[str]:
-    if stacks.note:
-        yield f"  (its process {stacks.note})" if stacks.threads else f"  none: its process {stacks.note}"
-    elif not stacks.threads:
+def _stack_lines(one: Finding) -> Iterable[str]:
+    if one.stacks.note:
+        yield f"  (its process {one.stacks.note})"
+    elif not one.threads:
         yield "  none"
-    for thread in stacks.threads:
+    for thread in one.threads:
         yield from thread.lines()
-
-
-def _collectives(flight: str) -> Iterable[str]:
-    """The last entries of what the flight recorder wrote, a line each."""
-    try:
-        entries = json.loads(flight)["entries"] if flight else []
-    except (ValueError, KeyError, TypeError):
-        yield f"  {flight[:2000]}"
-        return
-    for entry in entries[-_LAST_COLLECTIVES:]:
-        group = "/".join(map(str, entry.get("process_group", ())))
-        yield (
-            f"  {entry.get('profiling_name')} number {entry.get('collective_seq_id')} of group {group}, of sizes "
-            f"{entry.get('input_sizes')}: {entry.get('state')}{', over' if entry.get('retired') else ''}"
-        )

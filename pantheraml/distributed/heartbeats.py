@@ -7,54 +7,29 @@ tells.
 from __future__ import annotations
 
 import json
-import os
-import socket
-import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank runs, as others find it.
+    """Where a rank runs.
 
     Attributes:
-        rank: its number.
         host: name of its machine.
-        machine: the same for processes that see one another by their ids.
         pid: its process.
-        born: when that began, in seconds since 1970: another process may get its id later.
         thread: the one that trains, as ``threading.get_ident`` numbers it.
-        stacks: file to which it writes its stacks when it gets a signal; empty if it does not.
+        stacks: file of its stacks, which are written when it can tell nothing itself.
     """
 
-    rank: int
     host: str
-    machine: str
     pid: int
-    born: float
     thread: int
     stacks: str
-
-    @classmethod
-    def here(cls, rank: int, stacks: Path | None) -> Place:
-        """That of the calling thread."""
-        return cls(
-            rank,
-            socket.gethostname(),
-            _machine(),
-            os.getpid(),
-            psutil.Process().create_time(),
-            threading.get_ident(),
-            str(stacks or ""),
-        )
 
 
 @dataclass(frozen=True)
@@ -67,7 +42,7 @@ class Beat:
         step: the step it is in.
         phase: what it does there.
         marks: how often its training thread said that it goes on.
-        idle: seconds since it last did.
+        idle: seconds since it last moved.
         limit: seconds for which it may be so.
         patient: whether what it does may take long.
         left: why it trains no more; empty while it does.
@@ -117,17 +92,18 @@ class Clock:
 
 
 class Heartbeats:
-    """The table of all ranks, as one of them sees it. Used by one thread; ``table`` may be read by any.
+    """The table of all ranks, as one of them sees it.
 
     Args:
-        store: a connection of this thread's own.
+        store: a connection of this table's own.
         name: of this table, the same on all ranks.
+        rank: this one.
         first: what is known of each rank before it tells anything, by rank.
         clock: measures how old a word is.
     """
 
-    def __init__(self, store: Store, name: str, first: list[Beat], clock: Clock) -> None:
-        self._store, self._name, self._clock = store, name, clock
+    def __init__(self, store: Store, name: str, rank: int, first: list[Beat], clock: Clock) -> None:
+        self._store, self._name, self._clock, self.rank = store, name, clock, rank
         self.table = [(beat, clock.now()) for beat in first]
         self._missing = set(range(len(first)))
         self._busy_at = clock.now()
@@ -138,13 +114,11 @@ class Heartbeats:
         Raises:
             RuntimeError: the store is gone.
         """
-        assert mine.place is not None
-        self.put(f"beat/{mine.place.rank}", mine.written())
+        self.put(f"beat/{self.rank}", mine.written())
         self._missing = {rank for rank in self._missing if not self.has(f"beat/{rank}")}
         known = [rank for rank in range(len(self.table)) if rank not in self._missing]
-        for rank, text in zip(
-            known, self._store.multi_get([self._key(f"beat/{r}") for r in known]), strict=True
-        ):
+        told = self._store.multi_get([self._key(f"beat/{rank}") for rank in known])
+        for rank, text in zip(known, told, strict=True):
             beat = Beat.read(text)
             if beat.number != self.table[rank][0].number:
                 self.table[rank] = (beat, self._clock.now())
@@ -157,12 +131,13 @@ class Heartbeats:
         """Seconds for which the training of ``rank`` has not moved."""
         return self.table[rank][0].idle + self.silent_for(rank)
 
-    def is_busy(self, but: int | None = None) -> bool:
-        """Whether a rank (other than ``but``) is about something that may take long, for no longer than it may."""
-        return any(
-            beat.patient and not beat.left and rank != but and self.idle(rank) <= beat.limit
+    def living(self, silence: float) -> list[int]:
+        """Ranks that train and were heard of within ``silence`` seconds, this one included."""
+        return [
+            rank
             for rank, (beat, _) in enumerate(self.table)
-        )
+            if rank == self.rank or (beat.place and not beat.left and self.silent_for(rank) <= silence)
+        ]
 
     def overdue(self) -> set[tuple[int, int]]:
         """Ranks that have not moved for longer than they may, each with the number of its last mark.
@@ -171,18 +146,15 @@ class Heartbeats:
         long, the others have nothing to do but to wait, and that time is not theirs.
         """
         now = self._clock.now()
-        if self.is_busy():
+        beats = [(rank, beat) for rank, (beat, _) in enumerate(self.table) if not beat.left]
+        if any(beat.patient and self.idle(rank) <= beat.limit for rank, beat in beats):
             self._busy_at = now
             return set()
-        longest = max(
-            (beat.limit for beat, _ in self.table if not beat.patient and not beat.left), default=0.0
-        )
+        longest = max((beat.limit for _, beat in beats if not beat.patient), default=0.0)
         return {
             (rank, beat.marks)
-            for rank, (beat, _) in enumerate(self.table)
-            if not beat.left
-            and self.idle(rank) > max(beat.limit, longest)
-            and (beat.patient or now - self._busy_at > longest)
+            for rank, beat in beats
+            if self.idle(rank) > max(beat.limit, longest) and (beat.patient or now - self._busy_at > longest)
         }
 
     def put(self, key: str, text: str) -> None:
@@ -213,14 +185,3 @@ def wait_for(found: Callable[[], bool], seconds: float) -> bool:
             return False
         time.sleep(0.05)
     return True
-
-
-def _machine() -> str:
-    """The running system and its namespace of process ids: containers on one host do not see one another."""
-    if sys.platform != "linux":
-        return socket.gethostname()
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    try:
-        return f"{boot.read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:  # no such files: processes of others are left alone
-        return f"{socket.gethostname()} {os.getpid()}"

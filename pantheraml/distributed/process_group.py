@@ -56,7 +56,7 @@ def setup_multi_gpu(config: MultiGPUConfig | None = None) -> MultiGPUConfig:
     environment = ensure_ranks(config)
     if environment.world_size > 1 and not dist.is_initialized():
         _create(config, environment)
-    elif dist.is_initialized() and not _made:
+    elif environment.world_size > 1 and not _made:
         say_once("the ranks talk already, through a process group with a backend and a timeout of its own.")
     return config
 
@@ -191,7 +191,7 @@ def _create(config: MultiGPUConfig, environment: LaunchEnvironment) -> None:
     dist.init_process_group(
         backend,
         # An agent's store outlives the group and remembers where the ranks of the last one listened.
-        store=PrefixStore(f"group_{next(_groups)}", store),
+        store=PrefixStore(f"{_start()}/group_{next(_groups)}", store),
         timeout=timeout,
         rank=environment.rank,
         world_size=environment.world_size,
@@ -262,4 +262,9 @@ _made = False  # whether a process group was made here
 def connect_store() -> Store:
     """A connection of its own to the store at which the ranks met, under names of ours."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return PrefixStore("pantheraml", TCPStore(host, port, is_master=False))
+    return PrefixStore(f"pantheraml/{_start()}", TCPStore(host, port, is_master=False))
+
+
+def _start() -> str:
+    """A name for what ranks of this start say: an agent's store outlives them, and those that are started again."""
+    return f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"

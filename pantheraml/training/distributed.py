@@ -21,7 +21,6 @@ from pantheraml.distributed.process_group import (
     setup_multi_gpu,
 )
 from pantheraml.distributed.questions import Question
-from pantheraml.distributed.watchdog import Watchdog
 from pantheraml.log import say
 from pantheraml.models.recompute import check_policy
 from pantheraml.models.split import is_split
@@ -29,10 +28,10 @@ from pantheraml.models.state import get_state
 from pantheraml.training.banner import describe_ranks, device_name
 from pantheraml.training.telemetry import Telemetry, number_devices
 from pantheraml.training.trainer import PantheraMLTrainer
-from pantheraml.training.watching import patience, watched
+from pantheraml.training.watching import WatchedRuns
 
 
-class PantheraMLDistributedTrainer(PantheraMLTrainer):
+class PantheraMLDistributedTrainer(WatchedRuns, PantheraMLTrainer):
     """``PantheraMLTrainer`` on every GPU; with one process the two are the same.
 
     Args:
@@ -45,8 +44,6 @@ class PantheraMLDistributedTrainer(PantheraMLTrainer):
         ConfigError: settings that contradict each other, or what started the ranks.
         NotYetError: a strategy that this version does not have.
     """
-
-    _watchdog: Watchdog | None = None
 
     def __init__(
         self,
@@ -78,22 +75,8 @@ class PantheraMLDistributedTrainer(PantheraMLTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as ``PantheraMLTrainer`` does, and tell what it does to the GPUs at every logging step."""
         self._telemetry.begin()
-        resumed = bool(kwargs.get("resume_from_checkpoint") or args[:1] not in ((), (None,), (False,)))
-        with watched(self, self._watching, resumed) as self._watchdog:
+        with self.watched(self._watching):
             return super().train(*args, **kwargs)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as ``PantheraMLTrainer`` does; the watchdog of a run waits for it."""
-        with patience(self._watchdog, "evaluating"):
-            return super().evaluate(*args, **kwargs)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        with patience(self._watchdog, "saving"):
-            return super()._save_checkpoint(*args, **kwargs)
-
-    def _load_best_model(self) -> None:
-        with patience(self._watchdog, "loading the best model"):
-            super()._load_best_model()
 
     def figures(self, tokens: int, logs: dict[str, float]) -> dict[str, float]:
         """Telemetry of the steps since the last log line, for the log."""

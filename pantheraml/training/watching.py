@@ -1,4 +1,4 @@
-"""What a trainer tells its watchdog: a word before and after the callbacks of every event."""
+"""A trainer that is watched: it tells its watchdog how far it is, and what may take long."""
 
 from __future__ import annotations
 
@@ -8,115 +8,120 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.utils.data import IterableDataset
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from pantheraml.config.multi_gpu import MultiGPUConfig
 from pantheraml.distributed.process_group import connect_store, get_rank, group_size
-from pantheraml.distributed.watchdog import Watchdog
+from pantheraml.distributed.watchdog import Allowance, Watchdog
+from pantheraml.training.checkpoints import WholeCheckpoints
 
-# What is done after an event; what follows the others is what was done before them.
-_NEXT = {
-    "on_train_begin": "between steps",
-    "on_epoch_begin": "between steps",
-    "on_step_begin": "computing",
-    "on_step_end": "between steps",
-    "on_epoch_end": "between epochs",
-    "on_train_end": "ending",
+# What is done after an event, and how long it may take; after the others goes on what was done before.
+_NEXT: dict[str, tuple[str, Allowance]] = {
+    "on_train_begin": ("starting an epoch", "first"),
+    "on_epoch_begin": ("reading the first rows", "first"),
+    "on_step_begin": ("computing", "step"),
+    "on_substep_end": ("computing", "step"),
+    "on_optimizer_step": ("computing", "step"),
+    "on_step_end": ("between steps", "step"),
+    "on_epoch_end": ("between epochs", "first"),
+    "on_train_end": ("ending", "patient"),
+    "on_prediction_step": ("evaluating", "patient"),
 }
-_EVENTS = (
-    *_NEXT,
-    "on_substep_end",
-    "on_optimizer_step",
-    "on_prediction_step",
-    "on_log",
-    "on_save",
-    "on_evaluate",
-)
 
 
-class _Phase:
-    """Where training stands, for the two callbacks."""
+class WatchedRuns(WholeCheckpoints):
+    """The part of the trainer that is watched while it trains."""
 
-    def __init__(self, watchdog: Watchdog) -> None:
-        self.watchdog, self.name = watchdog, "starting"
+    _watchdog: Watchdog | None = None
 
+    @contextmanager
+    def watched(self, config: MultiGPUConfig) -> Iterator[None]:
+        """Have a block in which this trainer trains watched; ``hang_seconds`` and ``timeout_minutes`` count."""
+        name = f"watch_{next(_runs)}"
+        if not config.hang_seconds:
+            yield
+            return
+        watchdog = self._watchdog = Watchdog(
+            config.hang_seconds,
+            60 * config.timeout_minutes,
+            Path(self.args.output_dir or "outputs"),
+            rank=get_rank() if group_size() > 1 else 0,
+            world_size=group_size(),
+            connect=connect_store,
+            name=name,
+        )
+        watchdog.start()
+        error: BaseException | None = None
+        try:
+            with _told(self.callback_handler, watchdog):
+                yield
+        except BaseException as failure:
+            error = failure
+            raise
+        finally:
+            watchdog.stop(error)
+            self._watchdog = None
 
-class _BeforeOthers(TrainerCallback):
-    """The first callback: those of others may take their time."""
+    def patiently(self, phase: str) -> AbstractContextManager[None]:
+        """What is done in this block may take as long as a collective may.
 
-    def __init__(self, phase: _Phase) -> None:
-        self._phase = phase
+        Args:
+            phase: what it is, for the report of a run that hangs all the same.
+        """
+        return nullcontext() if self._watchdog is None else self._watchdog.patient(phase)
 
-    def tell(self, event: str, state: TrainerState) -> None:
-        """An event begins."""
-        self._phase.watchdog.progress(state.global_step + (event != "on_step_end"), "callbacks")
+    def checkpoint_of(self, resume: str | Path | bool | None) -> str | bool | None:
+        """The checkpoint to go on with; to read it, and to come to its row, may take long."""
+        with self.patiently("looking for a checkpoint"):
+            found = super().checkpoint_of(resume)
+        if self._watchdog is not None:
+            self._watchdog.resumed = bool(found)
+        return found
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of a step; nobody knows how long the next rows of a stream take."""
+        is_stream = isinstance(self.train_dataset, IterableDataset)
+        with self.patiently("reading a stream") if is_stream else nullcontext():
+            return super().get_batch_samples(*args, **kwargs)
 
-class _AfterOthers(_BeforeOthers):
-    """The last callback: training goes on."""
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; for each batch the time begins anew."""
+        with self.patiently("evaluating"):
+            return super().evaluate(*args, **kwargs)
 
-    def tell(self, event: str, state: TrainerState) -> None:
-        """An event is over."""
-        self._phase.name = _NEXT.get(event, self._phase.name)
-        self._phase.watchdog.progress(state.global_step + 1, self._phase.name)
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        with self.patiently("saving"):
+            return super()._save_checkpoint(*args, **kwargs)
 
+    def _load_best_model(self) -> None:
+        with self.patiently("loading the best model"):
+            super()._load_best_model()
 
-def _listener(event: str) -> Any:
-    def listen(
-        self: _BeforeOthers, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self.tell(event, state)
-
-    return listen
-
-
-for _event in _EVENTS:
-    setattr(_BeforeOthers, _event, _listener(_event))
+    def _finish_current_push(self) -> None:
+        with self.patiently("uploading"):
+            super()._finish_current_push()
 
 
 @contextmanager
-def watched(trainer: Trainer, config: MultiGPUConfig, resumed: bool) -> Iterator[Watchdog | None]:
-    """A watchdog for a block in which ``trainer`` trains; None where the settings want none.
+def _told(handler: Any, watchdog: Watchdog) -> Iterator[None]:
+    """Every event of this handler goes by the watchdog; its callbacks may take their time."""
+    call = handler.call_event
 
-    Args:
-        trainer: what tells its progress.
-        config: its ``hang_seconds`` and ``timeout_minutes`` count.
-        resumed: whether rows are skipped before the first step.
-    """
-    name = f"watch_{next(_runs)}"
-    if not config.hang_seconds:
-        yield None
-        return
-    watchdog = Watchdog(
-        config.hang_seconds,
-        60 * config.timeout_minutes,
-        Path(trainer.args.output_dir or "outputs"),
-        rank=get_rank() if group_size() > 1 else 0,
-        world_size=group_size(),
-        connect=connect_store,
-        name=name,
-        resumed=resumed,
-    )
-    phase, callbacks = _Phase(watchdog), trainer.callback_handler.callbacks
-    before, after = _BeforeOthers(phase), _AfterOthers(phase)
-    callbacks.insert(0, before)
-    callbacks.append(after)
-    watchdog.start()
-    error: BaseException | None = None
+    def call_event(
+        event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> Any:
+        with watchdog.patient("callbacks"):
+            result = call(event, args, state, control, **more)
+        if event in _NEXT:
+            watchdog.progress(state.global_step + 1, *_NEXT[event])
+        return result
+
+    handler.call_event = call_event
     try:
-        yield watchdog
-    except BaseException as failure:
-        error = failure
-        raise
+        yield
     finally:
-        watchdog.stop(error)
-        for mine in (before, after):
-            callbacks.remove(mine)
-
-
-def patience(watchdog: Watchdog | None, phase: str) -> AbstractContextManager[None]:
-    """``watchdog.patient(phase)``, if there is one."""
-    return nullcontext() if watchdog is None else watchdog.patient(phase)
+        del handler.call_event
 
 
 # Trainers train in the same order on all ranks.

@@ -22,18 +22,29 @@ def collective():
     all_reduce_scalar(1.0)
 
 
+def work(seconds):
+    """Python that moves."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        sum(range(1000))
+
+
 def hang(how, alone, output, seconds):
     """What the last rank does in step 4, before all reduce."""
     if how == "sleep":
-        rows(2 * seconds if alone else 1000)
+        rows(2.5 * seconds if alone else 1000)
     if how == "skip":
         started = subprocess.Popen(["sleep", "1000"])
         (output / "child").write_text(str(started.pid))
         threading.Event().wait()  # goes another way
     if how == "locked":
-        ctypes.PyDLL(None).sleep(int(3 * seconds) if alone else 1000)  # Python's lock is held
+        ctypes.PyDLL(None).sleep(1000)  # Python's lock is held
     if how == "slow":
         time.sleep(1.1 * seconds)
+        work(2.5 * seconds)
+        subprocess.run(
+            [sys.executable, "-c", f"while __import__('time').process_time() < {1.5 * seconds}: pass"]
+        )
     if how == "raise":
         raise ValueError("this rank fails")
 
@@ -65,7 +76,7 @@ def main(ranks, how, output, seconds):
     except Exception as error:
         watchdog.stop(error)
         if how == "raise":
-            time.sleep(5 * seconds)
+            time.sleep(3 * seconds)
         raise
     began = time.monotonic()
     watchdog.stop()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import pdb
 import re
 import subprocess
 import sys
+import threading
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from pantheraml import (
     FastLanguageModel,
@@ -24,6 +29,7 @@ from pantheraml import (
 )
 from pantheraml.config.multi_gpu_section import MultiGPUSettings
 from pantheraml.distributed import hang_report, process_group, stacks
+from pantheraml.distributed.activity import Activity
 from pantheraml.distributed.heartbeats import Beat, Clock, Place
 from pantheraml.distributed.watchdog import Watchdog
 from pantheraml.errors import ConfigError
@@ -41,16 +47,6 @@ def line_of(text):
     return 1 + next(number for number, line in enumerate(LINES) if text in line)
 
 
-def hang(folder, how, ranks):
-    """Exit code, standard output and standard error of plain python, which starts the ranks."""
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(ranks), how, str(folder), "1"], env=environment(),
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    nobody_is_left(folder)
-    return done.returncode, done.stdout, done.stderr
-
-
 def forked(folder, ranks, function, *arguments):
     """Exit codes of ranks that run ``function``, and all that they wrote. They meet at the first of them."""
     context, port = multiprocessing.get_context("fork"), free_port()
@@ -60,9 +56,12 @@ def forked(folder, ranks, function, *arguments):
     ]
     for rank in started:
         rank.start()
+    until = time.monotonic() + 60
+    while any(_runs(rank.pid) for rank in started) and time.monotonic() < until:
+        time.sleep(0.05)
     for rank in started:
-        rank.join(60)
         rank.kill()
+        rank.join()
     logs = "".join((folder / f"log{rank}").read_text() for rank in range(ranks))
     return [rank.exitcode for rank in started], logs
 
@@ -99,6 +98,10 @@ def _lives(pid):
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
+def _runs(pid):
+    return _lives(pid) and psutil.Process(pid).status() != psutil.STATUS_STOPPED
+
+
 def one_head(told, folder, culprit, says):
     """The sentence of the only report, and the report, which is in the file, too."""
     assert told.count(HEAD) == 1, told
@@ -110,126 +113,129 @@ def one_head(told, folder, culprit, says):
     return head, report
 
 
-@pytest.mark.parametrize(
-    ("how", "culprit", "says"),
-    [
-        ("sleep", 2, "not moved for"),
-        ("stop0", 0, "is stopped"),
-        ("locked", 2, "a call holds its Python lock"),
-    ],
-)
-def test_a_run_that_hangs_ends_with_one_report(tmp_path, how, culprit, says):
+def test_a_rank_that_holds_pythons_lock(tmp_path):
+    """It can tell nothing, nor hear a signal; the agent ends it."""
     began = time.monotonic()
-    code, out, err = hang(tmp_path, how, 3)
-    assert code == 124 and "done" not in out and "Timeout" not in err and "Traceback" not in err, err
-    assert time.monotonic() - began < 20  # elastic would wait for 30 s
-    head, report = one_head(err, tmp_path, culprit, says)
-    source = {"sleep": "the row never comes", "locked": "Python's lock is held"}.get(how)
-    assert source is None or f"hanging.py:{line_of(source)} " in head
-    others = ", ".join(str(rank) for rank in range(3) if rank != culprit)
-    assert f"ranks {others} wait in all_reduce ({SCRIPT}:{line_of('    all_reduce_scalar(1.0)')})" in head
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "3", "locked", str(tmp_path), "1"], env=environment(), capture_output=True,
+        text=True, timeout=100, check=False,
+    )  # fmt: skip
+    err = done.stderr
+    assert done.returncode == 124 and "done" not in done.stdout and "Traceback" not in err, err
+    assert time.monotonic() - began < 60
+    nobody_is_left(tmp_path)
+    head, report = one_head(err, tmp_path, 2, "a call holds its Python lock")
+    assert f"hanging.py:{line_of('lock is held')} " in head
+    assert f"ranks 0, 1 wait in all_reduce ({SCRIPT}:{line_of('    all_reduce_scalar(1.0)')})" in head
     assert all(re.search(rf"^  {rank} +\S+ +\d+ +4 +computing ", report, re.MULTILINE) for rank in range(3))
-    assert report.count("(trains)") == 2  # stacks that are alike are told once
+    assert report.count("the thread that trains") == 2  # stacks that are alike are told once
+    assert "gloo:all_reduce number 4" in report
     last = err.strip().splitlines()[-1]
     assert last.endswith("all ranks were ended.") and head.removesuffix(".") in last
 
 
-def test_a_rank_that_skips_a_collective(tmp_path):
-    """What it has started ends with it."""
-    codes, told = forked(tmp_path, 2, hanging.main, 2, "skip", tmp_path, 1.0)
-    assert codes == [124, 124], told
-    head, _ = one_head(told, tmp_path, 1, "not moved for")
-    assert (
-        f"called from hanging.py:{line_of('goes another way')} hang(); rank 0 waits in all_reduce (" in head
-    )
-    assert (tmp_path / "child").exists()
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("skip", "hang(); rank 0 waits in all_reduce ("),
+        ("stop1", "its process is stopped (SIGSTOP, or a debugger); rank 0 waits in all_reduce ("),
+        ("raise", "failed with ValueError: this rank fails at step 4; rank 0 waits in all_reduce"),
+    ],
+)
+def test_a_run_that_hangs_ends_with_one_report(tmp_path, how, says):
+    codes, told = forked(tmp_path, 2, hanging.main, 2, how, tmp_path, 1.0)
+    assert codes == [124, {"skip": 124, "stop1": -9, "raise": 1}[how]], told
+    head, _ = one_head(told, tmp_path, 1, says)
+    if how == "skip":  # what it has started ends with it
+        assert f"called from hanging.py:{line_of('goes another way')} " in head
+        assert (tmp_path / "child").exists()
     nobody_is_left(tmp_path)
 
 
-def test_a_rank_that_failed_and_stays_is_named(tmp_path):
-    codes, told = forked(tmp_path, 2, hanging.main, 2, "raise", tmp_path, 1.0)
-    assert codes[0] == 124
-    one_head(
-        told, tmp_path, 1, "failed with ValueError: this rank fails at step 4; rank 0 waits in all_reduce"
-    )
-
-
 def test_who_is_slow_goes_on(tmp_path):
-    """A step longer than the limit after others that were slow, too, and a save of 2.5 times the limit.
+    """A rank that sleeps a little longer than the limit after others that were slow, too, that computes in Python,
+    and waits for a child that computes, for 5 times the limit; a save of 2.5 times the limit.
 
     No thread is left, and stopping takes no time.
     """
-    codes, told = forked(tmp_path, 2, hanging.main, 2, "slow", tmp_path, 0.8)
+    codes, told = forked(tmp_path, 2, hanging.main, 2, "slow", tmp_path, 1.0)
     assert codes == [0, 0] and HEAD not in told, told
     for rank in range(2):
         assert f"rank {rank} done, [], True\n" in told
     assert not list(tmp_path.glob("hang*"))
 
 
-def test_a_store_that_stops_with_its_rank(tmp_path):
-    """The ranks met at rank 0, which is stopped: one of the others reports, by signals alone."""
-    codes, told = forked(tmp_path, 3, hanging.main, 3, "stop0", tmp_path, 1.0)
-    assert 124 in codes and all(codes), told
-    head, _ = one_head(told, tmp_path, 0, "is stopped")
-    assert "ranks 1, 2 wait in all_reduce" in head
-    nobody_is_left(tmp_path)
-
-
-@pytest.mark.parametrize("how", ["sleep", "locked"])
-def test_a_single_process_reports_and_goes_on(tmp_path, how):
-    codes, told = forked(tmp_path, 1, hanging.main, 1, how, tmp_path, 1.0)
+def test_a_single_process_reports_and_goes_on(tmp_path):
+    codes, told = forked(tmp_path, 1, hanging.main, 1, "sleep", tmp_path, 1.0)
     assert codes == [0] and "rank 0 done, [], True" in told, told
-    if how == "sleep":
-        assert told.count(HEAD) == 1 and f"hanging.py:{line_of('the row never comes')} rows()" in told
-        assert "this process (" in told and (tmp_path / "hang-report-step4.txt").exists()
-    else:  # by faulthandler's timer, since no Python runs
-        assert "Timeout" in told and f"line {line_of('is held')} in hang" in told
+    assert told.count(HEAD) == 1 and f"hanging.py:{line_of('the row never comes')} rows()" in told
+    assert "this process (" in told and (tmp_path / "hang-report-step4.txt").exists()
 
 
 # --- the trainer ----------------------------------------------------------------------------------------------
 
 
-def train(folder, output, config, seconds, phase):
-    """A trainer of which a rank sleeps after step 3: where rows are loaded, or while it saves and evaluates."""
+def train(folder, output, hang_seconds, sleepers, seconds, rows):
+    """A trainer of which ranks sleep after step 3, each in a method of its own."""
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=64, load_in_4bit=False, device_map="cpu", kernels="off"
     )
-    between = "steps" if phase == "between" else "no"
+    between = "no" if "get_batch_samples" in sleepers else "steps"
     args = PantheraMLTrainingArguments(
         output_dir=str(output), per_device_train_batch_size=2, max_steps=5, logging_steps=1, report_to="none",
         disable_tqdm=True, save_strategy=between, save_steps=3, eval_steps=3, eval_strategy=between,
     )  # fmt: skip
     trainer = PantheraMLDistributedTrainer(
-        model, args, train_dataset=ROWS, eval_dataset=ROWS.select(range(2)), tokenizer=tokenizer,
-        multi_gpu_config=config,
+        model, args, train_dataset=rows, eval_dataset=ROWS.select(range(2)), tokenizer=tokenizer,
+        multi_gpu_config=MultiGPUConfig(hang_seconds=hang_seconds),
     )  # fmt: skip
-    sleepers = {"get_batch_samples": 1} if phase == "loading" else {"_save": 0, "evaluation_loop": 1}
-    for name, sleeper in sleepers.items():
-        setattr(trainer, name, sleeping(getattr(trainer, name), sleeper, seconds, trainer))
-    trainer.train()
-    assert trainer.state.global_step == 5
 
-
-def sleeping(original, sleeper, seconds, trainer):
-    def late(*arguments, **more):
-        if get_rank() == sleeper and trainer.state.global_step == 3:
+    def sleep(rank):
+        if get_rank() == rank and trainer.state.global_step == 3:
             time.sleep(seconds)
+
+    for name, rank in sleepers.items():
+        if name == "collate":
+            trainer.data_collator = before(trainer.data_collator, partial(sleep, rank))
+        elif name == "on_log":
+            trainer.callback_handler.add_callback(SlowLog(partial(sleep, rank)))
+        else:
+            setattr(trainer, name, before(getattr(trainer, name), partial(sleep, rank)))
+    trainer.train()
+    assert trainer.state.global_step == 5 and "call_event" not in vars(trainer.callback_handler)
+
+
+def before(original, first):
+    def late(*arguments, **more):
+        first()
         return original(*arguments, **more)
 
     return late
 
 
+class SlowLog(TrainerCallback):
+    def __init__(self, sleep):
+        self.sleep = sleep
+
+    def on_log(self, *_, **__):
+        self.sleep()
+
+
 def test_a_data_loader_that_hangs(llama, tmp_path):
-    codes, told = forked(tmp_path, 2, train, llama, tmp_path, MultiGPUConfig(hang_seconds=1), 1000, "loading")
+    codes, told = forked(tmp_path, 2, train, llama, tmp_path, 1, {"get_batch_samples": 1}, 1000, ROWS)
     assert codes == [124, 124], told
     head, _ = one_head(told, tmp_path, 1, "test_watchdog.py")
-    assert " late()" in head and "rank 0 waits in " in head
+    assert " sleep()" in head and "rank 0 waits in " in head
 
 
-@pytest.mark.parametrize(("hang_seconds", "phase"), [(1, "between"), (0, "loading")])
-def test_a_slow_save_a_slow_evaluation_and_no_watchdog(llama, tmp_path, hang_seconds, phase):
-    config = MultiGPUConfig(hang_seconds=hang_seconds)
-    codes, told = forked(tmp_path, 2, train, llama, tmp_path, config, 3, phase)
+@pytest.mark.parametrize("hang_seconds", [1, 0])
+def test_slow_saves_evaluations_callbacks_and_streams(llama, tmp_path, hang_seconds):
+    """Twice the limit each; one rank waits for a stream's rows. 0 is no watchdog: a step may take as long."""
+    sleepers = {"_save": 0, "evaluation_loop": 1, "on_log": 0, "collate": 1}
+    if not hang_seconds:
+        sleepers = {"get_batch_samples": 1}
+    rows = ROWS.to_iterable_dataset() if hang_seconds else ROWS
+    codes, told = forked(tmp_path, 2, train, llama, tmp_path, hang_seconds, sleepers, 2, rows)
     assert codes == [0, 0] and HEAD not in told, told
     assert not list(tmp_path.glob("hang*"))
 
@@ -239,12 +245,10 @@ def test_a_slow_save_a_slow_evaluation_and_no_watchdog(llama, tmp_path, hang_sec
 
 def test_hang_seconds():
     assert MultiGPUConfig().hang_seconds == MultiGPUSettings().to_config().hang_seconds == 50
-    assert (
-        MultiGPUConfig(hang_seconds=0).hang_seconds == 0
-        and MultiGPUConfig(hang_seconds=None).hang_seconds is None
-    )
+    assert MultiGPUConfig(hang_seconds=0).hang_seconds == 0
+    assert MultiGPUConfig(hang_seconds=None).hang_seconds is None
     for wrong in (-1, True, False, "60"):
-        with pytest.raises(ConfigError, match=r"hang_seconds.*a number above 0"):
+        with pytest.raises(ConfigError, match=r"hang_seconds.*a number of 0 or more"):
             MultiGPUConfig(hang_seconds=wrong)
 
 
@@ -256,24 +260,30 @@ def test_the_settings_of_a_run_are_those_of_its_trainers(monkeypatch):
 
 
 def test_limits():
-    """Of first steps, steps, callbacks, and what is done in patience; the longest step counts three times."""
+    """Of first steps, steps, and what is done in patience; the longest step counts three times."""
     dog = Watchdog(50, 1800, Path())
     clock = dog._clock = FixedClock()
     found = []
     for seconds, step, phase in [
         (0, 1, "computing"), (100, 2, "between steps"), (1, 2, "computing"), (40, 3, "computing"), (9, 4, "computing"),
-        (500, 4, "callbacks"), (500, 5, "computing"),
     ]:  # fmt: skip
         clock.seconds += seconds
         dog.progress(step, phase)
         found.append(round(dog.limit()))
+    clock.seconds += 500
     with dog.patient("saving"):
         found.append(dog.limit())
         dog.progress(5, "computing")
         found.append(dog.limit())
         assert dog._mark.phase == "saving"
-    # Step 4's computing took 500 s until the callbacks began.
-    assert found == [600, 300, 300, 120, 120, 600, 1500, 1800, 1800] and dog.limit() == 1500
+    # Step 4's computing took 500 s until the save began.
+    assert found == [600, 300, 300, 120, 120, 1800, 1800] and dog.limit() == 1500
+    dog.progress(6, "reading the first rows", "first")
+    assert dog.limit() == 600
+    dog = Watchdog(50, 1800, Path())
+    dog.resumed = True
+    dog.progress(8, "computing")
+    assert dog.limit() == 1800
 
 
 class FixedClock(Clock):
@@ -291,12 +301,15 @@ def test_a_clock_stands_still_while_its_process_does():
     assert clock.now() - before < -90  # what was measured before is no older than it was
 
 
-def findings(*frames, **marks):
+def findings(*frames, flights=None, **marks):
+    text = "Thread 0x0000000000000001 (most recent call first):\n"
     return [
         hang_report.Finding(
-            rank,
-            Beat(Place(rank, "host", "", 10 + rank, 0, 1, ""), 1, 17, "computing", marks.get(f"marks{rank}", 5)),
-            63.0, None, stacks.Stacks((stacks.Thread("MainThread", True, one),)),
+            rank, Beat(Place("host", 10 + rank, 1, ""), 1, 17, "computing", marks.get(f"marks{rank}", 5)), 63.0, None,
+            hang_report.Stacks(
+                text + "".join(f'  File "{file}", line {line} in {name}\n' for file, line, name in one),
+                flight="" if flights is None else json.dumps({"entries": flights[rank]}),
+            ),
         )
         for rank, one in enumerate(frames)
     ]  # fmt: skip
@@ -312,18 +325,52 @@ def test_ranks_that_wait_for_one_another():
     )
     both = hang_report.sentence(findings(one, other))
     assert "rank 0 of 2" in both and "rank 1 of 2" in both and "a.py:3" in both and "a.py:9" in both
-    # Waits of GPUs are no calls that could be seen: who is behind is to blame.
-    item, loader = (("trainer.py", 7, "item"),), (("data.py", 5, "read"),)
+
+
+def test_ranks_that_wait_for_a_gpu():
+    """They are in no call that could be seen: who has asked for fewer collectives is to blame, or who said less."""
+
+    def nccl(number, state):
+        return dict(
+            profiling_name="nccl:all_reduce", collective_seq_id=number, process_group=["0", "default_pg"],
+            input_sizes=[[8]], state=state,
+        )  # fmt: skip
+
+    item, loader = (("trainer.py", 7, "norm"),), (("data.py", 5, "read"),)
+    flights = [[nccl(6, "completed"), nccl(7, "started")], [nccl(6, "completed")]]
+    said = hang_report.sentence(findings(item, loader, flights=flights))
+    assert said.startswith("rank 1 of 2") and "it is in data.py:5 read(); " in said
+    assert said.endswith(
+        "rank 0 waits in trainer.py:7 norm() for the GPU, which is in nccl:all_reduce number 7"
+    )
+    assert "nccl:all_reduce number 7 of group 0/default_pg, of sizes [[8]]: started" in hang_report.report(
+        findings(item, loader, flights=flights), 50
+    )
     assert [one.rank for one in hang_report.blamed(findings(item, loader, item, marks1=4))] == [1]
 
 
 def test_stacks_as_faulthandler_writes_them():
     text = (
-        'Thread 0x00000000000000ff (most recent call first):\n  File "/a b/c.py", line 7 in f\n\n'
+        'Thread 0x00000000000000ff [main] (most recent call first):\n  File "/a b/c.py", line 7 in f\n\n'
         'Current thread 0x0000000000000001 (most recent call first):\n  File "x.py", line 1 in <module>\n'
     )
     first, second = stacks.parse(text, trains=0xFF)
     assert first.trains and first.frames == (("/a b/c.py", 7, "f"),) and not second.trains
+
+
+def test_a_debuggers_prompt_is_no_hang(monkeypatch):
+    seen = []
+    activity = Activity(threading.get_ident())
+
+    def prompt(_):
+        seen.append(activity.is_debugged())
+        return "continue"
+
+    monkeypatch.setattr("builtins.input", prompt)
+    debugger = pdb.Pdb(nosigint=True, readrc=False)
+    debugger.use_rawinput = True
+    debugger.set_trace()
+    assert seen == [True] and not activity.is_debugged()
 
 
 def test_a_word_of_the_training_thread_costs_nothing():
