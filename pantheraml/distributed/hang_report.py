@@ -88,7 +88,7 @@ def blamed(findings: list[Finding]) -> list[Finding]:
         _behind(findings),
     ):
         if some and len(some) < len(findings):
-            return some
+            return _behind(some) or some
     fewest = min(one.beat.marks for one in findings)
     behind = [one for one in findings if one.beat.marks == fewest]
     if len(behind) < len(findings) and not all(one.waits for one in findings):

@@ -56,6 +56,7 @@ class StacksFile:
     """The file of this process's stacks."""
 
     def __init__(self) -> None:
+        self._is_closed = False
         # The agent removes its folder, also where a rank is killed.
         self._open, self.name = tempfile.mkstemp(
             prefix="pantheraml-stacks-", dir=os.environ.get(AGENT) or None
@@ -63,7 +64,8 @@ class StacksFile:
 
     def wind_up(self, seconds: float) -> None:
         """Write the stacks in so many seconds, unless this is called before."""
-        faulthandler.dump_traceback_later(seconds, file=self._open)
+        if not self._is_closed:  # another file may have its number by now
+            faulthandler.dump_traceback_later(seconds, file=self._open)
 
     def now(self) -> str:
         """The stacks of this moment."""
@@ -74,6 +76,7 @@ class StacksFile:
 
     def close(self) -> None:
         """Remove the file."""
+        self._is_closed = True
         faulthandler.cancel_dump_traceback_later()
         os.close(self._open)
         Path(self.name).unlink(missing_ok=True)

@@ -192,12 +192,14 @@ class Watchdog:
         if self._gpu is not None:  # a new thread begins on GPU 0, where the flight recorder would take memory
             torch.cuda.set_device(self._gpu)
         with suppress(RuntimeError):  # the store is gone: the run is over
-            look = self._look_alone if self._connect is None or self._world_size == 1 else self._look_around()
+            is_alone = self._connect is None or self._world_size == 1
+            look = self._look_alone if is_alone else self._look_around()
             is_over = False
             while not is_over:
                 is_over = self._over.wait(self._interval)
                 self._clock.tick(self._interval, self._silence)
-                self._stacks.wind_up(self._silence)
+                if not is_alone:  # nobody would read them
+                    self._stacks.wind_up(self._silence)
                 look(self._beat())
 
     def _look_alone(self, beat: Beat) -> None:

@@ -29,9 +29,9 @@ def ensure_ranks(config: MultiGPUConfig) -> LaunchEnvironment:
     environment = LaunchEnvironment.detect()
     if environment.is_rank:
         _check_count(config, environment)
+        join(environment)
         if environment.kind != "pantheraml":
             _say_if_not_restarted(config, f"{environment.kind} did; torchrun --max-restarts=N does so again")
-        join(environment)
         return environment
     if config.strategy == "none":
         return environment
@@ -88,8 +88,7 @@ def ranks_of_a_function(config: MultiGPUConfig) -> Ranks:
     _say_note(environment)
     _say_if_cuda_was_touched()
     here = 1 if config.strategy == "none" else _num_here(config)
-    count = None if config.strategy == "none" else _counter(config)
-    return Ranks(here, runs="function", max_restarts=config.max_restarts, count=count)
+    return Ranks(here, runs="function", max_restarts=config.max_restarts)
 
 
 def _of_node(environment: LaunchEnvironment, here: int) -> Ranks:
