@@ -51,6 +51,10 @@ class CheckpointError(PantheraMLError, ValueError):
     """A checkpoint, or what points to one, is missing, damaged or foreign."""
 
 
+class NonFiniteError(PantheraMLError, FloatingPointError):
+    """A loss or a gradient of a run is infinite or no number."""
+
+
 class HardwareError(PantheraMLError, RuntimeError):
     """The machine lacks what was asked for."""
 

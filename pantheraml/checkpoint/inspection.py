@@ -14,15 +14,9 @@ from pantheraml.checkpoint.manifest import MANIFEST, Manifest, has_manifest, rea
 from pantheraml.checkpoint.names import UNFINISHED, checkpoints, step_of
 from pantheraml.checkpoint.pointers import POINTERS, pointer_path, read_pointer
 from pantheraml.checkpoint.resuming import NO_WEIGHTS, STATE, damage, has_weights, json_problem
-from pantheraml.checkpoint.tensor_files import (
-    BadHeader,
-    Tensor,
-    empty_adapter,
-    load_all,
-    read_header,
-    shapes_text,
-)
+from pantheraml.checkpoint.tensor_files import empty_adapter, load_all, shapes_text
 from pantheraml.errors import CheckpointError
+from pantheraml.models.tensor_header import BadHeader, Tensor, read_header
 
 _JSON = (STATE, "config.json", "adapter_config.json", "generation_config.json", "tokenizer_config.json")
 _INDEX = ".safetensors.index.json"

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
@@ -31,7 +32,7 @@ from pantheraml.errors import CheckpointError, SaveError
 from pantheraml.version import __version__
 
 _FORMAT, _VERSION = "pantheraml-checkpoint", 1
-_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 # What loading a checkpoint takes by its name: beside a manifest that does not list it, it is another save's.
 _LOADED = (
     "*model*.safetensors", "*model*.bin", "*.index.json", "config.json", "adapter_config.json", "trainer_state.json",
@@ -150,14 +151,19 @@ def problems(folder: Path, *, hashes: bool = True) -> list[str]:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what trains, without importing any of it; a library that is missing is left out."""
+    """Versions of what trains, without importing any of it; a library that is missing is left out.
+
+    CUDA's is that of the torch that is loaded, if one is.
+    """
     versions = {"python": platform.python_version(), "pantheraml": __version__}
     for name in _LIBRARIES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return versions
+    torch = sys.modules.get("torch")
+    cuda = None if torch is None else torch.version.cuda
+    return versions if cuda is None else {**versions, "cuda": cuda}
 
 
 def _read(folder: Path) -> Manifest:

@@ -8,7 +8,6 @@ one (or by ``recover``). A hidden folder without a plan is an unfinished save an
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -21,8 +20,10 @@ from pathlib import Path
 
 from pantheraml.checkpoint.disk_errors import disk_error_number, free_bytes, save_error
 from pantheraml.checkpoint.folder_files import flush
+from pantheraml.checkpoint.locks import hold, take
 
 _BUILDING = ".pantheraml-saving-"
+_LOCK = "lock"
 # One save's weights: a single file, or shards with their index. An adapter and a full model may live
 # in one folder, so each only ever replaces its own kind.
 _WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -83,7 +84,7 @@ def ensure_can_save(target: str | Path, bytes_needed: int = 0) -> None:
     try:
         place = next(path for path in (target, *target.parents) if path.exists())
         # Permission bits say too little (root squash, read-only mounts): make something for real.
-        Path(tempfile.mkdtemp(prefix=_BUILDING, dir=place)).rmdir()
+        _try_out(place)
         recover(target)
     except OSError as error:
         raise save_error(error.errno, str(error), target, bytes_needed=bytes_needed) from error
@@ -109,10 +110,21 @@ def _home(target: Path) -> Path:
     if target.is_mount():
         return target
     try:
-        Path(tempfile.mkdtemp(prefix=_BUILDING, dir=target.parent)).rmdir()
+        _try_out(target.parent)
     except OSError:
         return target
     return target.parent
+
+
+def _try_out(place: Path) -> None:
+    """Make a folder there, and remove it.
+
+    Raises:
+        OSError: none can be made.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=place))
+    with suppress(OSError):  # another save's cleaning takes it for a leftover
+        folder.rmdir()
 
 
 @contextmanager
@@ -121,12 +133,9 @@ def _locked_folder(home: Path) -> Iterator[Path]:
     while True:
         folder = home / f"{_BUILDING}{secrets.token_hex(6)}"
         folder.mkdir()
-        lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
-        with suppress(OSError):  # a file system without locks: leftovers stay there, saving works
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if (folder / "lock").exists():
+        with suppress(FileNotFoundError):  # another save's cleaning took it before it was locked
+            lock = hold(folder / _LOCK)
             break
-        os.close(lock)  # another save's cleaning took the folder before it was locked
     try:
         yield folder
     finally:
@@ -138,10 +147,11 @@ def _locked_folder(home: Path) -> Iterator[Path]:
 def _clean(home: Path) -> None:
     """Finish or remove what killed processes left in ``home``; folders of living ones are locked."""
     for folder in home.glob(f"{_BUILDING}*"):
-        with suppress(OSError):  # locked, or not ours to touch
-            lock = os.open(folder / "lock", os.O_RDWR)
+        with suppress(OSError):  # not ours to touch, or gone
+            lock = take(folder / _LOCK)
+            if lock is None:
+                continue
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if (folder / "plan.json").exists():
                     _finish(folder)
                 shutil.rmtree(folder)

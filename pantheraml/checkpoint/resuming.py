@@ -12,9 +12,9 @@ from pantheraml.checkpoint.folder_files import files_below, reason_of, shown
 from pantheraml.checkpoint.manifest import has_manifest, problems
 from pantheraml.checkpoint.names import checkpoints
 from pantheraml.checkpoint.pointers import LATEST, pointer_path, read_pointer
-from pantheraml.checkpoint.tensor_files import BadHeader, read_header
 from pantheraml.checkpoint.unfinished import recover
 from pantheraml.errors import CheckpointError
+from pantheraml.models.tensor_header import BadHeader, read_header
 
 STATE = "trainer_state.json"
 _WEIGHTS = ("*model*.safetensors", "*model*.bin", "*model*.index.json", "*.distcp")

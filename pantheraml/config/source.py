@@ -133,7 +133,7 @@ def parse_value(text: str) -> Any:
     try:
         node = _compose(text)
     except _YamlFault as fault:
-        raise ValueError(str(fault)) from None
+        raise ValueError(f"this is not YAML: {fault}.") from None
     if node is None:
         return None
     source = Source(text)

@@ -22,7 +22,9 @@ from pantheraml.config.section import (
 )
 
 # Settings of ours that SFTConfig does not have.
-OUR_FIELDS = frozenset({"embedding_learning_rate", "global_batch_size", "extra"})
+OUR_FIELDS = frozenset(
+    {"embedding_learning_rate", "global_batch_size", "async_save", "deterministic", "on_non_finite", "extra"}
+)
 
 
 class TrainerSettings(Section):
@@ -57,6 +59,9 @@ class TrainerSettings(Section):
     lr_scheduler_type: str | None = unset("Schedule, such as linear, cosine or constant_with_warmup.")
     lr_scheduler_kwargs: dict[str, Any] | None = unset("Arguments of the schedule.")
     warmup_steps: NumberOrZero | None = unset("Warm-up steps; below 1 it is a share of all steps.")
+    on_non_finite: Literal["stop", "skip", "restore"] | None = unset(
+        "What becomes of the run when a loss or gradient is not finite."
+    )
     label_smoothing_factor: Share | None = unset("Label smoothing.")
     neftune_noise_alpha: NumberOrZero | None = unset("Strength of NEFTune noise on the embeddings.")
 
@@ -89,7 +94,8 @@ class TrainerSettings(Section):
     use_cpu: bool | None = unset("Train on the CPU.")
     torch_compile: bool | None = unset("Compile the model with torch.compile.")
     torch_empty_cache_steps: Count | None = unset("Release cached GPU memory every so many steps.")
-    full_determinism: bool | None = unset("Deterministic kernels; slower.")
+    deterministic: bool | None = unset("Two runs of the same layout are equal bit by bit; slower.")
+    full_determinism: bool | None = unset("transformers' way, for the whole process; deterministic is ours.")
     seed: CountOrZero | None = unset("Seed of the trainer; the run's seed when not given.")
     data_seed: CountOrZero | None = unset("Seed of the row order; the trainer's seed when not given.")
 
@@ -118,6 +124,7 @@ class TrainerSettings(Section):
     save_strategy: Literal["no", "steps", "epoch", "best"] | None = unset("When to write a checkpoint.")
     save_steps: PositiveNumber | None = unset("Write one every so many steps; below 1 it is a share.")
     save_total_limit: Count | None = unset("Checkpoints to keep.")
+    async_save: bool | None = unset("Write checkpoints beside the training, from a copy in host memory.")
     save_only_model: bool | None = unset("Leave out optimizer state; such a checkpoint cannot be resumed.")
     resume_from_checkpoint: bool | str | None = unset("A checkpoint folder, or true for the last one.")
 

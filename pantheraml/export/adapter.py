@@ -6,7 +6,7 @@ import json
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftModel
 from safetensors import safe_open
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.pytorch_utils import Conv1D
 
+from pantheraml.checkpoint.names import UNFINISHED
 from pantheraml.checkpoint.publish import publish_folder
 from pantheraml.errors import AdapterError
 from pantheraml.export.fingerprint import base_name, differences, fingerprint
@@ -59,7 +60,7 @@ def save_adapter(
             fix="Use save_method='merged_16bit' for a fully fine-tuned model, or add an adapter with "
             "FastLanguageModel.get_peft_model.",
         )
-    kwargs.setdefault("save_embedding_layers", _vocabulary_changed(model))
+    kwargs.setdefault("save_embedding_layers", vocabulary_changed(model))
     trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     with publish_folder(folder, trained) as build:
         type(model).save_pretrained(model, str(build), **kwargs)
@@ -68,11 +69,14 @@ def save_adapter(
             config.with_name(RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(build)
-    say(f"Saved the adapter to {folder}.")
+    if not Path(folder).parent.name.startswith(
+        UNFINISHED
+    ):  # else a checkpoint, which is there when it is whole
+        say(f"Saved the adapter to {folder}.")
     return Path(folder)
 
 
-def _vocabulary_changed(model: PeftModel) -> bool | str:
+def vocabulary_changed(model: PeftModel) -> bool | Literal["auto"]:
     """Whether the embedding has other rows than the checkpoint's; PEFT would ask the hub, so it is told."""
     state = get_state(model)
     if state is None:

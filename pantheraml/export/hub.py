@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pantheraml.errors import SaveError
 from pantheraml.export.adapter import save_adapter
 from pantheraml.export.merge import check_mergeable_model, save_merged
 from pantheraml.log import say
+from pantheraml.models.hub_patience import patiently
 
 # Weights of an earlier upload that the new one lacks would be loaded instead of it, or beside it.
 _SUPERSEDED = {
@@ -156,9 +158,11 @@ def _open_repo(
 ) -> str:
     """Make the repository and the branch if they are missing; the full name of the repository."""
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        opening = f"opening {repo_id}"
+        create = partial(api.create_repo, repo_id, private=private, exist_ok=True)
+        repo_id = patiently(create, opening).repo_id
         if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+            patiently(partial(api.create_branch, repo_id, branch=revision, exist_ok=True), opening)
     except Exception as error:
         raise _hub_error(f"The hub repository {repo_id} cannot be opened", error, kept, repo_id) from error
     return repo_id
@@ -167,7 +171,8 @@ def _open_repo(
 def _upload(api: HfApi, folder: Path, repo_id: str, commit_message: str | None, revision: str | None) -> str:
     superseded = [name for new, names in _SUPERSEDED.items() if any(folder.glob(new)) for name in names]
     try:
-        commit = api.upload_folder(
+        upload = partial(
+            api.upload_folder,
             repo_id=repo_id,
             folder_path=folder,
             commit_message=commit_message or "Upload a model trained with PantheraML",
@@ -175,6 +180,7 @@ def _upload(api: HfApi, folder: Path, repo_id: str, commit_message: str | None, 
             delete_patterns=superseded or None,
             ignore_patterns=["checkpoint-*/**", ".pantheraml-*"],
         )
+        commit = patiently(upload, f"uploading to {repo_id}")
     except Exception as error:  # hub, network and Xet errors share no base; each must name the local copy
         raise _hub_error(f"The upload to {repo_id} stopped", error, folder, repo_id) from error
     say(f"Uploaded {folder.name} to {commit.repo_url}.")

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import struct
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pantheraml.errors import ModelLoadError
+from pantheraml.models.hub_patience import patiently
+from pantheraml.models.tensor_header import BadHeader, read_header
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer*", "*.tiktoken"]
 # Folders of a repository hold the same model in other formats.
@@ -122,7 +124,14 @@ def check_weights(folder: Path, stem: str) -> list[Path]:
             fix="Copy the missing files, or download the model again.",
         )
     for file in shards:
-        _check_complete(file)
+        try:
+            read_header(file)
+        except BadHeader as error:
+            raise ModelLoadError(
+                got=f"'{file}' {error}.",
+                need="The file is damaged, was cut short, or is not a safetensors file (a Git LFS pointer, perhaps).",
+                fix="Copy or download this file again.",
+            ) from None
     return shards
 
 
@@ -141,34 +150,6 @@ def _no_weights(place: str | Path, stem: str, names: list[str]) -> ModelLoadErro
         need=f"{stem}.safetensors or {stem}.safetensors.index.json with its shards is needed.",
         fix="Copy the missing files, or download the model again.",
     )
-
-
-def _check_complete(file: Path) -> None:
-    """Compare a safetensors file's size with what its header promises."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        header: dict[str, Any] | None = None
-        if 2 <= length <= size - 8:
-            try:
-                header = json.loads(stream.read(length))
-            except ValueError:
-                header = None
-    if header is None:
-        raise ModelLoadError(
-            got=f"'{file}' ({size:,} bytes) has no readable safetensors header.",
-            need="The file is damaged, was cut short, or is not a safetensors file (a Git LFS pointer, perhaps).",
-            fix="Copy or download this file again.",
-        )
-    ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise ModelLoadError(
-            got=f"'{file}' has {size:,} bytes where its header promises {expected:,} bytes.",
-            need="The file was cut short or overwritten; its tensors cannot be trusted.",
-            fix="Copy or download this file again.",
-        )
 
 
 def _local_folder(name: str, revision: str | None, token: str | None, trust_remote_code: bool) -> Path:
@@ -191,10 +172,11 @@ def _fetch(repo_id: str, revision: str | None, token: str | None, trust_remote_c
     from huggingface_hub import snapshot_download
 
     def download(patterns: list[str]) -> Path:
-        folder = snapshot_download(
-            repo_id, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=_NESTED
-        )
-        return Path(folder)
+        fetch = partial(
+            snapshot_download, repo_id, revision=revision, token=token, allow_patterns=patterns,
+            ignore_patterns=_NESTED,
+        )  # fmt: skip
+        return Path(patiently(fetch, f"fetching {repo_id}"))
 
     try:
         folder = download([*_SMALL_FILES, *(["*.py"] if trust_remote_code else [])])

@@ -12,6 +12,7 @@ from trl import SFTConfig
 
 from pantheraml.devices.inventory import is_bfloat16_supported, num_gpus
 from pantheraml.errors import ConfigError
+from pantheraml.training.non_finite import POLICIES, RESTORE
 
 
 @dataclass
@@ -29,6 +30,15 @@ class PantheraMLTrainingArguments(SFTConfig):
         merge_micro_batches: put the micro-batches of a step through the model together, as documents of one row without
             padding; the loss is the same. None does so on a GPU where memory allows and attention keeps documents
             apart, and not where recompute is asked for.
+        async_save: write checkpoints beside the training: the state is copied to host memory, which takes as much of it
+            as the trained weights and the optimizer's state, and a thread writes it. A failure is raised at the next
+            save, or at the end.
+        deterministic: take only what adds numbers up in a fixed order, so that two runs with the same arguments on as
+            many of the same GPUs are equal bit by bit; slower. On GPUs, CUBLAS_WORKSPACE_CONFIG=:4096:8 has to be set
+            when Python starts.
+        on_non_finite: what becomes of a run when a loss or gradient is not finite: "stop" ends it with an error that
+            names step and rows, "skip" leaves the step out, "restore" goes back to the last checkpoint's weights and on
+            with the next rows. Weights and optimizer are never touched by such a step.
         logging_nan_inf_filter: off: a loss that is not finite is logged as such, and no step waits for the device to
             find out (transformers: replaced by the mean of the others).
         use_cpu: on where there is no CUDA GPU.
@@ -53,6 +63,15 @@ class PantheraMLTrainingArguments(SFTConfig):
     merge_micro_batches: bool | None = field(
         default=None, metadata={"help": "Micro-batches of a step in one pass; None decides by memory."}
     )
+    async_save: bool = field(
+        default=False, metadata={"help": "Write checkpoints beside the training, from a copy in host memory."}
+    )
+    deterministic: bool = field(
+        default=False, metadata={"help": "Two runs of the same layout are equal bit by bit; slower."}
+    )
+    on_non_finite: str = field(
+        default="stop", metadata={"help": "A loss or gradient that is not finite: stop, skip or restore."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Log losses that are not finite as what they are."}
     )
@@ -76,6 +95,22 @@ class PantheraMLTrainingArguments(SFTConfig):
                 fix="Leave it out to use learning_rate for embeddings too.",
             )
         super().__post_init__()
+        self._check_non_finite()
+
+    def _check_non_finite(self) -> None:
+        if self.on_non_finite not in POLICIES:
+            raise ConfigError(
+                got=f"on_non_finite={self.on_non_finite!r} was given.",
+                need='It is "stop", "skip" or "restore".',
+                fix="Leave it out to end a run whose loss is not finite.",
+            )
+        if self.on_non_finite == RESTORE and (self.save_strategy == "no" or self.save_only_model):
+            given = "save_only_model=True" if self.save_only_model else 'save_strategy="no"'
+            raise ConfigError(
+                got=f'on_non_finite="restore" and {given} were given.',
+                need="A run goes back to a checkpoint that it has saved, with its optimizer.",
+                fix=f'Leave {given} out, or pass on_non_finite="skip" to leave such steps out.',
+            )
 
 
 UnslothTrainingArguments = PantheraMLTrainingArguments

@@ -7,65 +7,130 @@ first one lists the files in a manifest and gives the folder its name.
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
 from pantheraml.checkpoint.manifest import has_manifest, problems
-from pantheraml.checkpoint.names import step_of
+from pantheraml.checkpoint.names import checkpoint_name, step_of
 from pantheraml.checkpoint.partial import removed_on_failure
 from pantheraml.checkpoint.pointers import BEST, point
 from pantheraml.checkpoint.resuming import STATE, newest_whole
 from pantheraml.checkpoint.retention import retain
-from pantheraml.checkpoint.unfinished import publish, saving
-from pantheraml.distributed.process_group import barrier, broadcast_object
+from pantheraml.checkpoint.run_record import Totals
+from pantheraml.checkpoint.unfinished import Unfinished, publish, saving
+from pantheraml.distributed.process_group import broadcast_object
 from pantheraml.errors import CheckpointError
 from pantheraml.log import say
-from pantheraml.training.resuming import ResumedRows
+from pantheraml.training.agreeing import agreeing
+from pantheraml.training.async_saves import AsyncSaves, Writes
+
+Best = tuple[int, float | None] | None
 
 
-class WholeCheckpoints(ResumedRows):
+class WholeCheckpoints(AsyncSaves):
     """The part of the trainer that saves checkpoints, and says which one a run goes on with."""
 
     # The hidden folder that a checkpoint is written to now.
     _saving_in: str | None = None
+    # What has failed of the checkpoint that is written now, to be raised when all ranks are past TRL's barriers.
+    _late: list[Exception] | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where checkpoints are written."""
         return super()._get_output_dir(trial=trial) if self._saving_in is None else self._saving_in
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save as TRL does; a checkpoint that cannot be finished is not there, older ones stay."""
+        """Save as TRL does; a checkpoint that cannot be finished is not there, older ones stay.
+
+        Raises:
+            DiskRefused: on every rank, if the disk of one of them failed; also that of the save before, if it was
+                written beside the training.
+        """
+        self.finish_saving()
         run, step = self._get_output_dir(trial=trial), self.state.global_step
-        name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        target, beside = Path(run, checkpoint_name(step)), self.saves_beside()
         # Each on a disk of its own, where nobody says when all are done; or uploaded beside the training, by its name.
         if self.args.save_on_each_node or self.args.push_to_hub:
-            with removed_on_failure(Path(run, name)):
-                super()._save_checkpoint(model, trial)
-                self.cursor().write(Path(run, name))
+            with removed_on_failure(target), agreeing(target, target):
+                self._write(model, trial)
+                self.cursor().write(target)
             return
         is_first = self.is_world_process_zero()
-        with saving(run, step) if is_first else nullcontext() as save:
-            self._saving_in = home = broadcast_object(None if save is None else str(save.home))
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._saving_in = None
-            self._name_best(run, home or "", name)
-            barrier()  # every rank has written
-            if save is not None:
-                cursor = self.cursor()
-                cursor.write(save.folder)
-                publish(
-                    save, {"cursor": asdict(cursor), "ranks": self.args.world_size, "epoch": self.state.epoch}
-                )
-        if is_first:
-            self._point_to_best(run)
-            retain(run, self.args.save_total_limit)
-        barrier()  # nobody looks for it before it is there
+        with ExitStack() as opened:
+            save: Unfinished | None = None
+            with agreeing(target):
+                save = opened.enter_context(saving(run, step)) if is_first else None
+            home = broadcast_object(None if save is None else str(save.home)) or ""
+            with agreeing(target, Path(home)), self.kept_for_later(beside) as later:
+                self._saving_in = home
+                try:
+                    self._write(model, trial)
+                finally:
+                    self._saving_in = None
+                self._name_best(run, home, target.name)
+            totals = self.totals()
+            finish: Callable[[], None] = _nothing
+            with agreeing(target, Path(home)):
+                if save is not None:
+                    finish = self._finishing(save, totals, later, opened)
+        self.start_saving(finish, target, beside=beside)
+
+    def _finishing(
+        self, save: Unfinished, totals: Totals, later: Writes, opened: ExitStack
+    ) -> Callable[[], None]:
+        """Write what rank 0 knows; what is left for it to do, perhaps in a thread, with what is ``opened``."""
+        cursor = self.cursor()
+        cursor.write(save.folder)
+        self.write_record(save.folder, totals)
+        about = {"cursor": asdict(cursor), "ranks": self.args.world_size, "epoch": self.state.epoch}
+        return partial(self._finish, save, later, about, self._best(str(save.run_folder)), opened.pop_all())
+
+    def _finish(
+        self, save: Unfinished, later: Writes, about: dict[str, Any], best: Best, opened: ExitStack
+    ) -> None:
+        with opened:
+            for write in later:
+                write()
+            publish(save, about)
+        if best is not None and (save.run_folder / checkpoint_name(best[0])).is_dir():
+            point(save.run_folder, BEST, best[0], metric=self.args.metric_for_best_model, value=best[1])
+        retain(save.run_folder, self.args.save_total_limit)
+
+    def _write(self, model: Any, trial: Any) -> None:
+        """Let TRL write its files; the first failure is raised at the end, since ranks meet in between."""
+        self._late = late = list[Exception]()
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            late.append(error)
+        finally:
+            self._late = None
+        if late:
+            raise late[0]
+
+    @contextmanager
+    def _raised_late(self) -> Iterator[None]:
+        """Keep an error of the block for the end of the checkpoint that is being written, if one is."""
+        try:
+            yield
+        except Exception as error:
+            if self._late is None:
+                raise
+            self._late.append(error)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's."""
+        with self._raised_late():
+            super().create_model_card(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's."""
+        with self._raised_late():
+            super().save_model(*args, **kwargs)
 
     def _name_best(self, run: str, home: str, name: str) -> None:
         """The best checkpoint, if it is this one, by the name that it will have."""
@@ -76,11 +141,13 @@ class WholeCheckpoints(ResumedRows):
         if self.args.should_save:
             self.state.save_to_json(str(Path(home, name, STATE)))
 
-    def _point_to_best(self, run: str) -> None:
-        best, value = self.state.best_model_checkpoint, self.state.best_metric
+    def _best(self, run: str) -> Best:
+        """Step and metric of the best checkpoint so far, if it is one of this run."""
+        best = self.state.best_model_checkpoint
         step = None if best is None else step_of(Path(best).name)
-        if best is not None and step is not None and Path(best).parent == Path(run) and Path(best).is_dir():
-            point(Path(run), BEST, step, metric=self.args.metric_for_best_model, value=value)
+        if best is None or step is None or Path(best).parent != Path(run):
+            return None
+        return step, self.state.best_metric
 
     def checkpoint_of(self, resume: str | Path | bool | None) -> str | bool | None:
         """The checkpoint that a run goes on with, the same on all ranks; what is damaged is passed over by name.
@@ -93,14 +160,12 @@ class WholeCheckpoints(ResumedRows):
         """
         if not resume:
             return None
-        found, said = broadcast_object(self._look_for(resume) if self.is_world_process_zero() else None) or (
-            None,
-            [],
-        )
+        looked = self._look_for(resume) if self.is_world_process_zero() else None
+        found, said, is_damaged = broadcast_object(looked) or (None, [], False)
         if resume is True:
             for line in said:
                 say(line)
-            if found is None and any(PREFIX_CHECKPOINT_DIR in line for line in said):
+            if found is None and is_damaged:
                 raise CheckpointError(
                     got=f"resume_from_checkpoint=True was given, and {self.args.output_dir} has no whole checkpoint.",
                     need="A run goes on only with one whose files are what was saved. " + " ".join(said),
@@ -115,12 +180,17 @@ class WholeCheckpoints(ResumedRows):
             )
         return str(resume)
 
-    def _look_for(self, resume: str | Path | bool) -> tuple[str | None, list[str]]:
-        """The folder, and what is wrong with it or was passed over before it."""
+    def _look_for(self, resume: str | Path | bool) -> tuple[str | None, list[str], bool]:
+        """The folder, what is wrong with it or was passed over before it, and whether a checkpoint was."""
         if resume is True:
             choice = newest_whole(self.args.output_dir or ".")
-            return None if choice.folder is None else str(choice.folder), [
-                str(one) for one in choice.passed_over
-            ]
+            said = [str(one) for one in choice.passed_over]
+            is_damaged = any(step_of(one.name) is not None for one in choice.passed_over)
+            return None if choice.folder is None else str(choice.folder), said, is_damaged
         folder = Path(str(resume))
-        return str(folder), problems(folder) if has_manifest(folder) else []
+        said = problems(folder) if has_manifest(folder) else []
+        return str(folder), said, bool(said)
+
+
+def _nothing() -> None:
+    """What other ranks have to do to finish a checkpoint."""

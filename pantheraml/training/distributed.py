@@ -73,14 +73,19 @@ class PantheraMLDistributedTrainer(WatchedRuns, PantheraMLTrainer):
             )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as ``PantheraMLTrainer`` does, and tell what it does to the GPUs at every logging step."""
-        self._telemetry.begin()
+        """Train as ``PantheraMLTrainer`` does, watched for hangs."""
         with self.watched(self._watching):
             return super().train(*args, **kwargs)
 
+    def _train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as ``PantheraMLTrainer`` does, and tell what it does to the GPUs at every logging step."""
+        self._telemetry.begin(self._before.tokens)
+        return super()._train(*args, **kwargs)
+
     def figures(self, tokens: int, logs: dict[str, float]) -> dict[str, float]:
         """Telemetry of the steps since the last log line, for the log."""
-        return self._telemetry.measure(self.state.global_step, tokens, logs)
+        totals = {"total_tokens": tokens, "total_seconds": self.seconds_trained()}
+        return self._telemetry.measure(self.state.global_step, tokens, {**logs, **totals})
 
     def get_model_memory_usage(self) -> dict[str, dict[str, float]]:
         """Memory of the devices of all ranks in GiB: ``{"gpu_0": {...}, "gpu_1": {...}}``; any rank may ask, alone.

@@ -28,7 +28,7 @@ from pantheraml.models.recompute_plan import most_tokens
 from pantheraml.models.state import get_state
 from pantheraml.training.rank_batches import LABEL_AT
 from pantheraml.training.router_balance import Groups
-from pantheraml.training.sample_keys import KEYS
+from pantheraml.training.sample_keys import KEYS, NUMBERS
 from pantheraml.training.step_loss import StepLoss
 
 # Tokens beyond which a pass is no faster per token (H200, 8B: 8,192 tokens keep the GPU busy; twice that, to be sure).
@@ -104,6 +104,8 @@ def _joined(group: list[Batch], grouped: bool) -> Batch:
     tokens = {name: torch.cat([batch[name] for batch in group], dim=1) for name in names}
     label_at = np.concatenate([batch[LABEL_AT] + start for batch, start in zip(group, starts, strict=False)])
     beside: Batch = {}
+    if all(NUMBERS in batch for batch in group):
+        beside[NUMBERS] = np.concatenate([batch[NUMBERS] for batch in group])
     if grouped:
         numbers = np.repeat(np.arange(len(group)), sizes)
         labelled = np.array([batch[LABEL_AT].size > 0 for batch in group], dtype=np.float32)
@@ -165,6 +167,8 @@ class MergedSteps(StepLoss):
             return "attention is not PantheraML's"
         if self.args.device.type != "cuda" and not forced:
             return "there is no GPU that would wait"
+        if self.args.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+            return "as many go together as memory is free, and deterministic training was asked for"
         if state.recompute not in (False, "auto") and not forced:
             return "recompute was asked for, to save memory"
         if self.aux_loss_enabled and not (self._has_own_head and self._loss_is_plain()):

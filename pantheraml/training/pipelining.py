@@ -25,6 +25,7 @@ from pantheraml.models.state import ModelState, get_state
 from pantheraml.training.head import score, why_not_fused
 from pantheraml.training.merging import MergedSteps
 from pantheraml.training.router_balance import balance_loss, experts_per_token, router_sums
+from pantheraml.training.sample_keys import NUMBERS
 
 Batch = dict[str, Any]
 
@@ -43,6 +44,10 @@ class PipelinedSteps(MergedSteps):
     _pieces = 0  # into which each batch is cut; 0: stages compute one after the other
     _pipeline: Pipeline | None = None
     _step_size = 0
+
+    def tainting(self, loss: Tensor) -> Tensor:
+        """The loss of a micro-batch; a later part of the trainer adds to its gradient."""
+        return loss
 
     def plan_pipeline(self) -> None:
         """Decide, before a run, whether stages compute at the same time, and on how many micro-batches.
@@ -119,6 +124,7 @@ class PipelinedSteps(MergedSteps):
         """TRL's; in a pipeline the last batch of a step brings all of them through it, the others nothing."""
         if not self._pieces:
             return super().training_step(model, inputs, num_items_in_batch).to(self.args.device)
+        inputs.pop(NUMBERS, None)
         self._waiting.append(cast(Batch, self._prepare_inputs(inputs)))
         if len(self._waiting) < self._step_size:
             return torch.zeros((), device=self.args.device)
@@ -154,10 +160,13 @@ class PipelinedSteps(MergedSteps):
             labelled = float(index.numel() > 0)
             balance = None if routed is None else balance_loss(routed).sum() * labelled
             noted = None if balance is None else torch.stack([balance, torch.full_like(balance, labelled)])
-            self._figures.add(found.entropy, found.is_top1, torch.ones_like(target), tokens[i], noted)
+            labelled_rows = torch.ones_like(target)
+            self._figures.add(found.log_probs, found.entropy, found.is_top1, labelled_rows, tokens[i], noted)
             # Without labels every parameter is reached still.
             value = -found.log_probs.sum() / total if labelled else 0.0 * hidden.sum()
-            return value if balance is None else value + self.router_aux_loss_coef * balance / num_labelled
+            if balance is not None:
+                value = value + self.router_aux_loss_coef * balance / num_labelled
+            return self.tainting(value)
 
         scaler = self.accelerator.scaler
         scale = (lambda value: value) if scaler is None else scaler.scale

@@ -15,10 +15,18 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import islice
 from typing import Any
 
+import datasets
 import torch
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    get_worker_info,
+)
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
@@ -27,7 +35,15 @@ from pantheraml.errors import DataError
 from pantheraml.log import say_once
 from pantheraml.models.sample_dropout import TokenKeys, keyed, mixed
 from pantheraml.training.global_batch import GlobalBatch
-from pantheraml.training.sample_keys import KEYS, SAMPLE, Numbered, token_keys, without_number
+from pantheraml.training.sample_keys import (
+    KEYS,
+    NUMBERS,
+    SAMPLE,
+    Numbered,
+    numbers_of,
+    token_keys,
+    without_number,
+)
 
 Batch = dict[str, Any]
 # Which tokens of a flat batch are labels: numbers that stay on the host, where nobody waits to learn them.
@@ -105,7 +121,7 @@ class RankStream(IterableDataset[list[Any]]):
         rank: this one.
         drop_last: leave out, of the last step, what fills no batch on every rank.
         start: where a run goes on: the first epoch, and the rows of it that are done.
-        numbered: let rows know their number.
+        numbered: let rows know their number in the epoch.
     """
 
     def __init__(
@@ -129,7 +145,7 @@ class RankStream(IterableDataset[list[Any]]):
 
     def __iter__(self) -> Iterator[list[Any]]:
         first, batch = 0 if self._epoch else self._start[1], self._batch
-        rows = islice(self._rows, first, None)
+        rows = islice(_in_one_order(self._rows), first, None)
         if self._numbered:
             rows = ({**row, SAMPLE: number} for number, row in enumerate(rows, first))
         together = batch.per_device * batch.ranks
@@ -139,27 +155,40 @@ class RankStream(IterableDataset[list[Any]]):
             yield from batch.cut(found, self._rank)
 
 
+def _in_one_order(rows: Iterable[Any]) -> Iterable[Any]:
+    """A stream in the order that it has without workers: in a worker, be it the only one, datasets shuffles anew."""
+    if get_worker_info() is None or not isinstance(rows, datasets.IterableDataset):
+        return rows
+    return ({name: values[0] for name, values in batch.items()} for batch in rows.iter(batch_size=1))
+
+
 class FilledCollator:
     """A collator that makes a batch of no rows: one row, none of whose tokens is a label.
 
     Args:
         collator: the one for batches of rows.
         row: any row of the data set.
+        numbered: rows know their number; a batch tells those of its rows.
         keyed: add the keys of tokens, from the rows' numbers.
     """
 
-    def __init__(self, collator: Callable[[list[Any]], Batch], row: Any, *, keyed: bool = False) -> None:
-        self.collator, self._row, self._keyed = collator, row, keyed
+    def __init__(
+        self, collator: Callable[[list[Any]], Batch], row: Any, *, numbered: bool = False, keyed: bool = False
+    ) -> None:
+        self.collator, self._row, self._numbered, self._keyed = collator, row, numbered, keyed
 
     def __call__(self, examples: list[Any]) -> Batch:
         """The batch on the CPU."""
         return self._collated(examples) if examples else without_labels(self._collated([self._row]))
 
     def _collated(self, examples: list[Any]) -> Batch:
-        if not self._keyed:
+        if not self._numbered:
             return self.collator(examples)
-        batch = self.collator([without_number(example) for example in examples])
-        keys = token_keys(batch, examples)
+        batch = {
+            **self.collator([without_number(example) for example in examples]),
+            NUMBERS: numbers_of(examples),
+        }
+        keys = token_keys(batch, examples) if self._keyed else None
         return batch if keys is None else {**batch, KEYS: keys}
 
 
@@ -168,6 +197,8 @@ def without_labels(batch: Batch) -> Batch:
     none = {"labels": torch.full_like(batch["labels"], -100)}
     if LABEL_AT in batch:
         none[LABEL_AT] = batch[LABEL_AT][:0]
+    if NUMBERS in batch:
+        none[NUMBERS] = batch[NUMBERS][:0]
     return batch | none
 
 
@@ -220,6 +251,7 @@ class RankedRows(SFTTrainer):
         self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """TRL's; dropout in front of adapters follows the samples of the batch and the number of the step."""
+        inputs.pop(NUMBERS, None)
         keys = inputs.pop(KEYS, None)
         seed = mixed(self.args.seed, self.state.global_step)
         with keyed(None if keys is None else TokenKeys(keys.reshape(-1), seed)):
@@ -256,7 +288,7 @@ class RankedRows(SFTTrainer):
         self, dataset: Any, batch_size: int, collator: Any, sampler_fn: Any, is_training: bool
     ) -> DataLoader[Any]:
         sampler = None if sampler_fn is None else sampler_fn(dataset)
-        batch, numbered = self._batch_of(batch_size, is_training), is_training and self._keyed
+        batch = self._batch_of(batch_size, is_training)
         if isinstance(sampler, LengthGroupedSampler):
             sampler.batch_size = batch.rows  # transformers groups for one rank
         batches = RankBatches(
@@ -267,8 +299,8 @@ class RankedRows(SFTTrainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             drop_last=is_training and self.args.dataloader_drop_last,
         )
-        filled = FilledCollator(collator, dataset[0], keyed=numbered)
-        return self._loader(Numbered(dataset) if numbered else dataset, filled, batch_sampler=batches)
+        filled = FilledCollator(collator, dataset[0], numbered=is_training, keyed=is_training and self._keyed)
+        return self._loader(Numbered(dataset) if is_training else dataset, filled, batch_sampler=batches)
 
     def _share_of_stream(
         self, dataset: Any, batch_size: int, collator: Any, sampler_fn: Any, is_training: bool
@@ -281,9 +313,11 @@ class RankedRows(SFTTrainer):
             rank=self.args.process_index,
             drop_last=is_training and self.args.dataloader_drop_last,
             start=self._start if is_training else (0, 0),
-            numbered=is_training and self._keyed,
+            numbered=is_training,
         )
-        filled = FilledCollator(collator, first_row(dataset), keyed=is_training and self._keyed)
+        filled = FilledCollator(
+            collator, first_row(dataset), numbered=is_training, keyed=is_training and self._keyed
+        )
         return self._loader(stream, filled, batch_size=None)
 
     def _batch_of(self, batch_size: int, is_training: bool) -> GlobalBatch:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback, TrainerControl, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pantheraml.checkpoint.cursor import Cursor, read_cursor
 from pantheraml.errors import ConfigError
@@ -30,15 +30,21 @@ class Standing(TrainerCallback):
 
     def __init__(self) -> None:
         self.epoch = self.steps = 0
+        self._is_stream = False
 
-    def begin(self, cursor: Cursor | None) -> None:
+    def begin(self, cursor: Cursor | None, *, is_stream: bool = False) -> None:
         """A run begins, or goes on at ``cursor``."""
+        self._is_stream = is_stream
         self.epoch = 0 if cursor is None else cursor.epoch
         self.steps = 0 if cursor is None else -(-cursor.rows // cursor.global_batch_size)
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         """A step is done."""
         self.steps += 1
+        if (
+            self._is_stream
+        ):  # transformers counts from where the run went on; a pass has as many steps as the run
+            state.epoch = self.epoch + self.steps / state.max_steps
 
     def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
         """A pass is done, unless the run was stopped within it."""
@@ -127,7 +133,7 @@ class ResumedRows(RankedRows):
         is_stream = isinstance(self.train_dataset, IterableDataset)
         if cursor is not None and is_stream:
             cursor = in_stream(cast(Any, self.train_dataset), cursor)
-        self._standing.begin(cursor)
+        self._standing.begin(cursor, is_stream=is_stream)
         if cursor is None or not is_stream:  # transformers skips the batches of a table without reading them
             yield
             return

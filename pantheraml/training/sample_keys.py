@@ -1,4 +1,5 @@
-"""Which sample each token of a batch is of, and where in it: what dropout follows (``models/sample_dropout.py``).
+"""Which samples a batch is of, and which of them each token, and where in it: what dropout follows
+(``models/sample_dropout.py``), and what a step that went wrong is told by (``training/finite_steps.py``).
 
 A row's number is its place in the data set, or how many rows of the stream came before it in the epoch; both are the
 same on any number of ranks.
@@ -9,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-# The number of a row among its values, and the keys of tokens in a batch.
-SAMPLE, KEYS = "sample_number", "sample_keys"
+# The number of a row among its values, the keys of tokens in a batch, and the numbers of its rows, which stay on the
+# host.
+SAMPLE, KEYS, NUMBERS = "sample_number", "sample_keys", "sample_numbers"
 
 
 class Numbered:
@@ -41,6 +44,11 @@ class Numbered:
 def without_number(row: dict[str, Any]) -> dict[str, Any]:
     """The row as the data set has it."""
     return {name: value for name, value in row.items() if name != SAMPLE}
+
+
+def numbers_of(rows: Sequence[dict[str, Any]]) -> np.ndarray:
+    """The numbers of those rows that have one, int64; a row that only fills up a step has none."""
+    return np.array([row[SAMPLE] for row in rows if SAMPLE in row], dtype=np.int64)
 
 
 def token_keys(batch: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Tensor | None:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from pantheraml.distributed.process_group import is_distributed_available
 
+_TOKENS = 3  # their place among the sums
+
 
 class Figures(NamedTuple):
     """Means over the label tokens of some steps, of all ranks, and their tokens.
@@ -39,6 +41,7 @@ class StepFigures:
 
     def add(
         self,
+        log_probs: Tensor,
         entropy: Tensor,
         is_top1: Tensor,
         label_mask: Tensor,
@@ -48,23 +51,38 @@ class StepFigures:
         """Note one micro-batch, or several that went through the model together.
 
         Args:
+            log_probs: per position, of the label; not finite where the micro-batch is not.
             entropy: per position, nats; zero where there is no label.
             is_top1: per position, nonzero where the label is the most likely token.
             label_mask: per position, whether there is a label.
             tokens: number of tokens that are not padding.
             balance: the routers' losses of those that have labels, summed, and how many these are: (2,).
         """
-        figures = [entropy.detach().sum(), is_top1.sum(), label_mask.sum()]
+        # Kernels that keep an entropy above zero make zero of what is no number.
+        told = torch.add(entropy.detach().sum(), log_probs.detach().sum(), alpha=0)
+        figures = [told, is_top1.sum(), label_mask.sum()]
         figures.append(torch.as_tensor(tokens, device=entropy.device))
         if balance is not None:
             figures += list(balance.detach())
         self._rows.append(torch.stack([figure.to(torch.float64) for figure in figures]))
 
+    def waiting_tokens(self) -> int:
+        """Tokens of all ranks since the last time; reading waits for the device and the other ranks."""
+        if not self._rows:
+            return 0
+        tokens = torch.stack([row[3].to(self._rows[0].device) for row in self._rows]).sum()
+        if is_distributed_available():
+            dist.all_reduce(tokens)
+        return int(tokens)
+
     def take(self) -> Figures | None:
         """The figures of all ranks since the last time, or None; reading waits for the device and the other ranks."""
         if not self._rows:
             return None
-        sums = torch.stack([row.to(self._rows[0].device) for row in self._rows]).sum(0)
+        rows = torch.stack([row.to(self._rows[0].device) for row in self._rows])
+        # A micro-batch that is not finite has tokens, and no figures that could be part of a mean.
+        sums = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0.0).sum(0)
+        sums[_TOKENS] = rows[:, _TOKENS].sum()
         self._rows.clear()
         if is_distributed_available():
             dist.all_reduce(sums)

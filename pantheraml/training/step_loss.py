@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from trl import SFTConfig
 
-from pantheraml.training.checkpoints import WholeCheckpoints
+from pantheraml.training.full_disk import LastingRun
 from pantheraml.training.step_figures import StepFigures
 
 
-class StepLoss(WholeCheckpoints):
+class StepLoss(LastingRun):
     """The part of the trainer that computes the loss: TRL's, which waits for no device where it is the plain one."""
 
     # Whether our head is on the model, which knows the micro-batches of one pass from one another.
@@ -41,7 +41,9 @@ class StepLoss(WholeCheckpoints):
         tokens = mask.sum() if mask is not None else ids.numel() if ids is not None else 0
         tokens = tokens * output.label_mask.any()  # the row without labels of a rank that has run out of rows
         balance = self._balance(output, inputs) if self.aux_loss_enabled else None
-        self._figures.add(output.entropy, output.is_top1, output.label_mask, tokens, balance)
+        self._figures.add(
+            output.log_probs, output.entropy, output.is_top1, output.label_mask, tokens, balance
+        )
         loss = -output.log_probs.sum() / torch.as_tensor(labels).clamp(min=1)
         # Label tokens, and micro-batches, are those of all ranks, whose gradients are averaged.
         together = num_items_in_batch is not None and self.args.average_tokens_across_devices
@@ -98,6 +100,10 @@ class StepLoss(WholeCheckpoints):
                 figures["aux_loss"] = [found.balance]
             logs.update(self.figures(self._total_train_tokens, logs))
         super().log(logs, start_time)
+
+    def tokens_seen(self) -> int:
+        """As ``RecordedRun``; those since the last log line are waiting among the figures."""
+        return super().tokens_seen() + self._figures.waiting_tokens()
 
     def figures(self, tokens: int, logs: dict[str, float]) -> dict[str, float]:
         """What is logged beside the figures of the loss, after ``tokens`` of all ranks; nothing here."""

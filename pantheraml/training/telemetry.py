@@ -2,7 +2,8 @@
 
     console     one line, from rank 0; on a terminal a small table, a row for each GPU
     report_to   ``tokens_per_second``, ``mfu`` and ``peak_allocated_gib``, beside the loss, to the trackers of the run
-    file        ``telemetry.jsonl`` in the output folder: one line for each logging step, with every rank's devices
+    file        ``telemetry.jsonl`` in the output folder: one line for each logging step, with every rank's devices, and
+                the tokens and seconds of the run over all its starts
 
 Measuring is a few reads of counters on each rank and one exchange of some hundred bytes between CPUs; a step that is
 not logged costs nothing.
@@ -10,6 +11,7 @@ not logged costs nothing.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -77,9 +79,9 @@ class Telemetry:
         self._peak = peak_tflops(name)
         self.begin()
 
-    def begin(self) -> None:
-        """The first step comes next."""
-        self._began, self._tokens = time.perf_counter(), 0.0
+    def begin(self, tokens: float = 0.0) -> None:
+        """The first step comes next, after ``tokens`` of earlier starts of the run."""
+        self._began, self._tokens = time.perf_counter(), tokens
 
     def measure(self, step: int, tokens: float, logs: dict[str, float]) -> dict[str, float]:
         """The figures since the last call, said and written by rank 0; every rank calls this.
@@ -109,11 +111,14 @@ class Telemetry:
         return figures
 
     def _write(self, line: dict[str, Any]) -> None:
-        """A disk that is full does not end a run."""
+        """A disk that is full does not end a run, and leaves no half of a line."""
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            with self._file.open("ab", buffering=0) as file:
+                size, text = file.tell(), json.dumps(line).encode() + b"\n"
+                if file.write(text) < len(text):
+                    file.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             say_once(f"telemetry is not written to {self._file}: {first_line(error)}.")
 

@@ -45,12 +45,12 @@ from pantheraml.training.banner import (
     predict_memory,
 )
 from pantheraml.training.evaluation import TokenSums
+from pantheraml.training.finite_steps import FiniteSteps
 from pantheraml.training.given import one_tokenizer, refuse_name
 from pantheraml.training.global_batch import resolve_global_batch
 from pantheraml.training.head import bind_cpu_head, bind_head, needs_cpu_head, why_not_fused
 from pantheraml.training.module_walks import listed_once
 from pantheraml.training.optimizer import embedding_parameters, split_embedding_group
-from pantheraml.training.pipelining import PipelinedSteps
 from pantheraml.training.restarting import RestartedRuns
 from pantheraml.training.rows import (
     Rows,
@@ -59,9 +59,10 @@ from pantheraml.training.rows import (
     prepared_once,
     report_cut_rows,
 )
+from pantheraml.training.trackers import TrackerGuard
 
 
-class PantheraMLTrainer(RestartedRuns, PipelinedSteps):
+class PantheraMLTrainer(RestartedRuns, FiniteSteps):
     """SFTTrainer for models of ``FastLanguageModel`` (and any other causal language model).
 
     What it adds to TRL's trainer:
@@ -169,6 +170,8 @@ class PantheraMLTrainer(RestartedRuns, PipelinedSteps):
         # Layers of a split model compute several micro-batches in turn.
         self._keyed = follow_samples(cast(nn.Module, self.model), ledger) and not is_split(model)
         self._check_rows()
+        self._trackers = TrackerGuard()
+        self._trackers.cover(self.callback_handler)
 
     def _plan_memory(self) -> Predicted | None:
         """Plan recompute and merging for the longest batch, and predict what a step takes."""
@@ -202,6 +205,7 @@ class PantheraMLTrainer(RestartedRuns, PipelinedSteps):
             kwargs: likewise.
         """
         self._check_rows()  # rows may have been masked since
+        self._trackers.cover(self.callback_handler)  # some may have come since
         checkpoint = self.checkpoint_of(resume_from_checkpoint)
         with self.going_on(checkpoint):
             return self._train(checkpoint, *args, **kwargs)

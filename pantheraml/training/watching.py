@@ -25,7 +25,6 @@ _NEXT: dict[str, tuple[str, Allowance]] = {
     "on_optimizer_step": ("computing", "step"),
     "on_step_end": ("between steps", "step"),
     "on_epoch_end": ("between epochs", "first"),
-    "on_train_end": ("ending", "patient"),
     "on_prediction_step": ("evaluating", "patient"),
 }
 
@@ -94,13 +93,15 @@ class WatchedRuns(WholeCheckpoints):
         with self.patiently("saving"):
             return super()._save_checkpoint(*args, **kwargs)
 
-    def _load_best_model(self) -> None:
-        with self.patiently("loading the best model"):
-            super()._load_best_model()
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is under way."""
+        with self.patiently("saving"):
+            super().finish_saving()
 
-    def _finish_current_push(self) -> None:
-        with self.patiently("uploading"):
-            super()._finish_current_push()
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Last uploads, the best model, and callbacks at the end of a run."""
+        with self.patiently("ending"):
+            return super()._finalize_training(*args, **kwargs)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def test_the_manifest_lists_every_file_and_what_it_is_about(folder):
     manifest = read_manifest(folder)
     assert manifest.about == {"epoch": 0.3, "cursor": {"samples": 12}, "ranks": 2, "step": 3}
     assert list(manifest.libraries) == [
-        "python", "pantheraml", "torch", "transformers", "trl", "peft", "accelerate",
+        "python", "pantheraml", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes",
     ]  # fmt: skip
     assert {name: (file.size, file.sha256) for name, file in manifest.files.items()} == {
         name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in contents(3).items()
@@ -287,13 +287,13 @@ def test_big_files_are_not_held_in_memory(tmp_path):
     assert peak < 10_000_000
 
 
-def random_damage(folder: Path, chance: random.Random) -> None:
-    """One random thing that happens to files."""
+def random_damage(folder: Path, other_step: Path, chance: random.Random) -> None:
+    """One random thing that happens to the files of a checkpoint, beside which there is one of another step."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     path, other = chance.sample(files, 2)
     data = path.read_bytes()
     place = chance.randrange(len(data))
-    kind = chance.randrange(13)
+    kind = chance.randrange(17)
     if kind <= 3:
         path.write_bytes(data[:place] + bytes([data[place] ^ 1 << chance.randrange(8)]) + data[place + 1 :])
     elif kind == 4:
@@ -313,6 +313,16 @@ def random_damage(folder: Path, chance: random.Random) -> None:
         (folder / chance.choice(["notes", "model.safetensors", "a b.json", "optimizer.pt"])).write_bytes(data)
     elif kind == 11:
         (folder / "manifest.json").write_bytes(chance.randbytes(place))
+    elif kind == 12:  # files of the other step, one or all
+        names = sorted(tree(other_step))
+        for name in chance.choice([[chance.choice(names)], names, [*names, "manifest.json"][:-1]]):
+            shutil.copy(other_step / name, folder / name)
+    elif kind == 13:
+        swap(path, other_step / path.relative_to(folder))
+    elif kind in (14, 15):  # a folder of somebody else's
+        shutil.rmtree(folder)
+        foreign = {f"{chance.choice(FOREIGN)}": chance.randbytes(place) for _ in range(chance.randrange(4))}
+        write(folder, foreign or {"notes": b""})
     else:
         content = json.loads((folder / "manifest.json").read_text())
         part = chance.choice([content, content["files"], content["about"]])
@@ -322,6 +332,17 @@ def random_damage(folder: Path, chance: random.Random) -> None:
         )
         spoil = (folder / "manifest.json").write_text
         spoil(json.dumps(content))
+
+
+# What others write into folders of checkpoints.
+FOREIGN = (
+    "manifest.json",
+    "model.safetensors",
+    "trainer_state.json",
+    "pytorch_model.bin",
+    "config.json",
+    "x/y.bin",
+)
 
 
 def relevant(folder: Path) -> object:
@@ -344,13 +365,13 @@ def relevant(folder: Path) -> object:
 
 @pytest.mark.parametrize("start", [0, 1000])
 def test_a_hundred_random_damages_are_found_or_matter_to_nobody(tmp_path, start):
-    good = save(tmp_path / "good", 3)
+    good, other_step = save(tmp_path / "good", 3), save(tmp_path / "good", 5)
     before, unseen = relevant(good), 0
     for seed in range(start, start + 100):
         chance = random.Random(seed)
         run = tmp_path / "run"
         folder = Path(shutil.copytree(good, run / "checkpoint-3"))
-        random_damage(folder, chance)
+        random_damage(folder, Path(shutil.copytree(other_step, run / "elsewhere")), chance)
         found = problems(folder)
         assert (not found) == (relevant(folder) == before), (seed, found)
         assert all(sentence.endswith(".") and len(sentence) > 15 for sentence in found)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -321,6 +322,25 @@ def test_killed_while_writing_the_old_model_loads_and_the_next_save_cleans_up(tm
     save(tmp_path / "another", config_dot_json="new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["another", "out"]
     assert tree(target) == before
+
+
+def test_killed_before_its_folder_was_locked(tmp_path):
+    """While another process makes a folder, and takes it for its own a moment later."""
+    (tmp_path / ".pantheraml-saving-0123456789ab").mkdir()
+    save(tmp_path / "out", config_dot_json="1")
+    assert tree(tmp_path) == {"out/config.json": b"1"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_many_saves_beside_one_another_take_nothing_from_each_other(tmp_path):
+    def saves(number):
+        for turn in range(20):
+            save(tmp_path / f"out{number}", config_dot_json=str(turn))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(saves, range(4)))
+    assert tree(tmp_path) == {f"out{number}/config.json": b"19" for number in range(4)}
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_killed_between_two_renames_the_save_is_finished_later(tmp_path):

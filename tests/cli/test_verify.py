@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from pantheraml.checkpoint.pointers import BEST, point
-from pantheraml.checkpoint.tensor_files import BadHeader, read_header
 from pantheraml.checkpoint.unfinished import start_saving
+from pantheraml.models.tensor_header import BadHeader, read_header
 from tests.checkpoint.runs import contents, save, tree, write
 from tests.cli.test_app import cli  # noqa: F401 - a fixture
 
@@ -201,7 +201,7 @@ F32 = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         ({"a": F32}, b"123", "has .* bytes where its header promises"),
         ({"a": F32, "b": {**F32, "data_offsets": [2, 6]}}, b"123456", "overlap or leave gaps"),
         ({"a": {**F32, "data_offsets": [4, 8]}}, b"12345678", "overlap or leave gaps"),
-        ({"a": {**F32, "shape": [2]}}, b"1234", "gives a a size that is not that of its shape"),
+        ({"a": {**F32, "shape": [2]}}, b"1234", "gives 'a' a size that is not that of its shape"),
         ({"a": {**F32, "data_offsets": [4, 0]}}, b"", "no readable safetensors header"),
         ({"a": {**F32, "shape": [-1]}}, b"1234", "no readable safetensors header"),
         ({"a": {"dtype": "F32"}}, b"1234", "no readable safetensors header"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import string
 
 from pantheraml.config.load import dump_config, load_config, parse_config
@@ -42,7 +43,10 @@ def outcome(read) -> RunConfig | ConfigError:
     try:
         return read()
     except ConfigError as error:
-        assert str(error).strip()
+        first, *problems = str(error).split("\n")
+        said = re.search(r" has (\d+) problems:$", first)
+        assert len(problems) == (int(said[1]) if said else 0), error
+        assert all(line.endswith((".", "?")) and len(line) > 15 for line in problems or [first]), error
         return error
 
 

@@ -41,9 +41,9 @@ def hang(how, alone, output, seconds):
         ctypes.PyDLL(None).sleep(1000)  # Python's lock is held
     if how == "slow":
         time.sleep(1.1 * seconds)
-        work(2.5 * seconds)
+        work(2 * seconds)
         subprocess.run(
-            [sys.executable, "-c", f"while __import__('time').process_time() < {1.5 * seconds}: pass"]
+            [sys.executable, "-c", f"while __import__('time').process_time() < {1.2 * seconds}: pass"]
         )
     if how == "raise":
         raise ValueError("this rank fails")
@@ -54,7 +54,7 @@ def train(ranks, how, output, seconds, watchdog):
     for step in range(1, 7):
         watchdog.progress(step, "between steps")
         watchdog.progress(step, "computing")
-        time.sleep((0.8 if how == "slow" else 0.3) * seconds)
+        time.sleep((0.5 if how == "slow" else 0.3) * seconds)
         if step == 4 and rank == ranks - 1:
             hang(how, ranks == 1, output, seconds)
         if step == 4 and how == f"stop{rank}":
@@ -62,7 +62,7 @@ def train(ranks, how, output, seconds, watchdog):
         collective()
         if how == "slow" and step == 4 and rank == 0:
             with watchdog.patient("saving"):
-                time.sleep(2.5 * seconds)
+                time.sleep(2 * seconds)
 
 
 def main(ranks, how, output, seconds):
@@ -76,7 +76,7 @@ def main(ranks, how, output, seconds):
     except Exception as error:
         watchdog.stop(error)
         if how == "raise":
-            time.sleep(3 * seconds)
+            time.sleep(2 * seconds)
         raise
     began = time.monotonic()
     watchdog.stop()

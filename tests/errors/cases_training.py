@@ -47,6 +47,26 @@ def rate_of_embeddings_that_are_not_trained(shop: Workshop) -> None:
 
 
 @case
+def policy_for_losses_that_is_none(shop: Workshop) -> None:
+    shop.trainer(ROWS, arguments={"on_non_finite": "ignore"})
+
+
+@case
+def nothing_to_go_back_to(shop: Workshop) -> None:
+    shop.trainer(ROWS, arguments={"on_non_finite": "restore", "save_strategy": "no"})
+
+
+@case
+def step_that_is_not_finite(shop: Workshop) -> None:
+    import math
+
+    trainer = shop.trainer(ROWS, arguments={"on_non_finite": "stop", "seed": 1, "max_steps": 1})
+    head = trainer.model.get_base_model().model.norm
+    head.register_forward_hook(lambda module, inputs, output: output * math.nan)
+    trainer.train()
+
+
+@case
 def run_file_with_three_problems(shop: Workshop) -> None:
     from pantheraml.config.load import load_config
 
@@ -88,3 +108,12 @@ def run_file_that_is_not_there(shop: Workshop) -> None:
     from pantheraml.config.load import load_config
 
     load_config(shop.root / "nothing.yaml")
+
+
+@case
+def deterministic_without_the_variable(shop: Workshop) -> None:
+    import torch
+
+    from pantheraml.training.repeatable import check_cublas
+
+    check_cublas(torch.device("cuda"), {})

@@ -22,6 +22,7 @@ class Hub(ThreadingHTTPServer):
         self.messages: list[str] = []
         self.objects: dict[str, bytes] = {}
         self.closed = {"someone/closed"}
+        self.busy: dict[str, list[int]] = {}  # statuses that come first, by what is asked for
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -84,6 +85,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         data = self.body()
         path = urlparse(self.path).path.strip("/").split("/")
+        busy = self.server.busy.get(path[-2] if path[4:5] == ["commit"] else path[-1])
+        if busy:
+            return self.answer({"error": "come back later"}, busy.pop(0))
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.answer({"error": "Invalid username or password."}, 401)
         if path == ["api", "repos", "create"]:

@@ -29,6 +29,7 @@ def session(llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     (folder / "tmp").mkdir()
     hub = Hub()
+    hub.busy = {"create": [503], "commit": [502]}
     environment = os.environ | {
         "HF_ENDPOINT": hub.endpoint,
         "HF_HUB_OFFLINE": "0",
@@ -100,6 +101,12 @@ def test_a_wrong_token_or_name_shows_before_the_work(session):
     assert found["wrong name"].startswith("SaveError") and "a/b/c" in found["wrong name"]
     assert found["wrong method"].startswith("ConfigError")
     assert "someone/new" not in hub.repos
+
+
+def test_a_busy_hub_is_asked_again(session):
+    """The first repository and the first commit were refused for a moment; "wrong token" was asked for once."""
+    hub, found, _ = session
+    assert hub.busy == {"create": [], "commit": []} and found["adapter"].endswith("someone/adapter")
 
 
 def test_a_failed_upload_says_where_the_files_are(session, llama):

@@ -91,6 +91,22 @@ def test_each_row_is_reached(machine, call, packages, broken, capability, chosen
     assert choose(call).name == chosen
 
 
+@pytest.mark.parametrize(
+    ("call", "chosen"),
+    [(CALL, "torch-flash"), (PACKED, "torch-flash"), (replace(CALL, softcap=50.0), "flash-attn-2"),
+     (replace(CALL, dtype=torch.float32), "torch-efficient")],
+)  # fmt: skip
+def test_deterministic_training_takes_what_has_a_fixed_order(machine, call, chosen):
+    machine.packages = {FA4, FA3, FA2}
+    torch.use_deterministic_algorithms(True)
+    try:
+        backend, passed = table.fastest(call)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert backend.name == chosen
+    assert call.dtype == torch.float32 or ("flash-attn-4", "adds gradients up in no fixed order") in passed
+
+
 def test_every_backend_is_somebodys_choice():
     cases = test_each_row_is_reached.pytestmark[0].args[1]
     assert {case[-1] for case in cases if not case[0].packed} == {b.name for b in table.DENSE}

@@ -10,6 +10,7 @@ import torch
 
 from pantheraml import FastLanguageModel
 from pantheraml.errors import PantheraMLError
+from pantheraml.models import hub_patience
 
 
 def attempt(name: str, **flags: Any) -> dict[str, Any]:
@@ -32,5 +33,6 @@ def attempt(name: str, **flags: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    hub_patience.LIMIT = 0.5  # a hub that stays broken is given up soon
     found = {key: attempt(**flags) for key, flags in json.loads(sys.argv[1]).items()}
     print("RESULT " + json.dumps(found))

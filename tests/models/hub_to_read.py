@@ -34,6 +34,7 @@ class HubToRead(ThreadingHTTPServer):
         self.gated: set[str] = set()
         self.private: set[str] = set()
         self.broken: set[str] = set()
+        self.busy: dict[str, list[int]] = {}  # statuses that come first, for requests about a repository
         self.requests: list[Request] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -77,6 +78,8 @@ class _Handler(BaseHTTPRequestHandler):
         is_api = parts[:2] == ["api", "models"]
         name = "/".join(parts[2:4] if is_api else parts[:2])
         branches = self.server.repos.get(name)
+        if is_api and self.server.busy.get(name):
+            return self.fail(self.server.busy[name].pop(0), "", "Come back later", {"Retry-After": "1"})
         if name in self.server.broken:
             return self.fail(500, "", "Internal error")
         if branches is None or (name in self.server.private and token != TOKEN):
@@ -105,8 +108,9 @@ class _Handler(BaseHTTPRequestHandler):
     def send(self, body: object) -> None:
         self.reply(200, json.dumps(body).encode(), "application/json", {})
 
-    def fail(self, status: int, code: str, message: str) -> None:
-        self.reply(status, b"", "application/json", {"X-Error-Code": code, "X-Error-Message": message})
+    def fail(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
+        said = {"X-Error-Code": code, "X-Error-Message": message}
+        self.reply(status, b"", "application/json", said | (headers or {}))
 
     def reply(self, status: int, data: bytes, kind: str, headers: dict[str, str]) -> None:
         self.send_response(status)

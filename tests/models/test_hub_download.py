@@ -36,6 +36,7 @@ LOADS = {
     "pickles": {"name": "org/pickles", "token": TOKEN},
     "empty": {"name": "org/empty", "token": TOKEN},
     "broken": {"name": "org/broken", "token": TOKEN},
+    "busy": {"name": "org/busy", "token": TOKEN},
 }
 
 
@@ -75,6 +76,7 @@ def repositories(tmp_path_factory):
         "org/pickles": {"main": {**small, "pytorch_model.bin": b"a pickle"}},
         "org/empty": {"main": small},
         "org/broken": {"main": tried},
+        "org/busy": {"main": tried},
     }
 
 
@@ -98,6 +100,7 @@ def session(home: Path, loads: dict, **environment: str) -> dict:
 def online(repositories, tmp_path_factory):
     """The hub after all loads, what came of them, and the cache."""
     hub = HubToRead(repositories)
+    hub.busy = {"org/busy": [503, 429]}
     hub.gated, hub.private, hub.broken = {"org/gated"}, {"org/closed"}, {"org/broken"}
     home = tmp_path_factory.mktemp("home")
     found = session(home, LOADS, HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="0")
@@ -173,6 +176,15 @@ def test_what_cannot_be_downloaded(online, load, said):
     _, found, _ = online
     assert said in found[load]["error"]
     assert "\n" not in found[load]["error"]
+
+
+def test_a_busy_hub_is_asked_again(online):
+    """503, then 429, each with the second after which it is to be asked again; what is missing is asked for once."""
+    hub, found, _ = online
+    assert hub.busy["org/busy"] == [] and found["busy"]["logits"] == found["tried"]["logits"]
+    asked = [one.path for one in hub.requests if one.path.startswith("/api/models/org/busy/revision")]
+    assert len(asked) >= 3
+    assert sum("org/nothing" in one.path for one in hub.requests) == 1
 
 
 def test_without_a_network_the_cache_serves(online):

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 
 from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments
 from pantheraml.checkpoint.manifest import problems, read_manifest
 from pantheraml.checkpoint.pointers import read_pointer
+from pantheraml.checkpoint.run_record import read_totals
 from pantheraml.errors import CheckpointError
 from tests import tiny
 from tests.distributed.ranks import run_ranks
@@ -23,7 +25,7 @@ def folder(tmp_path_factory):
     return tiny.save_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
 
 
-def build(folder, output, **settings):
+def build(folder, output, kind=PantheraMLTrainer, **settings):
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(folder), 64, load_in_4bit=False, device_map="cpu"
     )
@@ -35,7 +37,7 @@ def build(folder, output, **settings):
             **dict(learning_rate=1e-3, report_to="none", disable_tqdm=True, use_cpu=True), **settings,
         },
     )  # fmt: skip
-    return PantheraMLTrainer(model, args, train_dataset=ROWS, eval_dataset=ROWS, tokenizer=tokenizer)
+    return kind(model, args, train_dataset=ROWS, eval_dataset=ROWS, tokenizer=tokenizer)
 
 
 def train(folder, output, **settings):
@@ -136,3 +138,39 @@ def test_ranks_save_one_checkpoint_and_agree_on_it(folder, tmp_path):
     second = run_ranks(2, on_ranks, folder, tmp_path, dict(save_steps=3))
     for mine, theirs in zip(second, first, strict=True):
         assert mine == theirs
+
+
+def test_a_checkpoint_says_what_its_run_was_told_and_came_to(folder, tmp_path, caplog):
+    """Totals are those of all starts, whenever they are logged."""
+    whole = train(folder, tmp_path / "whole", save_steps=3, logging_steps=4, hub_token="secret")
+    trainer = build(folder, tmp_path / "again", save_steps=1, logging_steps=4)
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    text = (checkpoint / "manifest.json").read_text()
+    (checkpoint / "manifest.json").unlink()
+    record = json.loads((checkpoint / "run.json").read_text())
+    assert record["arguments"]["learning_rate"] == 1e-3 and record["arguments"]["seed"] == 42
+    assert record["multi_gpu"]["backend"] == "nccl" and "secret" not in json.dumps(record)
+    before = read_totals(checkpoint)
+    lengths = [len(row["input_ids"]) for row in ROWS]
+    assert before.tokens == pytest.approx(6 * sum(lengths) / len(lengths), abs=12) and before.seconds > 0
+    record["totals"]["peak_allocated_gib"] = 3.5
+    (checkpoint / "run.json").write_text(json.dumps(record))
+    with caplog.at_level("INFO", "pantheraml"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    after, theirs = (read_totals(tmp_path / name / "checkpoint-6") for name in ("again", "whole"))
+    assert after.tokens == theirs.tokens > before.tokens and after.seconds > before.seconds
+    assert (before.peak_allocated_gib, after.peak_allocated_gib) == (None, 3.5)
+    last = [trainer.state.log_history[-2]["num_tokens"], whole.state.log_history[-2]["num_tokens"]]
+    assert last[0] == last[1], "the log's, too"
+    assert "was saved with" not in caplog.text, "nobody knows"
+    manifest = json.loads(text)
+    assert manifest["libraries"]["torch"] == torch.__version__
+
+
+def test_other_versions_are_said(folder, tmp_path, caplog, monkeypatch):
+    train(folder, tmp_path, max_steps=2)
+    monkeypatch.setattr("pantheraml.checkpoint.run_record.library_versions", lambda: {"torch": "9.9"})
+    with caplog.at_level("INFO", "pantheraml"):
+        build(folder, tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+    assert "checkpoint-2 was saved with python" in caplog.text
+    assert f"torch {torch.__version__} (here 9.9)" in caplog.text

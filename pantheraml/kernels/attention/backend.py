@@ -160,6 +160,11 @@ def why_no_flash(call: AttentionCall) -> str | None:
     return None
 
 
+def why_not_repeatable() -> str | None:
+    """Why a backend whose backward has no fixed order of sums is not to be used now, or None."""
+    return "adds gradients up in no fixed order" if torch.are_deterministic_algorithms_enabled() else None
+
+
 class AttentionBackend(Protocol):
     """One way to compute attention, without autograd and without state of its own."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.attention.backend import AttentionCall, Kept, why_no_flash
+from pantheraml.kernels.attention.backend import AttentionCall, Kept, why_no_flash, why_not_repeatable
 from pantheraml.kernels.attention.probe import PROBED_TOKENS, failure
 
 MOST_SHAPES = 16
@@ -30,7 +30,7 @@ class CuDNN:
 
     def why_not(self, call: AttentionCall) -> str | None:
         """Needs half precision, dense rows, no window, no soft-cap, and a GPU it is the faster one on."""
-        reason = why_no_flash(call)
+        reason = why_no_flash(call) or why_not_repeatable()
         if reason is not None:
             return reason
         if call.packed:

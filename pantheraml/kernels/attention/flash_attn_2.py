@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pantheraml.kernels.attention.backend import AttentionCall, Kept, why_no_flash
@@ -45,7 +46,8 @@ class FlashAttn2:
         dout, q, k, v, out = (t.detach() for t in call.tokens_of(dout, q, k, v, out))
         dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
         tensors = dout, q, k, v, out, kept[0], dq, dk, dv
-        backward(*tensors, deterministic=False, rng_state=None, **_options(call))
+        in_order = torch.are_deterministic_algorithms_enabled()
+        backward(*tensors, deterministic=in_order, rng_state=None, **_options(call))
         dq, dk, dv = call.rows_of(dq, dk, dv)
         return dq, dk, dv
 

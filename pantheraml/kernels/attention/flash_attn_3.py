@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.attention.backend import AttentionCall, Kept, why_no_flash
+from pantheraml.kernels.attention.backend import AttentionCall, Kept, why_no_flash, why_not_repeatable
 from pantheraml.kernels.attention.package import functions, why_absent
 from pantheraml.kernels.attention.probe import failure
 
@@ -22,7 +22,7 @@ class FlashAttn3:
 
     def why_not(self, call: AttentionCall) -> str | None:
         """Needs the package, Hopper, half precision and heads of 8, 16, ... 256 numbers."""
-        reason = why_no_flash(call)
+        reason = why_no_flash(call) or why_not_repeatable()
         if reason is None and torch.cuda.get_device_capability(call.device)[0] != 9:
             reason = "is for Hopper only"
         if reason is None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.attention.backend import AttentionCall, Kept, why_no_flash
+from pantheraml.kernels.attention.backend import AttentionCall, Kept, why_no_flash, why_not_repeatable
 from pantheraml.kernels.attention.package import ABSENT, functions, why_absent
 from pantheraml.kernels.attention.probe import failure
 
@@ -25,7 +25,7 @@ class FlashAttn4:
 
     def why_not(self, call: AttentionCall) -> str | None:
         """Needs the package, Hopper or newer, half precision and heads of 8, 16, ... 256 numbers."""
-        reason = why_no_flash(call)
+        reason = why_no_flash(call) or why_not_repeatable()
         if reason is None and torch.cuda.get_device_capability(call.device) < (9, 0):
             reason = "has a backward for Hopper and newer only"
         if reason is None:

@@ -1,0 +1,166 @@
+"""Does memory grow while a run goes on? One training run for minutes, its memory over time, and the slope.
+
+    python -m benchmarks.soak --model /models/llama-8b --minutes 30 --json soak.json --plot soak.png
+    python -m benchmarks.soak --shape tiny --minutes 5 --save-steps 20
+
+Rows are of Alpaca's lengths, so that hardly any step has the shape of another; a checkpoint is saved and an evaluation
+run every ``--save-steps`` steps. Host memory is what the process and its children hold for themselves; the GPU's is
+what torch holds: allocated at the end of steps, reserved, and the peak between two looks. The first fifth of the time
+is left out of the slopes: caches fill. The exit code is 1 when a slope is above ``--most`` MiB a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import PRECISIONS
+from benchmarks.shapes import SHAPES, checkpoint
+
+MIB = 2**20
+WATCHED = ("host", "allocated", "reserved", "peak")
+
+
+def host_bytes() -> int:
+    """Memory that this process and its children hold alone; pages that several share count once, in none."""
+    import psutil
+
+    me = psutil.Process()
+    held = 0
+    for process in (me, *me.children(recursive=True)):
+        try:
+            held += process.memory_full_info().uss
+        except psutil.Error:  # it has ended since
+            continue
+    return held
+
+
+def look(seconds: float, step: int) -> dict[str, float]:
+    """Memory now, in bytes, and the time since the run began."""
+    import torch
+
+    found = {"seconds": seconds, "step": float(step), "host": float(host_bytes())}
+    if torch.cuda.is_available():
+        found["allocated"] = float(torch.cuda.memory_allocated())
+        found["reserved"] = float(torch.cuda.memory_reserved())
+        found["peak"] = float(torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+    return found
+
+
+def slope(looks: list[dict[str, float]], name: str) -> float:
+    """Growth of ``name`` in MiB a minute, by least squares, without the first fifth of the time."""
+    last = looks[-1]["seconds"]
+    points = [(one["seconds"] / 60, one[name] / MIB) for one in looks if one["seconds"] >= last / 5]
+    middle_x = sum(x for x, _ in points) / len(points)
+    middle_y = sum(y for _, y in points) / len(points)
+    square = sum((x - middle_x) ** 2 for x, _ in points)
+    return sum((x - middle_x) * (y - middle_y) for x, y in points) / square if square else 0.0
+
+
+def soak(options: argparse.Namespace, model_name: str) -> list[dict[str, float]]:
+    """Train until the time is over; memory every ``--every`` seconds."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    from benchmarks.train_run import alpaca_lengths
+    from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments
+
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        model_name, max_seq_length=1024, **PRECISIONS[options.precision]
+    )
+    model = FastLanguageModel.get_peft_model(model, r=16, lora_dropout=0.05)
+    vocab = min(model.config.vocab_size, 128000)
+    lengths = alpaca_lengths(4096)
+    ids = [[3 + (7919 * row + place) % (vocab - 3) for place in range(n)] for row, n in enumerate(lengths)]
+    looks: list[dict[str, float]] = []
+
+    class Watch(TrainerCallback):
+        """Looks at step ends, and stops the run in time."""
+
+        began, next_look = 0.0, 0.0
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.began = self.began or time.monotonic()
+            seconds = time.monotonic() - self.began
+            if seconds >= self.next_look:
+                self.next_look = seconds + options.every
+                looks.append(look(seconds, state.global_step))
+            control.should_training_stop |= seconds > 60 * options.minutes
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = PantheraMLTrainer(
+            model=model,
+            tokenizer=tokenizer,
+            train_dataset=Dataset.from_dict({"input_ids": ids}),
+            eval_dataset=Dataset.from_dict({"input_ids": ids[:16]}),
+            args=PantheraMLTrainingArguments(
+                output_dir=folder, per_device_train_batch_size=8, gradient_accumulation_steps=2,
+                per_device_eval_batch_size=4, max_steps=10**6, learning_rate=1e-5, logging_steps=20,
+                save_steps=options.save_steps, save_total_limit=2, eval_strategy="steps",
+                eval_steps=options.save_steps, dataloader_num_workers=options.workers, report_to="none",
+                disable_tqdm=True,
+            ),
+            callbacks=[Watch()],
+        )  # fmt: skip
+        trainer.train()
+    return looks
+
+
+def plot(looks: list[dict[str, float]], file: Path) -> None:
+    """Memory over time, one panel for each kind."""
+    import matplotlib.pyplot as plt
+
+    names = [name for name in WATCHED if name in looks[0]]
+    figure, panels = plt.subplots(
+        len(names), 1, figsize=(8, 2.2 * len(names)), sharex=True, squeeze=False, layout="constrained"
+    )
+    for axes, name in zip(panels[:, 0], names, strict=True):
+        axes.plot([one["seconds"] / 60 for one in looks], [one[name] / 2**30 for one in looks])
+        axes.set_ylabel(f"{name}, GiB")
+        axes.set_title(f"{slope(looks, name):+.2f} MiB a minute", fontsize=9, loc="right")
+        axes.grid(alpha=0.3)
+    panels[-1, 0].set_xlabel("minutes")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", help="model folder or hub id")
+    parser.add_argument("--shape", choices=SHAPES, default="llama8b")
+    parser.add_argument("--layers", type=int, help="layers of the checkpoint that is made")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--every", type=float, default=5, help="seconds between two looks at memory")
+    parser.add_argument("--save-steps", type=int, default=50)
+    parser.add_argument("--workers", type=int, default=2, help="of the data loader")
+    parser.add_argument("--most", type=float, default=1.0, help="MiB a minute that memory may grow")
+    parser.add_argument("--json", type=Path, help="file of all looks")
+    parser.add_argument("--plot", type=Path, help="PNG to draw; of the looks in --json where it exists")
+    options = parser.parse_args()
+    if options.plot and options.json and options.json.exists():
+        looks = json.loads(options.json.read_text())["looks"]
+    else:
+        model = Path(options.model).resolve() if options.model else checkpoint(options.shape, options.layers)
+        looks = soak(options, str(model))
+        if options.json:
+            options.json.write_text(json.dumps({"command": sys.argv, "looks": looks}) + "\n")
+    if options.plot:
+        plot(looks, options.plot)
+    slopes = {name: slope(looks, name) for name in WATCHED if name in looks[0]}
+    steps = int(looks[-1]["step"])
+    print(f"{steps} steps in {looks[-1]['seconds'] / 60:.1f} minutes; MiB a minute:")
+    for name, value in slopes.items():
+        print(f"{name}: {value:+.3f} ({looks[0][name] / MIB:,.0f} -> {looks[-1][name] / MIB:,.0f} MiB)")
+    # A peak depends on the rows between two looks.
+    return int(max(slopes[name] for name in slopes if name != "peak") > options.most)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,59 @@
+"""A checkpoint says what its run was told and has come to, and a run that goes on says what is not as it was."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from pantheraml.checkpoint.run_record import Totals, other_versions, read_totals, write_record
+from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
+from pantheraml.devices.memory import get_memory_stats
+from pantheraml.distributed.process_group import gather_objects
+from pantheraml.log import say
+from pantheraml.training.repeatable import RepeatableRun
+
+
+class RecordedRun(RepeatableRun):
+    """The part of the trainer that counts what a run comes to, over all its starts."""
+
+    _multi_gpu: MultiGPUConfig | None = None
+    # Of the starts before this one, and when this one began.
+    _before, _began = Totals(), 0.0
+
+    @contextmanager
+    def going_on(self, resume: str | bool | None) -> Iterator[None]:
+        """As ``RepeatableRun``; totals go on from the checkpoint's."""
+        checkpoint = Path(resume) if isinstance(resume, str) else None
+        self._before = Totals() if checkpoint is None else read_totals(checkpoint)
+        self._total_train_tokens, self._began = self._before.tokens, time.perf_counter()
+        others = [] if checkpoint is None else other_versions(checkpoint)
+        if checkpoint is not None and others:
+            say(
+                f"{checkpoint.name} was saved with {', '.join(others)}: the run goes on, maybe not bit by bit."
+            )
+        with super().going_on(resume):
+            yield
+
+    def tokens_seen(self) -> int:
+        """Tokens trained on so far, of all ranks; every rank calls this."""
+        return int(self._total_train_tokens)
+
+    def seconds_trained(self) -> float:
+        """Seconds of training so far."""
+        return self._before.seconds + time.perf_counter() - self._began
+
+    def totals(self) -> Totals:
+        """What the run has come to; every rank calls this."""
+        mine = [row["peak_allocated"] for row in get_memory_stats().values() if "peak_allocated" in row]
+        peaks = [peak for rank in gather_objects(mine) for peak in rank]
+        if self._before.peak_allocated_gib is not None:
+            peaks.append(self._before.peak_allocated_gib)
+        return Totals(self.tokens_seen(), self.seconds_trained(), max(peaks, default=None))
+
+    def write_record(self, checkpoint: Path, totals: Totals) -> None:
+        """Write ``run.json`` into the folder of a checkpoint."""
+        settings = {"arguments": self.args.to_dict(), "multi_gpu": asdict(config_of(self._multi_gpu))}
+        write_record(checkpoint, settings, totals)
