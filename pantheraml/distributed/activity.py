@@ -2,7 +2,8 @@
 
 Waiting shows itself: a thread that sleeps, or waits for a lock, a socket or a GPU, stands at the same instruction of
 Python for as long as it does. One that tokenises, compiles or writes rows does not, and one that waits for its own
-processes to do so has processes that use the CPU.
+processes to do so has processes that use the CPU. A loop around a single long call stands still, too, but uses the CPU
+itself; where there is a GPU, that says nothing, since a host that waits for one asks again and again.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from pathlib import Path
 from types import CodeType, FrameType
 
 import psutil
+import torch
 
-# Share of one core from which on a process's children are at work; those of trackers use a few percent, and those that
-# compute may share the cores with many.
+# Share of one core from which on a thread, or a process's children, are at work; trackers use a few percent, and who
+# computes may share the cores with many.
 _BUSY = 0.1
 _DEBUGGERS = ("pdb.py", "bdb.py")
 
@@ -32,8 +34,10 @@ class Activity:
     def __init__(self, thread: int) -> None:
         self._thread = thread
         self._position: tuple[tuple[CodeType, int], ...] = ()
-        self._used: dict[int, float] = {}
+        self._used: dict[int, float] = {}  # seconds of CPU by process; 0 is the thread
         self._at = -math.inf
+        has_clock = hasattr(time, "pthread_getcpuclockid") and not torch.cuda.is_initialized()
+        self._cpu_clock = time.pthread_getcpuclockid(thread) if has_clock else None
 
     def has_moved(self, within: float) -> bool:
         """Whether the thread, or a child of this process, has worked since the last look.
@@ -43,9 +47,15 @@ class Activity:
         """
         now = time.monotonic()
         before, used, passed = self._position, self._used, now - self._at
-        self._position, self._used, self._at = self._now(), _used_by_children(), now
+        self._position, self._used, self._at = self._now(), {}, now
+        if self._position != before:
+            return passed < within
+        # To ask for children takes Python's lock for every process of the machine; it is free where the thread waits.
+        self._used = _used_by_children()
+        if self._cpu_clock is not None:
+            self._used[0] = time.clock_gettime(self._cpu_clock)
         worked = sum(seconds - used[pid] for pid, seconds in self._used.items() if pid in used)
-        return passed < within and (self._position != before or worked > _BUSY * passed)
+        return passed < within and worked > _BUSY * passed
 
     def is_debugged(self) -> bool:
         """Whether somebody looks at the thread with a debugger of Python's."""

@@ -40,7 +40,7 @@ def hang(how, alone, output, seconds):
     if how == "locked":
         ctypes.PyDLL(None).sleep(1000)  # Python's lock is held
     if how == "slow":
-        time.sleep(1.1 * seconds)
+        time.sleep(0.7 * seconds)
         work(2 * seconds)
         subprocess.run(
             [sys.executable, "-c", f"while __import__('time').process_time() < {1.2 * seconds}: pass"]
