@@ -35,6 +35,7 @@ parser.add_argument("--data", help="a JSONL file; docs/data-formats.md lists the
 parser.add_argument("--output", type=Path, default=Path("outputs/multi-gpu"))
 parser.add_argument("--max-steps", type=int, default=30)
 parser.add_argument("--num-processes", type=int, help="ranks on this machine; by default one for each GPU")
+parser.add_argument("--resume", action="store_true", help="go on with the newest checkpoint, if there is one")
 parser.add_argument("--advanced", action="store_true", help="show the settings, and what ranks can ask")
 options = parser.parse_args()
 
@@ -70,7 +71,7 @@ trainer = PantheraMLDistributedTrainer(
     ),
     multi_gpu_config=config,
 )
-trainer.train()
+trainer.train(resume_from_checkpoint="auto" if options.resume else None)
 
 if options.advanced and is_main_process():  # a rank may ask alone
     print(f"{get_world_size()} ranks trained; {config}")

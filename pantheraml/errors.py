@@ -63,6 +63,24 @@ class NotYetError(PantheraMLError, NotImplementedError):
     """A promised feature that this version does not have; the message says what to use."""
 
 
+class RunStopped(SystemExit):
+    """A training run was asked to stop, and is saved; where nobody catches it, the program ends with ``code``.
+
+    It is no ``Exception``: what a script does after its training would be done with a model that is half trained.
+
+    Args:
+        code: 128 + n for a signal n, 75 for a file STOP.
+        said: what was asked for and where the run is saved, as a sentence.
+    """
+
+    def __init__(self, code: int, said: str) -> None:
+        super().__init__(code)
+        self.said = said
+
+    def __str__(self) -> str:
+        return self.said
+
+
 def did_you_mean(word: str, known: Iterable[str], most: int = 3) -> str:
     """Close names as a sentence (``Did you mean 'q_proj'?``), empty when nothing is close.
 

@@ -126,7 +126,9 @@ class TrainerSettings(Section):
     save_total_limit: Count | None = unset("Checkpoints to keep.")
     async_save: bool | None = unset("Write checkpoints beside the training, from a copy in host memory.")
     save_only_model: bool | None = unset("Leave out optimizer state; such a checkpoint cannot be resumed.")
-    resume_from_checkpoint: bool | str | None = unset("A checkpoint folder, or true for the last one.")
+    resume_from_checkpoint: bool | str | None = unset(
+        "A checkpoint folder, true for the last one, or auto: the last one, if there is one."
+    )
 
     # Hub
     push_to_hub: bool | None = unset("Push checkpoints to the Hub.")

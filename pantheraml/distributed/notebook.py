@@ -26,7 +26,7 @@ import torch
 
 from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
 from pantheraml.distributed.process_group import setup_multi_gpu
-from pantheraml.errors import ConfigError, first_line
+from pantheraml.errors import ConfigError, RunStopped, first_line
 from pantheraml.launch.agent import run_ranks
 from pantheraml.launch.blame import Outcome
 from pantheraml.launch.environment import AGENT, LaunchEnvironment
@@ -80,6 +80,8 @@ def notebook_launch(
         error = _error_of(outcome, folder)
     if outcome.signal is not None:
         signal.raise_signal(outcome.signal)  # as if it had been sent to this process alone
+    if outcome.stopped:
+        raise RunStopped(outcome.code, outcome.stopped)
     raise error
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 from pantheraml.launch.blame import Outcome
 from pantheraml.launch.environment import AGENT
 from pantheraml.launch.rank_files import HUNG
+from pantheraml.launch.stopping import OTHERS, PassedOn, read_stop
 from pantheraml.log import say, warn
 
 if TYPE_CHECKING:
@@ -117,13 +118,18 @@ def run_ranks(command: list[str], ranks: Ranks, folder: Path) -> Outcome:
         if name.startswith("torch.distributed.elastic"):  # its lines would stand beside ours and say the same
             logging.getLogger(name).setLevel(logging.CRITICAL)
     say(_describe(ranks))
-    with _environment(_variables(ranks, folder)):
+    with _environment(_variables(ranks, folder)), PassedOn(folder) as requests:
         try:
             outcome = run_agent(_elastic_config(ranks), command, folder, ranks.count)
         except SignalException as error:
-            sent = signal.Signals(error.sigval)
-            return Outcome(128 + sent, said=f"{sent.name}: all ranks were ended.", signal=sent)
-    return replace(outcome, said=_describe_end(outcome, ranks.max_restarts)) if outcome.code else outcome
+            return _ended_by(signal.Signals(error.sigval), folder)
+        if not outcome.code:
+            return outcome
+        if requests.heard is not None:
+            return _ended_by(requests.heard, folder)
+        stopped = read_stop(folder)
+        said = "" if stopped else _describe_end(outcome, ranks.max_restarts)
+        return replace(outcome, said=said, stopped=stopped)
 
 
 def _describe_end(outcome: Outcome, max_restarts: int) -> str:
@@ -132,6 +138,11 @@ def _describe_end(outcome: Outcome, max_restarts: int) -> str:
         why = outcome.why_not_again or f"max_restarts={max_restarts} is used up"
         again = f", and are not started again ({why})"
     return f"{outcome.said}; {'all' if outcome.code == HUNG else 'the other'} ranks were ended{again}."
+
+
+def _ended_by(sent: signal.Signals, folder: Path) -> Outcome:
+    said = f"{sent.name}: all ranks were ended."
+    return Outcome(128 + sent, said=said, signal=sent, stopped=read_stop(folder))
 
 
 @contextmanager
@@ -178,4 +189,5 @@ def _elastic_config(ranks: Ranks) -> LaunchConfig:
         rdzv_configs={"rank": ranks.node_rank, "timeout": 900} if several else {"timeout": 900},
         max_restarts=ranks.max_restarts,
         monitor_interval=0.1,
+        signals_to_handle=OTHERS,
     )

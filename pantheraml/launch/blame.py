@@ -27,6 +27,7 @@ class Outcome:
         rank: the one that failed first; None if none did.
         said: what became of it, as a clause (as sentences, once all is over); empty if all is well.
         signal: what this process was sent while it waited, or None.
+        stopped: what the ranks were asked, and where they saved, as sentences; empty if they were not asked to stop.
         why_not_again: why the ranks are not to be started again, as a clause; None if they may be.
     """
 
@@ -34,6 +35,7 @@ class Outcome:
     rank: int | None = None
     said: str = ""
     signal: signal.Signals | None = None
+    stopped: str = ""
     why_not_again: str | None = None
 
 

@@ -30,10 +30,13 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from pantheraml.launch.blame import Exit, Outcome, blame
 from pantheraml.launch.rank_files import forget_end, read_record
+from pantheraml.launch.stopping import read_stop
 from pantheraml.log import warn
 
 # Seconds for ranks to end when one has failed; and for others to follow one that left with exit code 0.
 _GRACE, _FOLLOW = 10.0, 3.0
+# The same where the ranks were asked to stop: they have saved, and tell their trackers so.
+_GRACE_TO_STOP = 30.0
 _LOOK = 0.1
 
 
@@ -69,7 +72,7 @@ class RanksAgent(LocalElasticAgent):
                 for rank, one in self._exits(worker_group).items()
             }
             self.outcome = blame(after, [*failed, *left][0], left, self._folder)
-            if self.outcome.why_not_again is not None:
+            if self.outcome.why_not_again is not None or read_stop(self._folder):
                 self._remaining_restarts = 0
             return RunResult(WorkerState.FAILED)
         if len(exits) == len(worker_group.workers):
@@ -125,7 +128,7 @@ class RanksAgent(LocalElasticAgent):
         """End all ranks, with what they have started; the processes that had to be killed."""
         processes = list(self._processes().values())
         _signal_groups([one.pid for one in processes if one.poll() is None], signal.SIGTERM)
-        until = time.monotonic() + _GRACE
+        until = time.monotonic() + (_GRACE_TO_STOP if read_stop(self._folder) else _GRACE)
         while time.monotonic() < until and any(one.poll() is None for one in processes):
             time.sleep(_LOOK)
         stuck = {one.pid for one in processes if one.poll() is None}

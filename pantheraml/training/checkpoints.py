@@ -30,6 +30,9 @@ from pantheraml.training.async_saves import AsyncSaves, Writes
 
 Best = tuple[int, float | None] | None
 
+# The newest checkpoint, or none: what a script that is started again and again says.
+AUTO = "auto"
+
 
 class WholeCheckpoints(AsyncSaves):
     """The part of the trainer that saves checkpoints, and says which one a run goes on with."""
@@ -96,6 +99,7 @@ class WholeCheckpoints(AsyncSaves):
             for write in later:
                 write()
             publish(save, about)
+        say(f"Saved {save.target.name} in {self.args.output_dir}.")
         if best is not None and (save.run_folder / checkpoint_name(best[0])).is_dir():
             point(save.run_folder, BEST, best[0], metric=self.args.metric_for_best_model, value=best[1])
         retain(save.run_folder, self.args.save_total_limit)
@@ -153,7 +157,8 @@ class WholeCheckpoints(AsyncSaves):
         """The checkpoint that a run goes on with, the same on all ranks; what is damaged is passed over by name.
 
         Args:
-            resume: a folder; True: the newest whole one of ``output_dir``; None or False: none.
+            resume: a folder; True: the newest whole one of ``output_dir``; "auto": the same, or none where nothing was
+                saved yet; None or False: none.
 
         Raises:
             CheckpointError: the folder is damaged, or no checkpoint is whole.
@@ -162,12 +167,15 @@ class WholeCheckpoints(AsyncSaves):
             return None
         looked = self._look_for(resume) if self.is_world_process_zero() else None
         found, said, is_damaged = broadcast_object(looked) or (None, [], False)
-        if resume is True:
+        if resume in (True, AUTO):
             for line in said:
                 say(line)
+            if found is None and resume == AUTO and not is_damaged:
+                return None  # an unfinished first save, at most
             if found is None and is_damaged:
                 raise CheckpointError(
-                    got=f"resume_from_checkpoint=True was given, and {self.args.output_dir} has no whole checkpoint.",
+                    got=f"resume_from_checkpoint={resume!r} was given, and {self.args.output_dir} has no whole "
+                    "checkpoint.",
                     need="A run goes on only with one whose files are what was saved. " + " ".join(said),
                     fix="Remove what is damaged and start anew, or give the folder of another run's checkpoint.",
                 )
@@ -182,7 +190,7 @@ class WholeCheckpoints(AsyncSaves):
 
     def _look_for(self, resume: str | Path | bool) -> tuple[str | None, list[str], bool]:
         """The folder, what is wrong with it or was passed over before it, and whether a checkpoint was."""
-        if resume is True:
+        if resume in (True, AUTO):
             choice = newest_whole(self.args.output_dir or ".")
             said = [str(one) for one in choice.passed_over]
             is_damaged = any(step_of(one.name) is not None for one in choice.passed_over)

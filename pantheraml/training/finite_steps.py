@@ -15,6 +15,7 @@ updated any more.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -55,7 +56,7 @@ class FiniteSteps(PipelinedSteps):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _begin_record(self) -> None:
-        self._record.clear()
+        self._record.forget()
         self._held = self._tainted = None
         self._means = _Means()
         self._saved: set[str] = set()  # checkpoints of this run
@@ -95,6 +96,19 @@ class FiniteSteps(PipelinedSteps):
             self._record.note(self.state.global_step + 1, "loss", loss, self._rows)
             self._rows = []
         return loss
+
+    def remember_figures(self) -> Callable[[], None]:
+        """As ``StepLoss``; losses that are noted from now on are forgotten, too."""
+        forget_figures, count, rows, tainted = (
+            super().remember_figures(), self._record.count, list(self._rows), self._tainted
+        )  # fmt: skip
+
+        def forget() -> None:
+            forget_figures()
+            self._record.forget(count)
+            self._rows, self._tainted = list(rows), tainted
+
+        return forget
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """transformers', called between the last backward of a step and the optimizer."""
@@ -139,6 +153,8 @@ class FiniteSteps(PipelinedSteps):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """TRL's, after a look: a run may be asked to save at any step."""
+        self._look()
         super()._save_checkpoint(model, trial)
         self._saved.add(f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,19 @@ class LastingRun(WholeCheckpoints):
         super()._save_checkpoint(model, trial)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """transformers'; a checkpoint that no disk takes is warned of, and callbacks are not told that it was saved.
+        """transformers'; ``without_what_no_disk_takes``."""
+        with self.without_what_no_disk_takes():
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    @contextmanager
+    def without_what_no_disk_takes(self) -> Iterator[None]:
+        """A checkpoint that no disk takes is warned of, and callbacks are not told that it was saved.
 
         Raises:
             DiskRefused: on every rank, where there is no step left that could be saved instead.
         """
         try:
-            super()._maybe_log_save_evaluate(*args, **kwargs)
+            yield
         except DiskRefused as error:
             if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
                 raise

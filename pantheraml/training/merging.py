@@ -8,7 +8,7 @@ micro-batches may as well be documents of one row: attention keeps them apart, a
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, cast
 
@@ -133,6 +133,7 @@ class MergedSteps(StepLoss):
 
     _most_tokens = 0
     _operations_per_token: int | None = None
+    _unmerged: Sequence[Batch] = ()  # the micro-batches of the step at hand, as they were
 
     def plan_merging(self) -> None:
         """Decide, before a run, up to how many tokens go through the model in one pass; 0 merges nothing.
@@ -205,13 +206,18 @@ class MergedSteps(StepLoss):
         """The micro-batches of a step, merged, and the number of label tokens in all of them."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._most_tokens:
+            self._unmerged = batches
             # Without the number of label tokens, TRL averages over micro-batches, which then must stay what they are.
-            most = self._most_tokens if num_items is not None else 0
-            batches = merge_batches(batches, most, grouped=self.aux_loss_enabled)
-            if not self._has_own_head:
-                for batch in batches:
-                    batch.pop("label_index", None)
+            batches = self.merged(batches, self._most_tokens if num_items is not None else 0)
         return batches, num_items
+
+    def merged(self, batches: list[Batch], most: int) -> list[Batch]:
+        """As many batches as were given, neighbours joined up to ``most`` tokens; see ``merge_batches``."""
+        found = merge_batches(batches, most, grouped=self.aux_loss_enabled)
+        if not self._has_own_head:
+            for batch in found:
+                batch.pop("label_index", None)
+        return found
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """What transformers computes; it counts all parameters anew for every micro-batch, which takes the host longer

@@ -117,8 +117,12 @@ class PipelinedSteps(MergedSteps):
     ) -> tuple[list[Any], Any]:
         """The batches of a step, and the number of label tokens in all of them."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._step_size, self._waiting = len(batches), list[Batch]()
+        self.begin_step(len(batches))
         return batches, num_items
+
+    def begin_step(self, batches: int) -> None:
+        """A step of so many batches begins; in a pipeline the last of them brings all through it."""
+        self._step_size, self._waiting = batches, list[Batch]()
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         """TRL's; in a pipeline the last batch of a step brings all of them through it, the others nothing."""

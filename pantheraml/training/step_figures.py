@@ -66,6 +66,15 @@ class StepFigures:
             figures += list(balance.detach())
         self._rows.append(torch.stack([figure.to(torch.float64) for figure in figures]))
 
+    @property
+    def count(self) -> int:
+        """Passes noted since the last time they were taken."""
+        return len(self._rows)
+
+    def forget(self, count: int) -> None:
+        """Forget all but the first ``count`` passes: the others are repeated."""
+        del self._rows[count:]
+
     def waiting_tokens(self) -> int:
         """Tokens of all ranks since the last time; reading waits for the device and the other ranks."""
         if not self._rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from trl import SFTConfig
 
-from pantheraml.training.full_disk import LastingRun
 from pantheraml.training.step_figures import StepFigures
+from pantheraml.training.stopping import StoppableRuns
 
 
-class StepLoss(LastingRun):
+class StepLoss(StoppableRuns):
     """The part of the trainer that computes the loss: TRL's, which waits for no device where it is the plain one."""
 
     # Whether our head is on the model, which knows the micro-batches of one pass from one another.
@@ -86,6 +86,19 @@ class StepLoss(LastingRun):
             and self.label_smoother is None
         )
         return model.training and is_nll
+
+    def remember_figures(self) -> Callable[[], None]:
+        """What forgets all figures that are noted from now on."""
+        count, tokens = self._figures.count, self._total_train_tokens
+        noted = {name: list(values) for name, values in self._metrics["train"].items()}
+
+        def forget() -> None:
+            self._figures.forget(count)
+            self._total_train_tokens = tokens
+            self._metrics["train"].clear()
+            self._metrics["train"].update(noted)
+
+        return forget
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as TRL does, with the figures of the steps since the last line."""

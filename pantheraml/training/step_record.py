@@ -67,10 +67,15 @@ class StepRecord:
         self._chunks[-1][place].copy_(value.detach(), non_blocking=True)
         self._noted.append((step, kind, rows or []))
 
-    def clear(self) -> None:
-        """Forget all steps."""
-        self._chunks.clear()
-        self._noted.clear()
+    @property
+    def count(self) -> int:
+        """Numbers noted since somebody looked."""
+        return len(self._noted)
+
+    def forget(self, count: int = 0) -> None:
+        """Forget all but the first ``count`` numbers."""
+        del self._noted[count:]
+        del self._chunks[-(-count // _CHUNK) :]
 
     def take(self) -> list[Step]:
         """The steps since the last time; waits for the device."""
@@ -84,5 +89,5 @@ class StepRecord:
                 step.norm = value
             else:
                 step.scale = value
-        self.clear()
+        self.forget()
         return list(found.values())

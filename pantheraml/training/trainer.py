@@ -45,12 +45,12 @@ from pantheraml.training.banner import (
     predict_memory,
 )
 from pantheraml.training.evaluation import TokenSums
-from pantheraml.training.finite_steps import FiniteSteps
 from pantheraml.training.given import one_tokenizer, refuse_name
 from pantheraml.training.global_batch import resolve_global_batch
 from pantheraml.training.head import bind_cpu_head, bind_head, needs_cpu_head, why_not_fused
 from pantheraml.training.module_walks import listed_once
 from pantheraml.training.optimizer import embedding_parameters, split_embedding_group
+from pantheraml.training.repeated_steps import RepeatedSteps
 from pantheraml.training.restarting import RestartedRuns
 from pantheraml.training.rows import (
     Rows,
@@ -62,7 +62,7 @@ from pantheraml.training.rows import (
 from pantheraml.training.trackers import TrackerGuard
 
 
-class PantheraMLTrainer(RestartedRuns, FiniteSteps):
+class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
     """SFTTrainer for models of ``FastLanguageModel`` (and any other causal language model).
 
     What it adds to TRL's trainer:
@@ -70,6 +70,7 @@ class PantheraMLTrainer(RestartedRuns, FiniteSteps):
     - rows in any known format are recognised, and one is shown with what is trained on marked;
     - a model without an adapter gets a LoRA adapter, unless it was loaded for full fine-tuning;
     - the micro-batches of a step go through the model in one pass where memory allows, without padding;
+    - a step that runs out of memory on any rank is repeated in smaller passes, with the same gradient;
     - recompute follows the model's policy, row length the model's ``max_seq_length``;
     - adapters are trained in float32, also on quantised models;
     - evaluation loss, perplexity and accuracy are means over all label tokens;
@@ -200,9 +201,15 @@ class PantheraMLTrainer(RestartedRuns, FiniteSteps):
 
         Args:
             resume_from_checkpoint: the folder of a checkpoint, or True for the last one of ``output_dir``: the run goes
-                on with the next row and the same number of rows a step, also on another number of ranks.
+                on with the next row and the same number of rows a step, also on another number of ranks. "auto" is
+                True where something was saved, and starts anew where nothing was.
             args: as for SFTTrainer.
             kwargs: likewise.
+
+        Raises:
+            RunStopped: SIGTERM, SIGUSR1 or a file STOP asked the run to stop, and it is saved; see
+                ``docs/reliability.md``.
+            KeyboardInterrupt: Ctrl-C did.
         """
         self._check_rows()  # rows may have been masked since
         self._trackers.cover(self.callback_handler)  # some may have come since

@@ -21,6 +21,7 @@ from pantheraml.training.step_record import Step
 from tests import tiny
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_pipeline import split_at
+from tests.training.starving import Starved
 from tests.training.test_checkpoints import build
 
 MARKER = 401  # a token whose embedding a test makes NaN
@@ -70,7 +71,16 @@ class Run(NamedTuple):
 
 
 def run(
-    folder, output, bad=(), left_out=(), in_gradient=False, stream=False, split=False, dropout=0.0, **settings
+    folder,
+    output,
+    bad=(),
+    left_out=(),
+    in_gradient=False,
+    stream=False,
+    split=False,
+    dropout=0.0,
+    most=None,
+    **settings,
 ):
     """A run of eight steps, whose rows ``bad`` are spoilt, or which leaves out some steps."""
     model, tokenizer = FastLanguageModel.from_pretrained(
@@ -95,6 +105,8 @@ def run(
         callbacks=[kept, Only(left_out)],
     )
     spoil(model, in_gradient)
+    if most is not None:
+        Starved(model, most, backward=True)
     seen = {}
     collect = trainer.get_batch_samples
 
@@ -172,6 +184,17 @@ def test_a_step_is_left_out(folder, tmp_path, clean, caplog, in_gradient, settin
     else:
         named = ", ".join(map(str, sorted(second)))
         assert f"The loss of step 4 is nan for rows {named}. The step is left out." in caplog.text
+
+
+def test_a_step_that_memory_did_not_suffice_for_is_told_once(folder, tmp_path, clean, caplog):
+    """Cut into single rows and repeated, and then left out: the row is named alone."""
+    bad = clean(1)[0].rows[1][1][1]
+    with caplog.at_level("INFO", "pantheraml"):
+        found = run(folder, tmp_path, (bad,), on_non_finite="skip", most=20)
+    assert "Step 1 ran out of memory on rank 0" in caplog.text
+    assert caplog.text.count(f"The loss of step 1 is nan for rows {bad}. The step is left out.") == 1
+    for step, weights in clean(1, (1,))[0].weights.items():
+        np.testing.assert_allclose(found.weights[step], weights, rtol=1e-4, atol=1e-6)
 
 
 def test_figures_are_those_of_the_other_steps(folder, tmp_path, clean):

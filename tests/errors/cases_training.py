@@ -111,6 +111,28 @@ def run_file_that_is_not_there(shop: Workshop) -> None:
 
 
 @case
+def row_that_does_not_fit(shop: Workshop) -> None:
+    from tests.training.starving import Starved
+
+    trainer = shop.trainer(ROWS, arguments={"max_steps": 1})
+    Starved(trainer.model, 3, backward=True)
+    trainer.train()
+
+
+@case
+def optimizer_that_does_not_fit(shop: Workshop) -> None:
+    import torch
+
+    trainer = shop.trainer(ROWS, arguments={"max_steps": 1})
+
+    def step(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    trainer.create_optimizer().register_step_pre_hook(step)
+    trainer.train()
+
+
+@case
 def deterministic_without_the_variable(shop: Workshop) -> None:
     import torch
 

@@ -58,7 +58,14 @@ def main():
             os._exit(0)
         while True:  # for a GPU, say: no signal is heard, and no error comes
             time.sleep(1)
-    if end == "wait":
+    if end == "saves":  # as a run that trains: one Ctrl-C is noted, a second one obeyed
+
+        def noted(number, _):
+            signal.signal(number, signal.default_int_handler)
+            Path(os.environ["READY"]).joinpath(f"{rank} noted").touch()
+
+        signal.signal(signal.SIGINT, noted)
+    if end in ("wait", "saves"):
         Path(os.environ["READY"]).joinpath(str(rank)).touch()
         time.sleep(100)
     if end == "first":

@@ -13,6 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
+
+from pantheraml.launch import stopping
+from pantheraml.launch.environment import AGENT
 
 SCRIPT = Path(__file__).with_name("script.py")
 ROOT = SCRIPT.parents[2]
@@ -115,6 +119,42 @@ def test_signals_end_every_rank(tmp_path, sent, code):
     else:
         assert f"{sent.name}: all ranks were ended" in err
     assert children and not any(map(lives, children))
+
+
+def test_ranks_that_save_are_waited_for(tmp_path):
+    """Ctrl-C once is passed on, and nothing more; twice ends them."""
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "2", "saves"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=environment(READY=str(tmp_path)),
+    )  # fmt: skip
+    for ready in ({"0", "1"}, {"0", "1", "0 noted", "1 noted"}):
+        deadline = time.monotonic() + 60
+        while {path.name for path in tmp_path.iterdir()} != ready and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if "0 noted" in ready:
+            time.sleep(1)
+            assert process.poll() is None, "they may take their time"
+        process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=45)
+    assert process.returncode == 130
+    assert "SIGINT: all ranks were ended" in err and "Traceback" not in err
+
+
+def test_ranks_that_do_not_end_are_not_waited_for_for_ever(tmp_path, monkeypatch):
+    """After ten minutes (here half a second) the agent hears a second signal, its own; elastic's way is taken then."""
+    monkeypatch.setattr(stopping, "_LONGEST_SAVE", 0.5)
+    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print(); time.sleep(60)"
+    with subprocess.Popen(
+        [sys.executable, "-uc", deaf], env=environment(**{AGENT: str(tmp_path)}), stdout=subprocess.PIPE
+    ) as rank:
+        rank.stdout.readline()
+        with pytest.raises(SignalException), stopping.PassedOn(tmp_path) as requests:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert requests.heard == signal.SIGTERM and stopping.read_stop(tmp_path) == "SIGTERM was sent."
+            time.sleep(30)
+        assert rank.poll() is None
+        rank.kill()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_the_first_rank_goes_first():

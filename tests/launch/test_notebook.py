@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from pantheraml import MultiGPUConfig, notebook_launch
-from pantheraml.errors import ConfigError
+from pantheraml.errors import ConfigError, RunStopped
+from pantheraml.launch.stopping import note_stop
 from tests import tiny
 from tests.launch.test_agent import environment, run
 
@@ -173,6 +174,17 @@ def give_back_what_cannot_be_copied():
 def test_a_result_that_cannot_come_back_is_refused():
     with pytest.raises(ConfigError, match="What rank 0 returned cannot be sent back"):
         notebook_launch(give_back_what_cannot_be_copied, num_processes=1)
+
+
+def stop_as_a_run_does():
+    note_stop("STOP: stopped after step 3.")
+    sys.exit(75)
+
+
+def test_a_run_that_was_stopped_did_not_fail():
+    with pytest.raises(RunStopped, match="STOP: stopped after step 3") as stopped:
+        notebook_launch(stop_as_a_run_does, num_processes=1)
+    assert stopped.value.code == 75
 
 
 def test_one_process_where_the_strategy_is_none():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,19 @@ def test_a_rank_that_fails_ends_the_job_with_its_code(cluster, options):
     assert done.returncode == 3, done.stderr
 
 
+def sbatch(cluster, folder, script, options, **variables):
+    """Submit a batch script of the examples, which prints to ``job.out`` in the folder that it runs in."""
+    folder.mkdir(exist_ok=True)
+    for name in ("examples", "pantheraml"):
+        (folder / name).symlink_to(ROOT / name)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    variables |= dict(PATH=path, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    return cluster.run(
+        "sbatch", "--parsable", f"--output={folder / 'job.out'}", f"--chdir={folder}", *options.split(),
+        ROOT / "examples" / "slurm" / f"{script}.sbatch", variables=variables, seconds=200,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("script", "options", "ranks"),
     [
@@ -68,18 +83,50 @@ def test_a_rank_that_fails_ends_the_job_with_its_code(cluster, options):
 )
 def test_the_batch_scripts_of_the_examples(cluster, tmp_path, script, options, ranks):
     """As they are printed, but for the sizes of these nodes."""
-    printed = tmp_path / "job.out"
-    variables = dict(
-        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1",
-        MAX_STEPS="2", HF_HUB_OFFLINE="1",
-    )  # fmt: skip
-    for name in ("examples", "pantheraml"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    done = cluster.run(
-        "sbatch", "--wait", f"--output={printed}", f"--chdir={tmp_path}", *options.split(),
-        ROOT / "examples" / "slurm" / f"{script}.sbatch", variables=variables, seconds=200,
-    )  # fmt: skip
-    text = printed.read_text()
+    done = sbatch(cluster, tmp_path, script, f"--wait {options}", MAX_STEPS="2")
+    text = (tmp_path / "job.out").read_text()
     assert done.returncode == 0, text
     assert f"2 x 4 x {ranks} = {8 * ranks} rows a step" in text
     assert (tmp_path / "outputs/multi-gpu/adapter/adapter_model.safetensors").is_file()
+
+
+def wait_for(there, seconds=200):
+    end = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def steps(folder):
+    """The losses of a run so far, by step."""
+    file = folder / "outputs/multi-gpu/run/telemetry.jsonl"
+    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.mark.slow
+def test_a_job_that_is_asked_to_is_saved_requeued_and_goes_on(cluster, tmp_path):
+    """With the losses of a job that was left alone."""
+    options, size = "--gpus-per-node=2 --cpus-per-task=1", dict(MAX_STEPS="40")
+    asked, alone = tmp_path / "asked", tmp_path / "alone"
+    job = sbatch(cluster, asked, "requeue", options, **size).stdout.strip()
+    other = sbatch(cluster, alone, "requeue", options, **size).stdout.strip()
+
+    def says(number, word):
+        return word in cluster.run("scontrol", "show", "job", number).stdout
+
+    wait_for(lambda: len(steps(asked)) > 1)
+    cluster.run("scancel", "--signal=USR1", job)
+    wait_for(lambda: says(job, "Reason=BeginTime"))
+    time.sleep(3)  # SLURM itself would wait for two minutes
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    for number in (job, other):
+        wait_for(lambda number=number: says(number, "JobState=COMPLETED"))
+    text = (asked / "job.out").read_text()
+    stopped = int(re.search(r"SIGUSR1: stopped after step (\d+) of 40, saved in outputs", text)[1])
+    mine, theirs = steps(asked), steps(alone)
+    assert sorted(mine.keys() | theirs.keys()) == sorted({*theirs, stopped}) and 10 <= stopped < 35
+    for step in theirs:
+        if step <= stopped or step >= stopped + 5:  # the line between tells of fewer steps
+            assert mine[step] == pytest.approx(theirs[step], rel=2e-6), step
+    assert (asked / "outputs/multi-gpu/adapter/adapter_model.safetensors").is_file()

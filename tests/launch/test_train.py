@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from pantheraml.checkpoint.manifest import problems
+from pantheraml.checkpoint.names import step_of
 from tests import tiny
-from tests.launch.test_agent import run
+from tests.launch.test_agent import environment, run
 
 SCRIPT = Path(__file__).with_name("train.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
@@ -59,3 +65,21 @@ def test_the_same_script_gives_the_same_numbers(model, alone, tmp_path, ranks, l
     steps = [json.loads(line) for line in found["telemetry"]]
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
     assert all(step["tokens_per_second"] > 0 and len(step["devices"]) == ranks for step in steps)
+
+
+def test_a_run_that_is_asked_to_stop_saves_on_all_ranks(model, tmp_path):
+    """Its agent is sent the signal, by a person or a scheduler, and ends as the ranks do."""
+    with (tmp_path / "said").open("w+") as said:
+        words = [sys.executable, str(SCRIPT), str(model), str(tmp_path), "2"]
+        process = subprocess.Popen(words, stderr=said, stdout=said, env=environment(MAX_STEPS="5000"))
+        steps, end = tmp_path / "telemetry.jsonl", time.monotonic() + 100
+        while not (steps.exists() and len(steps.read_text().splitlines()) > 3) and time.monotonic() < end:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(100)
+        said.seek(0)
+        text = said.read()
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    assert f"SIGTERM: stopped after step {step_of(checkpoint.name)} of 5000, saved in {checkpoint}; " in text
+    assert not problems(checkpoint) and "rank 0 is done" not in text
+    assert code == 143 and "SIGTERM: all ranks were ended." in text and "Traceback" not in text

@@ -18,8 +18,9 @@ from pantheraml import (
 
 model_folder, output, ranks = sys.argv[1:4]
 rows = Dataset.from_dict({"text": [f"The capital number {i} is {i * 7}." for i in range(21)]})
+steps = int(os.environ.get("MAX_STEPS", "4"))
 settings = dict(
-    per_device_train_batch_size=2, gradient_accumulation_steps=8 // 2 // max(1, int(ranks)), max_steps=4,
+    per_device_train_batch_size=2, gradient_accumulation_steps=8 // 2 // max(1, int(ranks)), max_steps=steps,
     logging_steps=1, output_dir=output, report_to="none", bf16=False, save_strategy="no", learning_rate=1e-3,
 )  # fmt: skip
 args = SFTConfig(**settings) if "early" in sys.argv else None
@@ -33,7 +34,7 @@ model, tokenizer = FastLanguageModel.from_pretrained(
 trainer = PantheraMLDistributedTrainer(
     model=model, tokenizer=tokenizer, train_dataset=rows, args=args or SFTConfig(**settings)
 )
-trainer.train()
+trainer.train(resume_from_checkpoint="auto")
 trainer.model.save_pretrained(Path(output, "adapter"))  # by every rank, as a script for one does
 if is_main_process():  # alone
     trainer.print_memory_stats()

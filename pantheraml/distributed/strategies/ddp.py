@@ -14,13 +14,15 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 from pantheraml.config.multi_gpu import MultiGPUConfig
+from pantheraml.distributed.strategies.held_reduction import count_launches
 
 # Trained parameters up to so many bytes are reduced at once, at the end: less would not hide behind the backward.
 _ONE_BUCKET = 2**30
@@ -40,10 +42,14 @@ class _Settings(DistributedDataParallelKwargs):
 
     def register_comm_hook(self, model: Any) -> None:
         """How the wrapped model reduces its gradients."""
-        if self.reduce_dtype is None:
+        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        hook = allreduce_hook if self.reduce_dtype is None else averaging_in(self.reduce_dtype)
+        if self.reduce_dtype is None and self.comm_hook != DDPCommunicationHookType.NO:
             super().register_comm_hook(model)
-        else:
-            model.register_comm_hook(None, averaging_in(self.reduce_dtype))
+        elif trained > model.bucket_bytes_cap and not (model.find_unused_parameters or model.static_graph):
+            count_launches(model, hook)
+        elif self.reduce_dtype is not None:
+            model.register_comm_hook(None, hook)
 
 
 def averaging_in(dtype: torch.dtype) -> Callable[..., Future[Tensor]]:

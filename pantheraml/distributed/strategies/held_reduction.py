@@ -1,0 +1,169 @@
+"""How gradients of a step are reduced where a rank may fail in the middle of it, and the step is to be repeated.
+
+    Reduction         one process: there is none
+    HeldReduction     the passes of a step go by without one, which is asked for when every rank has done its own
+    LaunchedBuckets   DDP reduces buckets during the last pass; a rank that fails answers those it owes with zeros
+
+Gradients of an adapter are one bucket, which DDP reduces at the end of the last backward anyway: held back until the
+hosts have agreed, it costs no GPU anything. What is trained in full hides its reductions behind the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from pantheraml.distributed.process_group import group_size
+
+# A hook of DDP: reduces a bucket.
+Hook = Callable[[Any, Any], Future[Any]]
+
+
+class Reduction:
+    """Of one process: there is nobody to reduce with."""
+
+    def around(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        """A context for one pass of a step; ``is_last``: no other one follows."""
+        del is_last
+        return nullcontext()
+
+    def give_up(self) -> None:
+        """This rank has failed in this step: let no other one wait for it."""
+
+    def undo(self) -> None:
+        """The step is repeated on all ranks."""
+
+    def finish(self) -> None:
+        """The step is done on all ranks: from here on gradients are the means over them."""
+
+
+class _Reached(torch.autograd.Function):
+    """Something that depends on parameters, and has no gradient to give to them."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        """A scalar."""
+        ctx.count = len(parameters)
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        """None for each parameter: what has been accumulated stays, and DDP's hooks see that it is complete."""
+        return (None,) * ctx.count
+
+
+class HeldReduction(Reduction):
+    """DDP reduces once every rank has done all its passes.
+
+    Args:
+        model: as DDP has wrapped it.
+    """
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        self._model = model
+
+    def around(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        """Gradients are accumulated."""
+        del is_last
+        return self._model.no_sync()
+
+    def undo(self) -> None:
+        """Buffers, if they are sent around at all, were so at the beginning of this step."""
+        self._model.require_forward_param_sync = False
+
+    def finish(self) -> None:
+        """A backward of nothing: it reaches every parameter that has a gradient, and DDP reduces what is there.
+
+        One that took no part in the loss is missing then, as ever, unless DDP looks for such ones.
+        """
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        if not self._model.find_unused_parameters:
+            trained = [p for p in trained if p.grad is not None]
+        reached: Tensor = _Reached.apply(*trained)
+        self._model.reducer.prepare_for_backward([reached])
+        reached.backward()
+        self._model.require_forward_param_sync = True
+
+
+class _Launches:
+    """A hook of DDP that remembers the buckets of a step it was called with.
+
+    Args:
+        hook: reduces a bucket.
+    """
+
+    def __init__(self, hook: Hook) -> None:
+        self._hook = hook
+        self.started: list[Future[Any]] = []
+
+    def __call__(self, state: Any, bucket: Any) -> Future[Any]:
+        """Called by DDP in the same order on all ranks."""
+        self.started.append(self._hook(state, bucket))
+        return self.started[-1]
+
+
+_launches: WeakKeyDictionary[nn.Module, _Launches] = WeakKeyDictionary()
+
+
+def count_launches(model: DistributedDataParallel, hook: Hook) -> None:
+    """Let DDP reduce each bucket by ``hook`` while a backward goes on, such that a failed rank knows what it owes."""
+    launches = _launches[model] = _Launches(hook)
+
+    # Without annotations: torch compares them with classes, and here they are text.
+    def counted(state, bucket):  # pyright: ignore[reportMissingParameterType]
+        return launches(state, bucket)
+
+    model.register_comm_hook(None, counted)
+
+
+class LaunchedBuckets(Reduction):
+    """DDP reduces buckets during the last pass.
+
+    Args:
+        model: as DDP has wrapped it, with ``count_launches``.
+    """
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        self._model, self._launches = model, _launches[model]
+
+    def around(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        """Gradients are accumulated before the last pass."""
+        return nullcontext() if is_last else self._model.no_sync()
+
+    def give_up(self) -> None:
+        """Take part, with zeros, in the reductions that the others have begun or will begin."""
+        buckets = self._model.reducer._get_zeros_like_grad_buckets()
+        for bucket in buckets[len(self._launches.started) :]:
+            self._launches(None, bucket)
+
+    def undo(self) -> None:
+        """Wait for reductions that are on their way, and let DDP forget the step, on all ranks alike."""
+        for launched in self._launches.started:
+            launched.wait()
+        self.finish()
+        self._model.require_forward_param_sync = False
+        self._model.reducer._reset_state()
+
+    def finish(self) -> None:
+        """DDP has waited for them."""
+        self._launches.started.clear()
+
+
+def reduction_of(model: nn.Module) -> Reduction | None:
+    """How the gradients of ``model`` are reduced; None where a step cannot be repeated.
+
+    Args:
+        model: as the trainer is given it for a step: wrapped by DDP on several ranks.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return Reduction() if group_size() == 1 else None
+    if model.static_graph:  # it counts the passes of its first step
+        return None
+    return LaunchedBuckets(model) if model in _launches else HeldReduction(model)

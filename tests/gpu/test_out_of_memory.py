@@ -1,0 +1,127 @@
+"""Real limits of memory on a GPU: a run that does not fit trains what one does that has all of it."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from pantheraml import (
+    FastLanguageModel,
+    PantheraMLTrainer,
+    PantheraMLTrainingArguments,
+    get_rank,
+    notebook_launch,
+)
+from pantheraml.errors import HardwareError
+from tests import tiny
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+LENGTH, STEPS = 1024, 3
+WIDE = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=8, max_position_embeddings=LENGTH)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("wide"), "llama", **WIDE)
+
+
+def build(folder, output, **settings):
+    """A trainer in float32 that keeps all activations: about 1 GiB for the 8,192 tokens of a micro-batch."""
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(5, 400, (LENGTH - 64 * (i % 4),), generator=generator).tolist() for i in range(48)]
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder),
+        max_seq_length=LENGTH,
+        load_in_4bit=False,
+        dtype="float32",
+        use_gradient_checkpointing=False,
+    )
+    model = FastLanguageModel.get_peft_model(model, r=8, lora_dropout=0.2, use_gradient_checkpointing=False)
+    args = PantheraMLTrainingArguments(
+        output_dir=str(output), max_steps=STEPS, per_device_train_batch_size=8, global_batch_size=16,
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, bf16=False, **settings,
+    )  # fmt: skip
+    return PantheraMLTrainer(
+        model, args, train_dataset=Dataset.from_dict({"input_ids": rows}), tokenizer=tokenizer
+    )
+
+
+class Limit(TrainerCallback):
+    """Lets the allocator have little more than it has, from where the run has been planned.
+
+    Args:
+        more: bytes; None for no limit.
+    """
+
+    def __init__(self, more):
+        self.more, self.before = more, 0
+
+    def on_train_begin(self, *_, **__):
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        self.before = torch.cuda.memory_reserved()
+        if self.more is not None:
+            total = torch.cuda.mem_get_info()[1]
+            torch.cuda.set_per_process_memory_fraction((self.before + self.more) / total)
+
+    def taken(self):
+        """Bytes that training took beside what was there before."""
+        return torch.cuda.max_memory_reserved() - self.before
+
+
+def train(folder, output, more=None, **settings):
+    """Losses and gradient norms, the most tokens of a pass, and the bytes that training took; see ``Limit``."""
+    trainer, limit = build(folder, output, **settings), Limit(more)
+    trainer.add_callback(limit)
+    try:
+        trainer.train()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    return [(entry["loss"], entry["grad_norm"]) for entry in logs], trainer._limit.most, limit.taken()
+
+
+def assert_same(found, wanted):
+    assert len(found) == len(wanted) == STEPS
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-4)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_the_losses_are_those_without_a_limit(folder, tmp_path, merge):
+    wanted, limit, taken = train(folder, tmp_path, merge_micro_batches=merge)
+    assert limit > 10**9
+    found, limit, _ = train(folder, tmp_path, 0.4 * taken, merge_micro_batches=merge)
+    assert_same(found, wanted)
+    assert limit <= LENGTH * (8 if merge else 4), "it did run out of memory"
+
+
+def test_nothing_is_left_to_reduce(folder, tmp_path):
+    with pytest.raises(HardwareError, match="nothing is left to reduce") as caught:
+        train(folder, tmp_path, 2**23)
+    assert " saves " in str(caught.value)
+    # All that was computed has been let go of: the same process can train.
+    assert len(train(folder, tmp_path)[0]) == STEPS
+
+
+def train_on_a_rank(folder, output, taken):
+    """On the second rank memory is short."""
+    more = 0.4 * taken if taken and get_rank() == 1 else None
+    return train(folder, output, more, merge_micro_batches=False)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_one_rank_of_two(folder, tmp_path):
+    wanted, _, taken = notebook_launch(train_on_a_rank, folder, tmp_path, 0, num_processes=2)
+    found, limit, _ = notebook_launch(train_on_a_rank, folder, tmp_path, taken, num_processes=2)
+    assert_same(found, wanted)
+    assert limit <= LENGTH * 4, "both take less"
