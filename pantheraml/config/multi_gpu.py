@@ -43,6 +43,11 @@ class MultiGPUConfig:
         max_memory: as in ``FastLanguageModel.from_pretrained``, for the model that this config is passed with.
         micro_batches: into how many a step of a split model is cut; None is four for each GPU, as far as there
             are rows.
+        hang_seconds: how long a rank may be without progress in a step before the run ends with a report of where it
+            hangs (a single process reports and goes on); three times the longest step so far, if that is more.
+            First steps, callbacks, saving and evaluating may take longer. None or 0: nobody watches.
+        max_restarts: how often ranks that the script started are started again after one of them has died; the run goes
+            on with its last whole checkpoint, on as many GPUs as there are then (where ``num_processes`` is None).
         reduce_dtype: in what gradients are sent and averaged: None is the dtype of the trained weights (float32 for
             LoRA, which is exact); ``"bfloat16"`` sends half of that, and rounds; ``"float32"`` is for weights in bf16.
 
@@ -63,6 +68,8 @@ class MultiGPUConfig:
     max_memory: Mapping[int | str, int | str] | None = None
     micro_batches: int | None = None
     reduce_dtype: ReduceDtype | None = None
+    hang_seconds: float | None = 50
+    max_restarts: int = 0
 
     def __post_init__(self) -> None:
         _one_of("backend", self.backend, get_args(Backend))
@@ -71,16 +78,19 @@ class MultiGPUConfig:
         _one_of("use_gradient_checkpointing", self.use_gradient_checkpointing, RECOMPUTE_POLICIES)
         for name in ("auto_device_map", "find_unused_parameters"):
             _one_of(name, getattr(self, name), (True, False))
-        _positive("timeout_minutes", self.timeout_minutes, (int, float))
+        _number("timeout_minutes", self.timeout_minutes, (int, float))
         if not isinstance(cast("object", self.max_memory), Mapping | None):
             raise ConfigError(
                 got=f"MultiGPUConfig(max_memory={self.max_memory!r}) was given.",
                 need="It is a mapping from GPUs to limits.",
                 fix="Write max_memory={0: '20GB', 1: '10GB'}, for example.",
             )
+        if self.hang_seconds is not None:
+            _number("hang_seconds", self.hang_seconds, (int, float), zero=True)
+        _number("max_restarts", self.max_restarts, (int,), zero=True)
         for name in ("num_processes", "micro_batches"):
             if getattr(self, name) is not None:
-                _positive(name, getattr(self, name), (int,))
+                _number(name, getattr(self, name), (int,))
         self._refuse_later()
 
     def _refuse_later(self) -> None:
@@ -138,9 +148,14 @@ def _one_of(name: str, value: object, known: tuple[object, ...]) -> None:
         )
 
 
-def _positive(name: str, value: object, kinds: tuple[type, ...]) -> None:
-    if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:  # pyright: ignore[reportOperatorIssue]
-        what = "a whole number of 1 or more" if kinds == (int,) else "a number above 0"
+def _number(name: str, value: object, kinds: tuple[type, ...], *, zero: bool = False) -> None:
+    """Refuse what is no number above 0, or of 0 and more."""
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    if not is_number or not (value > 0 or (zero and value == 0)):  # pyright: ignore[reportOperatorIssue]
+        if kinds == (int,):
+            what = f"a whole number of {0 if zero else 1} or more"
+        else:
+            what = "a number of 0 or more" if zero else "a number above 0"
         raise ConfigError(
             got=f"MultiGPUConfig({name}={value!r}) was given.",
             need=f"It is {what}.",

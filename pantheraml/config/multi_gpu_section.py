@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from pantheraml.config.multi_gpu import Backend, MultiGPUConfig, Recompute, ReduceDtype, Strategy
-from pantheraml.config.section import Count, CountOrZero, PositiveNumber, Section
+from pantheraml.config.section import Count, CountOrZero, NumberOrZero, PositiveNumber, Section
 
 # Limits of GPUs: 0, "0" or "cuda:0" to bytes or "10GB". Keys of YAML are text.
 MaxMemory = dict[str, CountOrZero | str]
@@ -52,6 +52,14 @@ class MultiGPUSettings(Section):
     reduce_dtype: ReduceDtype | None = Field(
         default=MultiGPUConfig.reduce_dtype,
         description="In what gradients are averaged; null is the trained weights' own.",
+    )
+    hang_seconds: NumberOrZero | None = Field(
+        default=float(MultiGPUConfig.hang_seconds or 0),
+        description="How long a rank may be without progress before the run ends with a report; null or 0 is off.",
+    )
+    max_restarts: CountOrZero = Field(
+        default=MultiGPUConfig.max_restarts,
+        description="How often ranks are started again after one has died, to go on with the last whole checkpoint.",
     )
 
     @property

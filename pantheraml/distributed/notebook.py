@@ -27,9 +27,10 @@ import torch
 from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
 from pantheraml.distributed.process_group import setup_multi_gpu
 from pantheraml.errors import ConfigError, RunStopped, first_line
-from pantheraml.launch.agent import Outcome, run_ranks
+from pantheraml.launch.agent import run_ranks
+from pantheraml.launch.blame import Outcome
 from pantheraml.launch.environment import AGENT, LaunchEnvironment
-from pantheraml.launch.ranks import record_failure
+from pantheraml.launch.rank_files import record_failure
 from pantheraml.launch.start import ranks_of_a_function
 
 T = TypeVar("T")

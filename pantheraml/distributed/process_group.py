@@ -49,13 +49,21 @@ def setup_multi_gpu(config: MultiGPUConfig | None = None) -> MultiGPUConfig:
     Raises:
         ConfigError: the script cannot be started again, or its surroundings contradict the settings.
     """
+    global _settings  # noqa: PLW0603
     config = config_of(config)
+    if config != MultiGPUConfig():
+        _settings = config
     environment = ensure_ranks(config)
     if environment.world_size > 1 and not dist.is_initialized():
         _create(config, environment)
-    elif dist.is_initialized() and not _made:
+    elif environment.world_size > 1 and not _made:
         say_once("the ranks talk already, through a process group with a backend and a timeout of its own.")
     return config
+
+
+def settings_of_run() -> MultiGPUConfig:
+    """The settings that ``setup_multi_gpu`` was given last, for a trainer that gets none of its own."""
+    return _settings
 
 
 def cleanup_multi_gpu() -> None:
@@ -183,7 +191,7 @@ def _create(config: MultiGPUConfig, environment: LaunchEnvironment) -> None:
     dist.init_process_group(
         backend,
         # An agent's store outlives the group and remembers where the ranks of the last one listened.
-        store=PrefixStore(f"group_{next(_groups)}", store),
+        store=PrefixStore(f"{_start()}/group_{next(_groups)}", store),
         timeout=timeout,
         rank=environment.rank,
         world_size=environment.world_size,
@@ -247,10 +255,16 @@ def main_process_first(local: bool = True) -> Iterator[None]:
 
 # Ranks take the same turns in the same order, so their keys agree.
 _turns, _groups = count(), count()
+_settings = MultiGPUConfig()
 _made = False  # whether a process group was made here
 
 
 def connect_store() -> Store:
     """A connection of its own to the store at which the ranks met, under names of ours."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return PrefixStore("pantheraml", TCPStore(host, port, is_master=False))
+    return PrefixStore(f"pantheraml/{_start()}", TCPStore(host, port, is_master=False))
+
+
+def _start() -> str:
+    """A name for what ranks of this start say: an agent's store outlives them, and those that are started again."""
+    return f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"

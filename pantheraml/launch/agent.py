@@ -13,13 +13,15 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from pantheraml.launch.blame import Outcome
 from pantheraml.launch.environment import AGENT
+from pantheraml.launch.rank_files import HUNG
 from pantheraml.launch.stopping import OTHERS, PassedOn, read_stop
 from pantheraml.log import say, warn
 
@@ -40,6 +42,8 @@ class Ranks:
         run_id: the same on all nodes.
         variables: added to the ranks' environment.
         runs: what each of them runs, as a noun.
+        max_restarts: how often they are started again when one of them has died.
+        count: says how many to start then; None: as many as before.
     """
 
     here: int
@@ -50,25 +54,8 @@ class Ranks:
     run_id: str = "pantheraml"
     variables: tuple[tuple[str, str], ...] = ()
     runs: str = "script"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run of ranks ended.
-
-    Attributes:
-        code: exit code of the rank that failed first, 128 + n where a signal n ended it or the agent, else 0.
-        rank: the one that failed first; None if none did.
-        said: what is to be told of it, as a sentence; empty if all is well.
-        signal: what this process was sent while it waited, or None.
-        stopped: what the ranks were asked, and where they saved, as sentences; empty if they were not asked to stop.
-    """
-
-    code: int = 0
-    rank: int | None = None
-    said: str = ""
-    signal: signal.Signals | None = None
-    stopped: str = ""
+    max_restarts: int = 0
+    count: Callable[[], int] | None = None
 
 
 _became_agent = False
@@ -124,8 +111,8 @@ def run_ranks(command: list[str], ranks: Ranks, folder: Path) -> Outcome:
         folder: an empty one, which the ranks share; they leave the tracebacks of their failures there.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import elastic_launch
+
+    from pantheraml.launch.elastic import run_agent
 
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):  # its lines would stand beside ours and say the same
@@ -133,17 +120,24 @@ def run_ranks(command: list[str], ranks: Ranks, folder: Path) -> Outcome:
     say(_describe(ranks))
     with _environment(_variables(ranks, folder)), PassedOn(folder) as requests:
         try:
-            elastic_launch(_elastic_config(ranks), command[0])(*command[1:])
-        except ChildFailedError as error:
-            if requests.heard is not None:
-                return _ended_by(requests.heard, folder)
-            codes = {int(rank): int(failure.exitcode) for rank, failure in error.failures.items()}
-            outcome = _blame(codes, int(error.get_first_failure()[0]), folder)
-            stopped = read_stop(folder)
-            return replace(outcome, said="", stopped=stopped) if stopped else outcome
+            outcome = run_agent(_elastic_config(ranks), command, folder, ranks.count)
         except SignalException as error:
             return _ended_by(signal.Signals(error.sigval), folder)
-    return Outcome()
+        if not outcome.code:
+            return outcome
+        if requests.heard is not None:
+            return _ended_by(requests.heard, folder)
+        stopped = read_stop(folder)
+        said = "" if stopped else _describe_end(outcome, ranks.max_restarts)
+        return replace(outcome, said=said, stopped=stopped)
+
+
+def _describe_end(outcome: Outcome, max_restarts: int) -> str:
+    again = ""
+    if max_restarts:
+        why = outcome.why_not_again or f"max_restarts={max_restarts} is used up"
+        again = f", and are not started again ({why})"
+    return f"{outcome.said}; {'all' if outcome.code == HUNG else 'the other'} ranks were ended{again}."
 
 
 def _ended_by(sent: signal.Signals, folder: Path) -> Outcome:
@@ -193,28 +187,7 @@ def _elastic_config(ranks: Ranks) -> LaunchConfig:
         rdzv_backend="static" if several else "c10d",
         rdzv_endpoint=f"{ranks.host}:{ranks.port}",
         rdzv_configs={"rank": ranks.node_rank, "timeout": 900} if several else {"timeout": 900},
-        max_restarts=0,
+        max_restarts=ranks.max_restarts,
         monitor_interval=0.1,
         signals_to_handle=OTHERS,
     )
-
-
-def _blame(codes: dict[int, int], earliest: int, folder: Path) -> Outcome:
-    """Which rank failed first and how; its traceback was printed when it failed.
-
-    Ranks that lose one of them fail, too, often before its process has ended. Who left without a traceback, by an exit
-    or a signal that was not ours, is the cause; else who printed one first.
-    """
-    told = {int(file.stem.removeprefix("rank_")) for file in folder.glob("rank_*.txt")}
-    silent = [rank for rank, code in codes.items() if rank not in told and code != -signal.SIGTERM]
-    first = folder / "first"
-    rank = silent[0] if silent else int(first.read_text()) if first.exists() else earliest
-    code = codes.get(rank, 1)
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = " (often the machine ran out of memory)" if name == "SIGKILL" else ""
-        return Outcome(
-            128 - code, rank, f"rank {rank} was ended by {name}{hint}; the other ranks were ended."
-        )
-    also = f"; {len(told - {rank})} of them had failed, too" if told - {rank} else ""
-    return Outcome(code, rank, f"rank {rank} ended with exit code {code}; the other ranks were ended{also}.")

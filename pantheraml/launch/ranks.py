@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import signal
 import socket
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 from pantheraml.launch.environment import AGENT, LaunchEnvironment
 from pantheraml.launch.network import socket_variables
+from pantheraml.launch.rank_files import OwnRecord, record_failure, recorded_hang
 from pantheraml.launch.slurm import read_step
 from pantheraml.log import set_quiet
 
 Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
 
+# Of Linux: the signal that a process gets when the one that started it has ended.
+_PR_SET_PDEATHSIG = 1
+
 _joined = False
+_record: OwnRecord | None = None
 
 
 def join(environment: LaunchEnvironment) -> None:
@@ -45,11 +50,24 @@ def join(environment: LaunchEnvironment) -> None:
         if environment.num_nodes > 1 and step is not None:
             os.environ.update(socket_variables((str(environment.master_addr), *step.hosts)))
     if AGENT in os.environ:
-        atexit.register(_leave_in_peace)
-        sys.excepthook = FirstTraceback(environment, Path(os.environ[AGENT]), sys.excepthook)
+        _join_agent(environment, Path(os.environ[AGENT]))
     if environment.rank > 0:
         set_quiet(True)
         _hide_progress()
+
+
+def own_record() -> OwnRecord | None:
+    """What this process tells its agent of how far it is; None without an agent of ours."""
+    return _record
+
+
+def _join_agent(environment: LaunchEnvironment, folder: Path) -> None:
+    global _record  # noqa: PLW0603
+    _record = OwnRecord(folder, environment.rank)
+    atexit.register(_leave_in_peace)
+    sys.excepthook = FirstTraceback(environment, folder, sys.excepthook)
+    if sys.platform == "linux":  # where an agent is killed, its ranks do not stay behind
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class FirstTraceback:
@@ -68,6 +86,8 @@ class FirstTraceback:
         """Show it, if no other rank was faster."""
         if issubclass(kind, KeyboardInterrupt):  # the agent says so, once
             return
+        if recorded_hang(self._folder) is not None:  # ranks that are ended lose one another
+            return
         environment = self._environment
         if record_failure(environment, self._folder, value.with_traceback(trace)):
             where = f"rank {environment.rank} of {environment.world_size} on {socket.gethostname()}"
@@ -75,29 +95,11 @@ class FirstTraceback:
             self._show(kind, value, trace)
 
 
-def record_failure(environment: LaunchEnvironment, folder: Path, error: BaseException) -> bool:
-    """Keep the traceback of a failure in the folder that the ranks of a machine share.
-
-    Args:
-        environment: of the rank that fails.
-        folder: the agent's.
-        error: with its traceback.
-
-    Returns:
-        Whether no other rank of the machine has failed before.
-    """
-    (folder / f"rank_{environment.rank}.txt").write_text("".join(traceback.format_exception(error)))
-    try:
-        with (folder / "first").open("x") as file:
-            file.write(str(environment.rank))
-    except FileExistsError:
-        return False
-    return True
-
-
 def _leave_in_peace() -> None:
     """Let this process end with its own exit code: the agent ends all ranks as soon as the first of them has."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if _record is not None:
+        _record.end()
 
 
 def _hide_progress() -> None:

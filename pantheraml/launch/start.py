@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 from pantheraml.config.multi_gpu import MultiGPUConfig
 from pantheraml.errors import ConfigError
 from pantheraml.launch.agent import Ranks, become_agent
 from pantheraml.launch.environment import LaunchEnvironment
-from pantheraml.launch.gpus import num_visible_gpus
+from pantheraml.launch.gpus import num_visible_gpus, read_gpus
 from pantheraml.launch.network import socket_variables
 from pantheraml.launch.ranks import join
 from pantheraml.launch.slurm import read_step
@@ -29,12 +30,17 @@ def ensure_ranks(config: MultiGPUConfig) -> LaunchEnvironment:
     if environment.is_rank:
         _check_count(config, environment)
         join(environment)
+        if environment.kind != "pantheraml":
+            _say_if_not_restarted(config, f"{environment.kind} did; torchrun --max-restarts=N does so again")
         return environment
     if config.strategy == "none":
         return environment
     here = _num_here(config)
     several = environment.kind == "slurm-node" and environment.num_nodes > 1
-    if here == 1 and not several:
+    watched = (
+        config.max_restarts > 0 and environment.why_not_rerun is None
+    )  # by an agent, which starts it again
+    if here == 1 and not several and not watched:
         _say_note(environment)
         return environment
     if environment.why_not_rerun is not None:
@@ -52,7 +58,12 @@ def ensure_ranks(config: MultiGPUConfig) -> LaunchEnvironment:
         )
     _say_note(environment)
     _say_if_cuda_was_touched()
-    return become_agent(_of_node(environment, here) if several else Ranks(here=here))
+    if several:
+        _say_if_not_restarted(
+            config, "SLURM started this script on several nodes; sbatch --requeue does so again"
+        )
+        return become_agent(_of_node(environment, here))
+    return become_agent(Ranks(here, max_restarts=config.max_restarts, count=_counter(config)))
 
 
 def ranks_of_a_function(config: MultiGPUConfig) -> Ranks:
@@ -76,7 +87,8 @@ def ranks_of_a_function(config: MultiGPUConfig) -> Ranks:
         )
     _say_note(environment)
     _say_if_cuda_was_touched()
-    return Ranks(here=1 if config.strategy == "none" else _num_here(config), runs="function")
+    here = 1 if config.strategy == "none" else _num_here(config)
+    return Ranks(here, runs="function", max_restarts=config.max_restarts)
 
 
 def _of_node(environment: LaunchEnvironment, here: int) -> Ranks:
@@ -127,6 +139,23 @@ def _num_here(config: MultiGPUConfig) -> int:
             fix=f"Write num_processes={gpus}, or leave it out; CUDA_VISIBLE_DEVICES says which GPUs are visible.",
         )
     return config.num_processes
+
+
+def _counter(config: MultiGPUConfig) -> Callable[[], int] | None:
+    """Says how many ranks to start when they are started again, since a GPU may be gone; None: as many as before."""
+    if config.num_processes is not None:
+        return None
+
+    def count() -> int:
+        read_gpus.cache_clear()
+        return _num_here(config)
+
+    return count
+
+
+def _say_if_not_restarted(config: MultiGPUConfig, who: str) -> None:
+    if config.max_restarts:
+        say_once(f"max_restarts={config.max_restarts} is not for ranks that others started: {who}.")
 
 
 def _check_count(config: MultiGPUConfig, environment: LaunchEnvironment) -> None:

@@ -17,6 +17,7 @@ from pantheraml.distributed.process_group import (
     gather_objects,
     get_rank,
     get_world_size,
+    settings_of_run,
     setup_multi_gpu,
 )
 from pantheraml.distributed.questions import Question
@@ -27,9 +28,10 @@ from pantheraml.models.state import get_state
 from pantheraml.training.banner import describe_ranks, device_name
 from pantheraml.training.telemetry import Telemetry, number_devices
 from pantheraml.training.trainer import PantheraMLTrainer
+from pantheraml.training.watching import WatchedRuns
 
 
-class PantheraMLDistributedTrainer(PantheraMLTrainer):
+class PantheraMLDistributedTrainer(WatchedRuns, PantheraMLTrainer):
     """``PantheraMLTrainer`` on every GPU; with one process the two are the same.
 
     Args:
@@ -52,6 +54,7 @@ class PantheraMLDistributedTrainer(PantheraMLTrainer):
         **kwargs: Any,
     ) -> None:
         config = config_of(multi_gpu_config)
+        self._watching = config if multi_gpu_config is not None else settings_of_run()
         # A split model has all GPUs already: there is none left for ranks.
         if (multi_gpu_config is not None and not is_split(model)) or get_world_size() > 1:
             setup_multi_gpu(config)
@@ -68,6 +71,11 @@ class PantheraMLDistributedTrainer(PantheraMLTrainer):
             self._memory = Question(
                 f"memory_{next(_trainers)}", get_memory_stats, connect_store, get_rank(), get_world_size()
             )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as ``PantheraMLTrainer`` does, watched for hangs."""
+        with self.watched(self._watching):
+            return super().train(*args, **kwargs)
 
     def _train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as ``PantheraMLTrainer`` does, and tell what it does to the GPUs at every logging step."""

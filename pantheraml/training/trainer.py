@@ -51,6 +51,7 @@ from pantheraml.training.head import bind_cpu_head, bind_head, needs_cpu_head, w
 from pantheraml.training.module_walks import listed_once
 from pantheraml.training.optimizer import embedding_parameters, split_embedding_group
 from pantheraml.training.repeated_steps import RepeatedSteps
+from pantheraml.training.restarting import RestartedRuns
 from pantheraml.training.rows import (
     Rows,
     format_rows,
@@ -61,7 +62,7 @@ from pantheraml.training.rows import (
 from pantheraml.training.trackers import TrackerGuard
 
 
-class PantheraMLTrainer(RepeatedSteps):
+class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
     """SFTTrainer for models of ``FastLanguageModel`` (and any other causal language model).
 
     What it adds to TRL's trainer:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ if "--chdir" in sys.argv:
 
 from pantheraml.config.multi_gpu import MultiGPUConfig  # noqa: E402
 from pantheraml.distributed import process_group as group  # noqa: E402
+from pantheraml.launch.ranks import own_record  # noqa: E402
 
 count = int(sys.argv[1])
 end = sys.argv[-1]
@@ -22,6 +24,18 @@ def tell(text):
     os.write(1, f"{text}\n".encode())
 
 
+def fail_after_three_steps(rank):
+    """What a trainer leaves, and a process that the rank has started."""
+    child = subprocess.Popen(["sleep", "1000"])
+    Path(os.environ["READY"]).joinpath(str(child.pid)).touch()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if rank == 1 else lambda *_: None)
+    record = own_record()
+    record.begin(0)
+    for step in (1, 2, 3):
+        record.done(step)
+    group.barrier()
+
+
 def main():
     group.setup_multi_gpu(MultiGPUConfig(num_processes=count))
     rank = group.get_rank()
@@ -29,14 +43,21 @@ def main():
     tell(
         f"rank {rank}/{group.get_world_size()} total={total} cwd={where} argv={sys.argv[1:]} flags={sys.flags.optimize}"
     )
+    if end in ("raise", "exit", "term", "left"):
+        fail_after_three_steps(rank)
     if end == "raise" and rank == 1:
         raise ValueError("the second rank fails")
     if end == "all":
         raise ValueError("every rank fails")
     if end == "exit" and rank == 1:
         sys.exit(3)
-    if end == "kill" and rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if end == "term" and rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    if end == "left":
+        if rank == 1:
+            os._exit(0)
+        while True:  # for a GPU, say: no signal is heard, and no error comes
+            time.sleep(1)
     if end == "saves":  # as a run that trains: one Ctrl-C is noted, a second one obeyed
 
         def noted(number, _):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -26,10 +28,11 @@ def environment(**more):
     return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
-def run(*words, cwd=None, stdin=None):
+def run(*words, cwd=None, stdin=None, **variables):
     """Exit code, standard output and standard error of ``python words``."""
     done = subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, cwd=cwd, env=environment(), input=stdin,
+        [sys.executable, *map(str, words)], capture_output=True, text=True, cwd=cwd, env=environment(**variables),
+        input=stdin,
         timeout=100, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
@@ -67,20 +70,35 @@ def test_one_process_stays_one():
         ("raise", 1, "rank 1 ended with exit code 1", 1),
         ("all", 1, "ended with exit code 1", 1),
         ("exit", 3, "rank 1 ended with exit code 3", None),
-        ("kill", 137, "rank 1 was ended by SIGKILL", None),
+        ("term", 143, "rank 1 was ended by SIGTERM", None),
+        ("left", 1, "rank 1 left with exit code 0", 0),
     ],
 )
-def test_a_rank_that_fails_ends_the_run(end, code, says, tracebacks):
-    found, _, err = run(SCRIPT, 3, end)
+def test_a_rank_that_fails_ends_the_run(tmp_path, end, code, says, tracebacks):
+    """And with it all others, which hear no SIGTERM, and the processes that the ranks have started."""
+    began = time.monotonic()
+    found, _, err = run(SCRIPT, 2, end, READY=str(tmp_path))
     assert found == code, err
-    assert says in err
+    when = "" if end == "all" else " after step 3"
+    assert re.search(rf"{says} on {socket.gethostname()}{when}[;,].*the other ranks were ended", err), err
     if tracebacks is not None:
         assert err.count("Traceback (most recent call last)") == tracebacks
+    if tracebacks:
         assert err.index("Traceback") < err.index(says)
         assert "ValueError: the second rank fails" in err or end == "all"
+    children = [int(file.name) for file in tmp_path.iterdir()]
+    assert len(children) == (0 if end == "all" else 2) and not [pid for pid in children if lives(pid)]
+    assert time.monotonic() - began < 60
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def lives(pid):
+    """Whether a process runs; one that has ended may wait for whoever inherits it."""
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
 def test_signals_end_every_rank(tmp_path, sent, code):
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), "2", "wait"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -94,8 +112,13 @@ def test_signals_end_every_rank(tmp_path, sent, code):
     process.send_signal(sent)
     _, err = process.communicate(timeout=45)
     assert process.returncode == code
-    assert f"{sent.name}: all ranks were ended" in err and "Traceback" not in err
-    assert children and not any(Path(f"/proc/{pid}").exists() for pid in children)
+    assert "Traceback" not in err
+    if sent == signal.SIGKILL:  # the system tells the ranks
+        while any(map(lives, children)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    else:
+        assert f"{sent.name}: all ranks were ended" in err
+    assert children and not any(map(lives, children))
 
 
 def test_ranks_that_save_are_waited_for(tmp_path):
