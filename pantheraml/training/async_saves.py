@@ -7,11 +7,11 @@ All that is small (random numbers, schedule, scaler, state of the trainer) is wr
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -20,14 +20,12 @@ from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 
 from pantheraml.checkpoint.background import Background
+from pantheraml.checkpoint.host_copy import host_copy
 from pantheraml.errors import first_line
 from pantheraml.export.adapter import vocabulary_changed
 from pantheraml.log import say_once, warn
 from pantheraml.training.agreeing import agreeing
 from pantheraml.training.run_record import RecordedRun
-
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.staging import DefaultStager
 
 Writes = list[Callable[[], Any]]
 
@@ -52,15 +50,6 @@ def saved_weights(model: nn.Module) -> dict[str, Tensor] | None:
     return found if {_place(tensor) for tensor in found.values()} == wanted else None
 
 
-def _plain(state: Any) -> Any:
-    """``state`` in plain containers: torch 2.11's stager fails at a ``defaultdict``, which optimizers have."""
-    if isinstance(state, Mapping):
-        return {name: _plain(value) for name, value in cast("Mapping[Any, Any]", state).items()}
-    if isinstance(state, list):
-        return [_plain(value) for value in cast("list[Any]", state)]
-    return state
-
-
 def _place(tensor: Any) -> Any:
     """Where a tensor's values are; itself for what is none."""
     if not isinstance(tensor, Tensor):
@@ -73,7 +62,6 @@ class AsyncSaves(RecordedRun):
 
     # What the thread will write, of the checkpoint that is being made; None: all is written at the step.
     _later: Writes | None = None
-    _stager: DefaultStager | None = None
     _processing_copy: Any = None
     # The checkpoint that is being written, of whose end no rank knows yet.
     _saving: Path | None = None
@@ -131,7 +119,7 @@ class AsyncSaves(RecordedRun):
             return
         if self._processing_copy is None:  # the trainer's own may be reading rows when the thread writes it
             self._processing_copy = copy.deepcopy(self.processing_class)
-        self._later.append(partial(self._write_model, output_dir, self._staged(weights)))
+        self._later.append(partial(self._write_model, output_dir, host_copy(weights)))
         torch.save(self.args, Path(output_dir, TRAINING_ARGS_NAME))
 
     def _write_model(self, folder: str, weights: dict[str, Tensor]) -> None:
@@ -146,25 +134,9 @@ class AsyncSaves(RecordedRun):
         if self._later is None or not self.args.should_save:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = self._staged(cast(Any, self.optimizer).state_dict())
+        state = host_copy(cast(Any, self.optimizer).state_dict())
         self._later.append(partial(torch.save, state, Path(output_dir, OPTIMIZER_NAME)))
         torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir, SCHEDULER_NAME))
-
-    def _staged(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A copy in host memory, which later copies of the same tensors reuse."""
-        if self._stager is None:
-            from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
-            on_gpu = self.args.device.type == "cuda"
-            self._stager = DefaultStager(
-                StagingOptions(
-                    use_pinned_memory=on_gpu,
-                    use_shared_memory=False,
-                    use_async_staging=False,
-                    use_non_blocking_copy=on_gpu,
-                )
-            )
-        return cast("dict[str, Any]", self._stager.stage(_plain(state)))
 
     def start_saving(self, finish: Callable[[], None], target: Path, *, beside: bool) -> None:
         """Let rank 0 finish a checkpoint whose small files are written; every rank calls this.
