@@ -10,7 +10,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 # Test processes share the cores; more than one thread each makes them wait for one another.
 test unit coverage test-oldest: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint unit coverage oldest test-oldest test-gpu clean
+.PHONY: demo test lint unit coverage oldest test-oldest test-slow test-gpu clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -44,10 +44,17 @@ unit: $(VENV)/installed
 coverage: $(VENV)/installed
 	$(BIN)/python -m pytest $(SPREAD) --cov --cov-report=term:skip-covered --cov-fail-under=90
 
-# Processes and downloads, in which these libraries have no part.
-SAME := tests/distributed/test_settings.py tests/models/test_hub_download.py
+# Processes, threads, files, downloads and arithmetic of ours, in which these libraries have no part.
+SAME := $(patsubst %,tests/distributed/test_%.py,settings process_group schedule agreement watchdog sample_dropout) \
+	tests/models/test_hub_download.py \
+	tests/models/test_weight_sizes.py tests/training/test_prepared_once.py tests/training/test_terminal.py \
+	tests/data/test_sources.py tests/export/test_hub.py
 test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest $(SPREAD) $(addprefix --ignore=,$(SAME)) tests/families tests/fused tests/training tests/distributed tests/models tests/data tests/export tests/facade
+
+# What CI leaves out, since it takes long: more ranks, more ways to start them, a queue.
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m "slow and not gpu" tests
 
 # On a machine with a CUDA GPU, with whatever environment is active.
 test-gpu:

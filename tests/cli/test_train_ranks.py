@@ -88,7 +88,11 @@ def command(folder: Path, words: list[str], **variables: str) -> tuple[int, str,
     [
         ([CONSOLE_SCRIPT, "train", "run.yaml"], {}),
         ([sys.executable, "-m", "pantheraml.train"], {"CONFIG_PATH": "run.yaml"}),
-        ([*TORCHRUN, "-m", "pantheraml.train", "--config", "run.yaml", "multi_gpu=null"], {}),
+        pytest.param(
+            [*TORCHRUN, "-m", "pantheraml.train", "--config", "run.yaml", "multi_gpu=null"],
+            {},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["pantheraml train", "python -m pantheraml.train", "torchrun"],
 )

@@ -14,7 +14,11 @@ SCRIPT = Path(__file__).with_name("guide.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 
 
-@pytest.mark.parametrize(("launcher", "ranks"), [([], 1), (TORCHRUN, 2)], ids=["python", "torchrun"])
+@pytest.mark.parametrize(
+    ("launcher", "ranks"),
+    [([], 1), pytest.param(TORCHRUN, 2, marks=pytest.mark.slow)],
+    ids=["python", "torchrun"],
+)
 def test_every_call_of_the_guide(tmp_path, launcher, ranks):
     model = tiny.save_checkpoint(tmp_path / "model", "llama", chat_template=None)
     rows = tmp_path / "rows.jsonl"

@@ -70,7 +70,9 @@ except ValueError as error:
 """
 
 
-@pytest.mark.parametrize("words", [["-i"], ["-"]], ids=["interactive", "piped"])
+@pytest.mark.parametrize(
+    "words", [["-i"], pytest.param(["-"], marks=pytest.mark.slow)], ids=["interactive", "piped"]
+)
 def test_a_typed_function_runs_on_ranks(words):
     code, out, err = run(*words, stdin=TYPED)
     assert code == 0, err

@@ -78,7 +78,7 @@ def sbatch(cluster, folder, script, options, **variables):
     ("script", "options", "ranks"),
     [
         ("one_task_a_node", "--gpus-per-node=2 --cpus-per-task=1", 2),  # no GPU is real here: one rank a node
-        ("one_task_a_gpu", "--ntasks-per-node=2 --cpus-per-task=1", 4),
+        pytest.param("one_task_a_gpu", "--ntasks-per-node=2 --cpus-per-task=1", 4, marks=pytest.mark.slow),
     ],
 )
 def test_the_batch_scripts_of_the_examples(cluster, tmp_path, script, options, ranks):

@@ -46,7 +46,12 @@ def train(model, output, ranks, launcher, *more):
 
 @pytest.mark.parametrize(
     ("ranks", "launcher", "more"),
-    [(2, [], []), (4, [], ["early"]), (2, TORCHRUN, []), (2, ACCELERATE, [])],
+    [
+        (2, [], []),
+        pytest.param(4, [], ["early"], marks=pytest.mark.slow),
+        (2, TORCHRUN, []),
+        (2, ACCELERATE, []),
+    ],
     ids=["python", "python, arguments first", "torchrun", "accelerate"],
 )
 def test_the_same_script_gives_the_same_numbers(model, alone, tmp_path, ranks, launcher, more):
