@@ -58,8 +58,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
 
 @linux
 def test_the_shares_of_ranks_add_up_to_one_copy(tmp_path):
-    """64 MiB of a file, mapped and read by three processes: a third each; what one writes is its own."""
-    size = 2**26
+    """256 MiB of a file, mapped and read by three processes: a third each; what one writes is its own."""
+    size = 2**28
     (tmp_path / "file").write_bytes(b"x" * size)
 
     def share():
@@ -85,7 +85,7 @@ def test_the_shares_of_ranks_add_up_to_one_copy(tmp_path):
     for _, mapped, seen, after in found:
         # Libraries that other programs mapped, too, fall to us when these end: a tenth of a GiB is room for that.
         assert after == pytest.approx(mapped, abs=0.1)
-        assert peak_together([seen]) - mapped > 0.9 * size / 2**30
+        assert peak_together([seen]) - mapped > 0.8 * size / 2**30
 
 
 def test_runs_at_the_same_time_are_one_line(monkeypatch):

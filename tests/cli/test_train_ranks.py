@@ -14,6 +14,7 @@ from pantheraml.cli.app import _clean_errors
 from pantheraml.config.load import load_config
 from pantheraml.errors import DataError
 from pantheraml.launch.environment import LaunchEnvironment
+from pantheraml.launch.rank_files import would_come_again
 from pantheraml.launch.ranks import FirstTraceback
 from tests.launch.test_agent import environment
 
@@ -140,4 +141,5 @@ def test_an_error_of_ours_is_text_and_comes_from_one_rank(tmp_path, capsys, monk
     err = capsys.readouterr().err
     assert err.startswith("PantheraML: rank 1 of 2 on ")
     assert err.endswith(" failed:\npantheraml: Rank 1 has no rows.\n")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "rank_0.txt", "rank_1.txt"]
+    assert sorted(path.name for path in tmp_path.glob("rank_*")) == ["rank_0.txt", "rank_1.txt"]
+    assert would_come_again(tmp_path), "restarting the ranks would not help"
