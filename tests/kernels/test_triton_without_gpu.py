@@ -19,12 +19,12 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def interpret(path):
+def interpret(path, seconds=290):
     """Run the tests of ``path`` interpreted, which cannot be switched on in a process that has imported Triton."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=290, check=False
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=seconds, check=False
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
@@ -37,9 +37,10 @@ def test_interpreted(file):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_fused_layers_interpreted():
-    """What the fused layers' CPU tests check of the plain paths holds for the kernels."""
-    interpret(ROOT / "tests" / "fused")
+    """What the CPU tests of whole fused layers check of the plain paths holds for the kernels."""
+    interpret(ROOT / "tests" / "fused" / "test_whole_layer.py", seconds=1700)
 
 
 def compile_for(kernel, types, constants, capability, num_warps, by_16=()):
