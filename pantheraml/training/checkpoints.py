@@ -79,18 +79,18 @@ class WholeCheckpoints(AsyncSaves):
             finish: Callable[[], None] = _nothing
             with agreeing(target, Path(home)):
                 if save is not None:
-                    finish = self._finishing(save, totals, later, opened)
+                    finish = self._finishing(save, self._best(run), totals, later, opened)
         self.start_saving(finish, target, beside=beside)
 
     def _finishing(
-        self, save: Unfinished, totals: Totals, later: Writes, opened: ExitStack
+        self, save: Unfinished, best: Best, totals: Totals, later: Writes, opened: ExitStack
     ) -> Callable[[], None]:
         """Write what rank 0 knows; what is left for it to do, perhaps in a thread, with what is ``opened``."""
         cursor = self.cursor()
         cursor.write(save.folder)
         self.write_record(save.folder, totals)
         about = {"cursor": asdict(cursor), "ranks": self.args.world_size, "epoch": self.state.epoch}
-        return partial(self._finish, save, later, about, self._best(str(save.run_folder)), opened.pop_all())
+        return partial(self._finish, save, later, about, best, opened.pop_all())
 
     def _finish(
         self, save: Unfinished, later: Writes, about: dict[str, Any], best: Best, opened: ExitStack

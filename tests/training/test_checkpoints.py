@@ -68,6 +68,13 @@ def test_checkpoints_are_whole_and_the_last_one_is_named(folder, tmp_path):
     assert read_pointer(tmp_path, "latest").checkpoint == "checkpoint-6"
 
 
+def test_the_best_one_of_a_relative_folder_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = train(folder, "outputs", eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
+    assert trainer.state.best_model_checkpoint == "outputs/checkpoint-6"
+    assert read_pointer(tmp_path / "outputs", "best").checkpoint == "checkpoint-6"
+
+
 @pytest.mark.parametrize("limit", [1, 2])
 def test_the_best_one_is_named_and_kept(folder, tmp_path, limit):
     trainer = train(
