@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scaling import ROOT, visible
-from benchmarks.shapes import SHAPES, checkpoint
+from benchmarks.shapes import add_model_options, model_of
 
 Curve = dict[str, Any]
 
@@ -155,9 +155,7 @@ def plot(curves: list[Curve], file: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", help="model folder or hub id")
-    parser.add_argument("--shape", choices=SHAPES, default="llama8b")
-    parser.add_argument("--layers", type=int, help="layers of the checkpoint that is made")
+    add_model_options(parser)
     parser.add_argument("--layouts", default="1x4,1x2,2x4", help="GPUs x rows of a micro-batch, with commas")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rows", type=int, default=16, help="rows of a step, on all GPUs together")
@@ -176,10 +174,7 @@ def main() -> int:
     if options.plot and options.json and options.json.exists():
         curves = json.loads(options.json.read_text())["curves"]
     else:
-        model = str(
-            Path(options.model).resolve() if options.model else checkpoint(options.shape, options.layers)
-        )
-        curves = all_runs(options, model)
+        curves = all_runs(options, model_of(options))
     if options.json and not options.json.exists():
         options.json.write_text(json.dumps({"command": sys.argv, "curves": curves}, indent=1) + "\n")
     if options.plot:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import PEERS, PRECISIONS, ROWS, Case, Settings, cases_of
-from benchmarks.shapes import SHAPES, checkpoint
+from benchmarks.shapes import SHAPES, model_of
 from benchmarks.table import compare, markdown, merge
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +124,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> int:
     """Run the command; 0, or 1 when a gradient is bad or ours fails."""
     options = parse(words)
-    model = str(Path(options.model).resolve() if options.model else checkpoint(options.shape, options.layers))
+    model = model_of(options)
     chosen = {
         name: getattr(options, name)
         for name in Settings.__dataclass_fields__

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import PRECISIONS
-from benchmarks.shapes import SHAPES, checkpoint
+from benchmarks.shapes import add_model_options, model_of
 
 ROOT = Path(__file__).parents[1]
 WAYS: dict[str, list[str]] = {
@@ -139,9 +139,7 @@ def tell(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", help="model folder or hub id")
-    parser.add_argument("--shape", choices=SHAPES, default="llama8b")
-    parser.add_argument("--layers", type=int, help="layers of the checkpoint that is made")
+    add_model_options(parser)
     parser.add_argument("--gpus", default="1,2", help="numbers of ranks, with commas")
     parser.add_argument("--ways", default="python", help=f"of {', '.join(WAYS)}, with commas")
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
@@ -153,7 +151,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=600, help="seconds that one run may take")
     parser.add_argument("--json", type=Path, help="file for all figures, written after every run")
     options = parser.parse_args()
-    model = str(Path(options.model).resolve() if options.model else checkpoint(options.shape, options.layers))
+    model = model_of(options)
     ranks, ways = map(int, options.gpus.split(",")), options.ways.split(",")
     return tell((run(way, count, options, model) for count in ranks for way in ways), markdown, options.json)
 

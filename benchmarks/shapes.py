@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,18 @@ def checkpoint(shape: str, layers: int | None = None) -> Path:
     if not (folder / "tokenizer.json").exists():  # written last
         make_llama(folder, shape=shape, layers=count)
     return folder
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """``--model``, or the ``--shape`` and ``--layers`` of a random one; ``model_of`` reads them."""
+    parser.add_argument("--model", help="model folder or hub id")
+    parser.add_argument("--shape", choices=SHAPES, default="llama8b")
+    parser.add_argument("--layers", type=int, help="layers of the checkpoint that is made")
+
+
+def model_of(options: argparse.Namespace) -> str:
+    """The model that a benchmark was told, or one that is made."""
+    return str(Path(options.model).resolve() if options.model else checkpoint(options.shape, options.layers))
 
 
 def make_llama(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import PRECISIONS
-from benchmarks.shapes import SHAPES, checkpoint
+from benchmarks.shapes import add_model_options, model_of
 
 MIB = 2**20
 WATCHED = ("host", "allocated", "reserved", "peak")
@@ -132,9 +132,7 @@ def plot(looks: list[dict[str, float]], file: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", help="model folder or hub id")
-    parser.add_argument("--shape", choices=SHAPES, default="llama8b")
-    parser.add_argument("--layers", type=int, help="layers of the checkpoint that is made")
+    add_model_options(parser)
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--every", type=float, default=5, help="seconds between two looks at memory")
@@ -147,8 +145,7 @@ def main() -> int:
     if options.plot and options.json and options.json.exists():
         looks = json.loads(options.json.read_text())["looks"]
     else:
-        model = Path(options.model).resolve() if options.model else checkpoint(options.shape, options.layers)
-        looks = soak(options, str(model))
+        looks = soak(options, model_of(options))
         if options.json:
             options.json.write_text(json.dumps({"command": sys.argv, "looks": looks}) + "\n")
     if options.plot:

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.cases import PRECISIONS
 from benchmarks.scaling import ROOT, tell, visible
-from benchmarks.shapes import SHAPES, checkpoint
+from benchmarks.shapes import add_model_options, model_of
 
 
 def train(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -152,9 +152,7 @@ def markdown(lines: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", help="model folder or hub id")
-    parser.add_argument("--shape", choices=SHAPES, default="llama8b")
-    parser.add_argument("--layers", type=int, help="layers of the checkpoint that is made")
+    add_model_options(parser)
     parser.add_argument("--gpus", default="1,2", help="numbers of GPUs, with commas")
     parser.add_argument("--device-map", choices=("balanced", "sequential", "auto"), default="balanced")
     parser.add_argument("--max-memory", help="of each GPU, such as 20GiB")
@@ -171,9 +169,7 @@ def main() -> int:
     if options.run_in is not None:
         (options.run_in / "result.json").write_text(json.dumps(train(options, options.run_in)))
         return 0
-    options.model = str(
-        Path(options.model).resolve() if options.model else checkpoint(options.shape, options.layers)
-    )
+    options.model = model_of(options)
     counts = map(int, options.gpus.split(","))
     return tell((run(gpus, options) for gpus in counts), markdown, options.json)
 

@@ -62,6 +62,14 @@ def files_below(folder: Path) -> dict[str, Found]:
     return dict(sorted(found.items()))
 
 
+def bytes_below(folder: Path) -> int:
+    """The size of all files below ``folder``; 0 where they cannot be looked at."""
+    try:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    except OSError:
+        return 0
+
+
 def _found(entry: os.DirEntry[str]) -> Found:
     try:
         status = entry.stat(follow_symlinks=False)

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pantheraml.checkpoint.disk_errors import disk_error_number, free_bytes, save_error
-from pantheraml.checkpoint.folder_files import flush
+from pantheraml.checkpoint.folder_files import bytes_below, flush
 from pantheraml.checkpoint.locks import hold, take
 
 _BUILDING = ".pantheraml-saving-"
@@ -57,7 +57,7 @@ def publish_folder(target: str | Path, bytes_needed: int = 0) -> Iterator[Path]:
                 yield files
                 _write_plan(folder, target)
             except BaseException:
-                written = sum(path.stat().st_size for path in files.rglob("*") if path.is_file())
+                written = bytes_below(files)
                 raise
             waiting = folder
             _finish(folder)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pantheraml.checkpoint.disk_errors import disk_error_number, save_error
-from pantheraml.checkpoint.folder_files import DRAFT, flush, reason_of
+from pantheraml.checkpoint.folder_files import DRAFT, bytes_below, flush, reason_of
 from pantheraml.checkpoint.locks import hold, take
 from pantheraml.checkpoint.manifest import Manifest, has_manifest, problems, write_manifest
 from pantheraml.checkpoint.names import MANIFEST, REMOVED, UNFINISHED, checkpoint_name, hidden_name, step_of
@@ -261,7 +261,4 @@ def _explained(error: BaseException, save: Unfinished, waiting: Path | None = No
     number = disk_error_number(error)
     if number is None or isinstance(error, SaveError):
         return None
-    written = 0
-    with suppress(OSError):
-        written = sum(path.stat().st_size for path in save.home.rglob("*") if path.is_file())
-    return save_error(number, str(error), save.target, written=written, waiting=waiting)
+    return save_error(number, str(error), save.target, written=bytes_below(save.home), waiting=waiting)

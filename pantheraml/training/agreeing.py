@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from pantheraml.checkpoint.disk_errors import disk_error_number, save_error
+from pantheraml.checkpoint.folder_files import bytes_below
 from pantheraml.distributed.process_group import gather_objects
 from pantheraml.errors import SaveError, first_line
 
@@ -58,7 +59,8 @@ def _explained(error: Exception, target: Path, unfinished: Path | None) -> Excep
     if isinstance(error, SaveError):
         said = error
     elif number is not None:  # before space is freed
-        said = save_error(number, str(error), target, written=_bytes_below(unfinished))
+        written = 0 if unfinished is None else bytes_below(unfinished)
+        said = save_error(number, str(error), target, written=written)
     else:
         return error
     parts = (said.got, said.need, said.fix)
@@ -67,14 +69,6 @@ def _explained(error: Exception, target: Path, unfinished: Path | None) -> Excep
     refused = DiskRefused(*parts)
     refused.__cause__ = error
     return refused
-
-
-def _bytes_below(folder: Path | None) -> int:
-    found = 0
-    with suppress(OSError):
-        files = [] if folder is None else folder.rglob("*")
-        found = sum(path.stat().st_size for path in files if path.is_file())
-    return found
 
 
 def _told(failure: Exception) -> _Told:

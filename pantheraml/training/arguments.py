@@ -31,8 +31,8 @@ class PantheraMLTrainingArguments(SFTConfig):
             padding; the loss is the same. None does so on a GPU where memory allows and attention keeps documents
             apart, and not where recompute is asked for.
         async_save: write checkpoints beside the training: the state is copied to host memory, which takes as much of it
-            as the trained weights and the optimizer's state, and a thread writes it. A failure is raised at the next
-            save, or at the end.
+            as the trained weights and the optimizer's state, and a thread writes it. What a disk did not take is told
+            at the next save; the last checkpoint's failure is raised at the end.
         deterministic: take only what adds numbers up in a fixed order, so that two runs with the same arguments on as
             many of the same GPUs are equal bit by bit; slower. On GPUs, CUBLAS_WORKSPACE_CONFIG=:4096:8 has to be set
             when Python starts.

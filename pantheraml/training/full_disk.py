@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pantheraml.checkpoint.disk_errors import size_text
+from pantheraml.checkpoint.folder_files import bytes_below
 from pantheraml.checkpoint.names import checkpoints, step_of
 from pantheraml.log import warn
 from pantheraml.training.agreeing import DiskRefused
@@ -73,6 +74,5 @@ def _last_one(run: str | None) -> str:
     with suppress(OSError):
         found = checkpoints(Path(run or "."))
         if found:
-            size = sum(path.stat().st_size for path in found[-1].rglob("*") if path.is_file())
-            return f" The last one is {found[-1].name}, of {size_text(size)}."
+            return f" The last one is {found[-1].name}, of {size_text(bytes_below(found[-1]))}."
     return ""
