@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pantheraml.config.devices import device_names, num_ranks, visible_devices
-from pantheraml.config.multi_gpu import later_fields
+from pantheraml.config.multi_gpu import find_contradiction
 from pantheraml.config.names import KNOWN_ELSEWHERE
 
 if TYPE_CHECKING:
@@ -265,13 +265,9 @@ def _device_map(config: RunConfig) -> Iterator[Conflict]:
 
 
 def _ranks(config: RunConfig) -> Iterator[Conflict]:
-    for name in [] if config.multi_gpu is None else later_fields(config.multi_gpu):
-        yield Conflict(
-            (f"multi_gpu.{name}",),
-            f"multi_gpu.{name} is {getattr(config.multi_gpu, name)}, which this version does not have: it copies the "
-            "model to every GPU, or splits its layers between them. Leave it out; for a model that is larger than a "
-            "GPU, write model.device_map: balanced.",
-        )
+    found = None if config.multi_gpu is None else find_contradiction(config.multi_gpu)
+    if found is not None:
+        yield Conflict(tuple(f"multi_gpu.{name}" for name in found.fields), " ".join(found[1:]))
 
 
 def _both_sections(config: RunConfig) -> Iterator[Conflict]:

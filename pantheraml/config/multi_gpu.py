@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
-from pantheraml.errors import ConfigError, NotYetError, did_you_mean
+from pantheraml.errors import ConfigError, did_you_mean
 
 Backend = Literal["nccl", "gloo", "mpi"]
 ReduceDtype = Literal["float32", "bfloat16"]
 Strategy = Literal["auto", "ddp", "fsdp", "deepspeed", "tensor", "pipeline", "none"]
+
+CpuOffload = bool | Literal["optimizer"]
 
 # Names of ways to recompute activations; True and False are ways, too.
 Recompute = Literal["auto", "offload", "unsloth"]
@@ -19,7 +21,8 @@ Recompute = Literal["auto", "offload", "unsloth"]
 RECOMPUTE_POLICIES = (True, False, *get_args(Recompute))
 # Micro-batches of a split model for each GPU, where no number is given: a tenth to a fifth of the time is waiting.
 PER_GPU = 4
-_LATER = ("fsdp", "deepspeed", "tensor", "pipeline")
+# Strategies that a degree asks for, by its field.
+DEGREES = {"tensor_parallel": "tensor", "pipeline_parallel": "pipeline"}
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,23 @@ class MultiGPUConfig:
         timeout_minutes: how long a collective may wait for a rank before the run ends.
         auto_device_map: split a model that does not fit on one GPU between all of them, instead of copying it to each;
             in the place of a ``device_map`` of None.
-        tensor_parallel: not in this version.
-        pipeline_parallel: not in this version.
+        tensor_parallel: how many GPUs compute each layer together; True is all of them.
+        pipeline_parallel: how many GPUs have the layers of one model between them; True is all of them.
         use_gradient_checkpointing: as in ``FastLanguageModel.from_pretrained``, for the model of the trainer.
         find_unused_parameters: look after every backward for trained weights that took no part; needed by models of
             which parts are skipped, slower for all others.
-        strategy: how the work is spread. ``"auto"`` and ``"ddp"``: every rank has the model and rows of its own;
-            ``"none"``: one process, however many GPUs there are.
+        strategy: how the work is spread. ``"ddp"``: every rank has the model and rows of its own; ``"fsdp"``: every
+            rank has rows of its own and a share of the weights, which are gathered layer by layer (FSDP2);
+            ``"deepspeed"``: the same by DeepSpeed's ZeRO; ``"tensor"``: ranks compute each layer together;
+            ``"pipeline"``: the layers of one model are on several GPUs; ``"none"``: one process, however many GPUs
+            there are; ``"auto"``: ``"ddp"`` where a GPU holds the model.
+        zero_stage: of DeepSpeed: what is sharded; 1 the optimizer, 2 gradients too, 3 weights too, 0 nothing.
+        cpu_offload: keep what is sharded in host memory while it is not computed with: True, or ``"optimizer"`` alone
+            (DeepSpeed).
+        shard_frozen: of ``"fsdp"``: whether weights that are not trained are sharded; None: where a GPU does not hold
+            them all.
+        shard_size: of ``"fsdp"``: how many ranks share one copy of what is sharded; None is all of them. Several
+            machines with a copy each (HSDP) write the number of GPUs of one.
         num_processes: ranks on this machine; None is one for each visible GPU. Without GPUs they run on the CPU.
         max_memory: as in ``FastLanguageModel.from_pretrained``, for the model that this config is passed with.
         micro_batches: into how many a step of a split model is cut; None is four for each GPU, as far as there
@@ -52,8 +65,7 @@ class MultiGPUConfig:
             LoRA, which is exact); ``"bfloat16"`` sends half of that, and rounds; ``"float32"`` is for weights in bf16.
 
     Raises:
-        ConfigError: a value that cannot be.
-        NotYetError: a strategy that this version does not have.
+        ConfigError: a value that cannot be, or two that contradict each other.
     """
 
     backend: Backend = "nccl"
@@ -67,6 +79,10 @@ class MultiGPUConfig:
     num_processes: int | None = None
     max_memory: Mapping[int | str, int | str] | None = None
     micro_batches: int | None = None
+    zero_stage: int = 2
+    cpu_offload: CpuOffload = False
+    shard_frozen: bool | None = None
+    shard_size: int | None = None
     reduce_dtype: ReduceDtype | None = None
     hang_seconds: float | None = 50
     max_restarts: int = 0
@@ -88,27 +104,79 @@ class MultiGPUConfig:
         if self.hang_seconds is not None:
             _number("hang_seconds", self.hang_seconds, (int, float), zero=True)
         _number("max_restarts", self.max_restarts, (int,), zero=True)
-        for name in ("num_processes", "micro_batches"):
+        for name in ("num_processes", "micro_batches", "shard_size"):
             if getattr(self, name) is not None:
                 _number(name, getattr(self, name), (int,))
-        self._refuse_later()
+        _one_of("zero_stage", self.zero_stage, (0, 1, 2, 3))
+        _one_of("cpu_offload", self.cpu_offload, (True, False, "optimizer"))
+        _one_of("shard_frozen", self.shard_frozen, (None, True, False))
+        for name in DEGREES:
+            if not isinstance(getattr(self, name), bool):
+                _number(name, getattr(self, name), (int,))
+        contradiction = find_contradiction(self)
+        if contradiction is not None:
+            raise ConfigError(*contradiction[1:])
 
-    def _refuse_later(self) -> None:
-        asked = later_fields(self)
-        if asked:
-            raise NotYetError(
-                got=" and ".join(f"MultiGPUConfig({name}={getattr(self, name)!r})" for name in asked)
-                + " was given.",
-                need="This version copies the model to every GPU (DDP), or splits its layers between them.",
-                fix=f"Leave {' and '.join(asked)} out; for a model that is larger than a GPU, pass "
-                'device_map="balanced" to from_pretrained.',
+    @property
+    def way(self) -> Strategy:
+        """The strategy that is asked for, by its name or by a degree."""
+        return way_of(self)
+
+
+def way_of(settings: Any) -> Strategy:
+    """The strategy that ``settings`` (a config, or what has its attributes) ask for, by its name or by a degree."""
+    asked = [way for name, way in DEGREES.items() if is_several(getattr(settings, name))]
+    return cast(Strategy, asked[0]) if asked and settings.strategy == "auto" else settings.strategy
+
+
+def is_several(degree: bool | int) -> bool:
+    """Whether a degree asks for more than one GPU; True is all of them."""
+    return degree is True or degree > 1
+
+
+class Contradiction(NamedTuple):
+    """Fields that contradict one another, and the three parts of the error."""
+
+    fields: tuple[str, ...]
+    got: str
+    need: str
+    fix: str
+
+
+def find_contradiction(settings: Any) -> Contradiction | None:
+    """What fields of ``settings`` (a config, or what has its attributes) contradict one another."""
+    way = way_of(settings)
+    for name, its_way in DEGREES.items():
+        degree = getattr(settings, name)
+        if is_several(degree) and way != its_way:
+            return Contradiction(
+                ("strategy", name),
+                f"MultiGPUConfig(strategy={settings.strategy!r}, {name}={degree!r}) was given.",
+                f"{name} is the degree of strategy={its_way!r}.",
+                f"Keep one of them: strategy={its_way!r} with {name}={degree!r}, or strategy={way!r} without it.",
             )
-
-
-def later_fields(settings: object) -> list[str]:
-    """Fields of a config (or of what has its attributes) that ask for a strategy which this version does not have."""
-    asked = [name for name in ("tensor_parallel", "pipeline_parallel") if getattr(settings, name)]
-    return [*asked, "strategy"] if getattr(settings, "strategy", None) in _LATER else asked
+    fields_of = {
+        "shard_frozen": ("fsdp",), "shard_size": ("fsdp",), "cpu_offload": ("fsdp", "deepspeed"),
+        "zero_stage": ("deepspeed",), "reduce_dtype": ("auto", "ddp"),
+    }  # fmt: skip
+    for name, ways in fields_of.items():
+        value = getattr(settings, name)
+        if value != getattr(MultiGPUConfig, name) and way not in ways:
+            names = " and ".join(f"strategy={one!r}" for one in ways if one != "auto")
+            return Contradiction(
+                ("strategy", name),
+                f"MultiGPUConfig(strategy={settings.strategy!r}, {name}={value!r}) was given.",
+                f"{name} is a setting of {names}.",
+                f"Write strategy={ways[-1]!r}, or leave {name} out.",
+            )
+    if settings.cpu_offload == "optimizer" and way == "fsdp":
+        return Contradiction(
+            ("strategy", "cpu_offload"),
+            'MultiGPUConfig(strategy="fsdp", cpu_offload="optimizer") was given.',
+            "FSDP2 offloads weights, gradients and optimizer together.",
+            'Write cpu_offload=True, or strategy="deepspeed" for the optimizer alone.',
+        )
+    return None
 
 
 def config_of(value: object) -> MultiGPUConfig:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from pantheraml.config.multi_gpu import Backend, MultiGPUConfig, Recompute, ReduceDtype, Strategy
+from pantheraml.config.multi_gpu import Backend, CpuOffload, MultiGPUConfig, Recompute, ReduceDtype, Strategy
 from pantheraml.config.section import Count, CountOrZero, NumberOrZero, PositiveNumber, Section
 
 # Limits of GPUs: 0, "0" or "cuda:0" to bytes or "10GB". Keys of YAML are text.
@@ -25,10 +25,12 @@ class MultiGPUSettings(Section):
         description="Split a model that does not fit on one GPU between all of them.",
     )
     tensor_parallel: bool | int = Field(
-        default=MultiGPUConfig.tensor_parallel, description="Not in this version."
+        default=MultiGPUConfig.tensor_parallel,
+        description="GPUs that compute each layer together; true is all.",
     )
     pipeline_parallel: bool | int = Field(
-        default=MultiGPUConfig.pipeline_parallel, description="Not in this version."
+        default=MultiGPUConfig.pipeline_parallel,
+        description="GPUs that share one model's layers; true is all.",
     )
     use_gradient_checkpointing: bool | Recompute = Field(
         default="auto", description="As in the model section; auto leaves it to that."
@@ -38,7 +40,8 @@ class MultiGPUSettings(Section):
     )
     strategy: Strategy = Field(
         default=MultiGPUConfig.strategy,
-        description="auto and ddp copy the model to every GPU, none is one process; others are not in this version.",
+        description="ddp copies the model to every GPU, fsdp and deepspeed share it out, tensor and pipeline compute "
+        "it together, none is one process; auto is ddp where a GPU holds the model.",
     )
     num_processes: Count | None = Field(
         default=MultiGPUConfig.num_processes, description="Ranks on this machine; null is one for each GPU."
@@ -48,6 +51,21 @@ class MultiGPUSettings(Section):
     )
     micro_batches: Count | None = Field(
         default=MultiGPUConfig.micro_batches, description="Pieces of a step of a split model."
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        default=2,
+        description="Of deepspeed: 1 shards the optimizer, 2 gradients too, 3 weights too, 0 nothing.",
+    )
+    cpu_offload: CpuOffload = Field(
+        default=MultiGPUConfig.cpu_offload,
+        description="Keep in host memory what is sharded; optimizer: its state alone (deepspeed).",
+    )
+    shard_frozen: bool | None = Field(
+        default=MultiGPUConfig.shard_frozen,
+        description="Of fsdp: share out weights that are not trained; null: where a GPU does not hold them.",
+    )
+    shard_size: Count | None = Field(
+        default=MultiGPUConfig.shard_size, description="Of fsdp: ranks that share one copy; null is all."
     )
     reduce_dtype: ReduceDtype | None = Field(
         default=MultiGPUConfig.reduce_dtype,

@@ -29,12 +29,12 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
-def describe_ranks(places: list[tuple[str, str]], strategy: str) -> str:
+def describe_ranks(places: list[tuple[str, str]], spread: str) -> str:
     """Who takes part, and how the work is spread.
 
     Args:
         places: host and device name of each rank.
-        strategy: of ``MultiGPUConfig``.
+        spread: how the work is spread, as its strategy describes it.
     """
     by_host: dict[str, list[str]] = {}
     for host, name in places:
@@ -42,8 +42,7 @@ def describe_ranks(places: list[tuple[str, str]], strategy: str) -> str:
     hosts = "; ".join(
         f"{len(names)} on {host}: {', '.join(dict.fromkeys(names))}" for host, names in by_host.items()
     )
-    why = 'as strategy="ddp" says' if strategy == "ddp" else "since the model fits on each device"
-    return f"{len(places)} ranks ({hosts}); DDP, {why}: each has the whole model and rows of its own."
+    return f"{len(places)} ranks ({hosts}); {spread}."
 
 
 def describe_run(model: nn.Module, args: TrainingArguments, rows: Any, batch: GlobalBatch) -> str:

@@ -42,7 +42,6 @@ class PantheraMLDistributedTrainer(WatchedRuns, PantheraMLTrainer):
 
     Raises:
         ConfigError: settings that contradict each other, or what started the ranks.
-        NotYetError: a strategy that this version does not have.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class PantheraMLDistributedTrainer(WatchedRuns, PantheraMLTrainer):
         # A split model has all GPUs already: there is none left for ranks.
         if (multi_gpu_config is not None and not is_split(model)) or get_world_size() > 1:
             setup_multi_gpu(config)
-        self._multi_gpu = config
+        self._multi_gpu = self._watching
         state = get_state(model)
         if state is not None and config.use_gradient_checkpointing != "auto":
             state.recompute = check_policy(config.use_gradient_checkpointing)
@@ -100,7 +99,7 @@ class PantheraMLDistributedTrainer(WatchedRuns, PantheraMLTrainer):
         """Who takes part, and then as ``PantheraMLTrainer``."""
         places = gather_objects((socket.gethostname(), device_name(self.args.device)))
         if len(places) > 1:
-            say(describe_ranks(places, config_of(self._multi_gpu).strategy))
+            say(describe_ranks(places, self._strategy.describe()))
         super()._say_plan()
 
 

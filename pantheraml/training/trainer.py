@@ -12,12 +12,13 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from trl import SFTConfig
 
 from pantheraml.data.masking import check_labels
 from pantheraml.data.preview import describe_sample
 from pantheraml.devices.memory import forget_peak, format_memory_stats, get_memory_stats, gpu_memory
-from pantheraml.distributed.process_group import gather_objects, group_size
-from pantheraml.distributed.strategies import ddp
+from pantheraml.distributed.process_group import gather_objects, group_size, settings_of_run
+from pantheraml.distributed.strategies.choose import strategy_of
 from pantheraml.errors import DataError
 from pantheraml.log import say
 from pantheraml.models.packed_rows import keep_documents_apart
@@ -133,8 +134,7 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
                     eval_dataset, processing_class, config.dataset_text_field, "evaluation"
                 )
 
-        join_ranks(config, group_size())
-        self._global_batch = resolve_global_batch(config, group_size())
+        self._join_run(config)
         state = get_state(model)
         written = written_recompute(args)
         if state is not None:
@@ -164,8 +164,7 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
                 formatting_func=formatting_func,
                 **kwargs,
             )
-        if config.world_size > 1:
-            ddp.configure(self.accelerator, config, cast(torch.nn.Module, self.model), self._multi_gpu)
+        self._strategy.configure(self.accelerator, config, cast(nn.Module, self.model))
         self._place_head(fused=state is not None and state.kernels == "auto")
         ledger = PatchSet() if state is None else state.patches
         # Layers of a split model compute several micro-batches in turn.
@@ -184,6 +183,18 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
             plan_ahead(model, state, longest)
         self.plan_merging()
         return predict_memory(model, self.args, longest, self._most_tokens)
+
+    def _join_run(self, config: SFTConfig) -> None:
+        """Be one of the ranks of the run, as its settings say; ``config`` is changed in place."""
+        join_ranks(config, group_size())
+        self._strategy = strategy_of(self._multi_gpu or settings_of_run(), group_size())
+        self._strategy.prepare(config)
+        self._global_batch = resolve_global_batch(config, group_size())
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        """As the run's strategy wraps it, or else accelerate."""
+        model = self._strategy.wrap(self.accelerator, model) if training else model
+        return super()._wrap_model(model, training, *args, **kwargs)
 
     def _place_head(self, *, fused: bool) -> None:
         """Put our head where it covers the model, and one where TRL's cannot run."""

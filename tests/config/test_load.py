@@ -198,7 +198,7 @@ flavour: 1
 multi_gpu:
   backend: ncll
   num_processes: 0
-  strategy: fsdp
+  cpu_offload: optimizer
   gpus: 2
 """)
     assert refusal(path, "trainer.max_steps=ten", "trainer.packing", "seed.a=1") == [
@@ -222,9 +222,8 @@ multi_gpu:
         "run.yaml:16: there is no setting flavour. `pantheraml schema` prints all settings.",
         'run.yaml:18: multi_gpu.backend is "ncll"; it takes "nccl", "gloo", "mpi".',
         "run.yaml:19: multi_gpu.num_processes is 0; it takes a whole number of at least 1 or null.",
-        "run.yaml:20: multi_gpu.strategy is fsdp, which this version does not have: it copies the model to every "
-        "GPU, or splits its layers between them. Leave it out; for a model that is larger than a GPU, write "
-        "model.device_map: balanced.",
+        "run.yaml:20: MultiGPUConfig(strategy='auto', cpu_offload='optimizer') was given. cpu_offload is a setting "
+        "of strategy='fsdp' and strategy='deepspeed'. Write strategy='deepspeed', or leave cpu_offload out.",
         "run.yaml:21: there is no setting multi_gpu.gpus. `pantheraml schema` prints all settings.",
         "override trainer.packing: it is written key=value, such as trainer.learning_rate=1e-4.",
         'override trainer.max_steps: trainer.max_steps is "ten"; it takes a whole number or null.',
@@ -323,7 +322,7 @@ def test_every_way_to_recompute_can_be_written(write, policy):
             ["model.use_gradient_checkpointing=true", "multi_gpu.use_gradient_checkpointing=offload"],
             "multi_gpu.use_gradient_checkpointing differ",
         ),
-        (["multi_gpu.tensor_parallel=2"], "multi_gpu.tensor_parallel is 2, which this version does not have"),
+        (["multi_gpu.strategy=ddp", "multi_gpu.tensor_parallel=2"], "the degree of strategy='tensor'"),
         (["devices=[]"], "devices is empty"),
         (["devices=0", "model.device_map=auto"], "both place the model"),
         (["devices=0", "trainer.use_cpu=true"], "trainer.use_cpu asks for the CPU"),

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
-from pantheraml.errors import ConfigError, NotYetError
+from pantheraml.errors import ConfigError
 
 
 def test_the_guides_fields_and_defaults():
@@ -42,12 +42,33 @@ def test_what_cannot_be_is_said(settings, says):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [dict(tensor_parallel=True), dict(pipeline_parallel=2), dict(strategy="fsdp")],
+    ("settings", "says"),
+    [
+        (
+            dict(strategy="ddp", tensor_parallel=2),
+            "Keep one of them: strategy=.tensor. with tensor_parallel=2",
+        ),
+        (dict(tensor_parallel=2, pipeline_parallel=2), "Keep one of them"),
+        (dict(shard_size=4), "a setting of strategy='fsdp'"),
+        (dict(strategy="fsdp", zero_stage=3), "Write strategy='deepspeed', or leave zero_stage out"),
+        (dict(cpu_offload=True), "strategy='fsdp' and strategy='deepspeed'"),
+        (dict(strategy="fsdp", cpu_offload="optimizer"), "Write cpu_offload=True"),
+        (dict(strategy="fsdp", reduce_dtype="bfloat16"), "a setting of strategy='ddp'"),
+    ],
 )
-def test_what_comes_later_is_refused(settings):
-    with pytest.raises(NotYetError, match=next(iter(settings))):
+def test_settings_of_another_strategy_are_refused(settings, says):
+    with pytest.raises(ConfigError, match=says):
         MultiGPUConfig(**settings)
+
+
+def test_a_degree_names_its_strategy():
+    assert (
+        MultiGPUConfig(tensor_parallel=2).way
+        == MultiGPUConfig(strategy="tensor", tensor_parallel=2).way
+        == "tensor"
+    )
+    assert MultiGPUConfig(pipeline_parallel=True).way == "pipeline"
+    assert MultiGPUConfig(tensor_parallel=1).way == "auto"
 
 
 def test_other_things_are_no_config():

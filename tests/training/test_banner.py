@@ -15,6 +15,7 @@ from pantheraml import (
     PantheraMLDistributedTrainer,
     PantheraMLTrainingArguments,
 )
+from pantheraml.distributed.strategies.ddp import DDP
 from pantheraml.models.memory_estimate import MemoryEstimate, predicted_bytes
 from pantheraml.models.recompute_plan import RecomputePlan
 from pantheraml.training.banner import compare_memory, describe_memory, describe_ranks
@@ -31,11 +32,11 @@ def test_ranks_by_host_with_their_gpus():
         ("node2", "NVIDIA A100"),
         ("node2", "NVIDIA L4"),
     ]
-    assert describe_ranks(places, "auto") == (
+    assert describe_ranks(places, DDP(MultiGPUConfig()).describe()) == (
         "4 ranks (2 on node1: NVIDIA H200; 2 on node2: NVIDIA A100, NVIDIA L4); DDP, since the model fits on each "
         "device: each has the whole model and rows of its own."
     )
-    assert 'DDP, as strategy="ddp" says' in describe_ranks(places, "ddp")
+    assert 'DDP, as strategy="ddp" says' in DDP(MultiGPUConfig(strategy="ddp")).describe()
 
 
 def test_prediction_and_measurement():

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 from pantheraml.config.multi_gpu import MultiGPUConfig
+from pantheraml.distributed.strategies.base import Strategy
 from pantheraml.distributed.strategies.held_reduction import count_launches
 
 # Trained parameters up to so many bytes are reduced at once, at the end: less would not hide behind the backward.
@@ -92,3 +93,22 @@ def configure(
     if args.ddp_bucket_cap_mb is None and trained <= _ONE_BUCKET:
         found["bucket_cap_mb"] = 1 + trained // 2**20
     accelerator.ddp_handler = _Settings(**found)
+
+
+class DDP(Strategy):
+    """Every rank has the whole model and rows of its own."""
+
+    name = "ddp"
+
+    def configure(self, accelerator: Any, args: TrainingArguments, model: nn.Module) -> None:
+        """One bucket for an adapter, no search for what is unused, gradients as views."""
+        configure(accelerator, args, model, self.config)
+
+    def describe(self) -> str:
+        """As the banner says it."""
+        why = (
+            'as strategy="ddp" says'
+            if self.config.strategy == "ddp"
+            else "since the model fits on each device"
+        )
+        return f"DDP, {why}: each has the whole model and rows of its own"
