@@ -68,11 +68,15 @@ def join(
             "rank for each, which is faster where one GPU holds the model."
         )
         return replace(request, device_map="balanced")
-    if config.strategy == "auto" and may_split and gpus > 1 and not _fits_on_each(request):
-        say(
-            f"the model does not fit on each of {gpus} GPUs: it is split between them, and no ranks are started."
-        )
-        return replace(request, device_map="auto")
+    if config.way == "auto" and may_split and gpus > 1 and not _fits_on_each(request):
+        if request.flags.load_in_8bit:
+            say(
+                f"the model does not fit on each of {gpus} GPUs, and ranks do not share out 8-bit weights: it is split "
+                "between the GPUs, and no ranks are started."
+            )
+            return replace(request, device_map="auto")
+        say(f"the model does not fit on each of {gpus} GPUs: ranks share out its weights (FSDP2).")
+        config = replace(config, strategy="fsdp")
     return _as_rank(request, config, False)
 
 
@@ -91,7 +95,25 @@ def _as_rank(request: LoadRequest, config: MultiGPUConfig | None, is_split: bool
             need="Each rank has a GPU of its own, and this would put all of them on one.",
             fix="Leave device_map out; CUDA_VISIBLE_DEVICES says which GPUs are used.",
         )
-    return replace(request, is_alone=group_size() == 1)
+    request = replace(request, is_alone=group_size() == 1)
+    return _sharing(request, config) if config is not None and config.way == "fsdp" else request
+
+
+def _sharing(request: LoadRequest, config: MultiGPUConfig) -> LoadRequest:
+    """The request of a rank whose weights are shared out, if they are: what fits everywhere is only read there."""
+    full = request.flags.full_finetuning
+    is_needed = full or (not _fits_on_each(request) if config.shard_frozen is None else config.shard_frozen)
+    if group_size() == 1 or not is_needed:
+        return request
+    if request.flags.load_in_8bit:
+        raise ConfigError(
+            got="load_in_8bit=True was given with strategy='fsdp'.",
+            need="The scales of 8-bit weights are made anew in every product, and they are not shared out.",
+            fix='Use load_in_4bit=True, or device_map="balanced" to split the model by layers.',
+        )
+    from pantheraml.distributed.strategies.fsdp import sharding_of
+
+    return replace(request, sharding=sharding_of(config, trained=full))
 
 
 def _names_a_gpu(device_map: object) -> bool:

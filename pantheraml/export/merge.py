@@ -33,6 +33,7 @@ from pantheraml.export.skeleton import (
 from pantheraml.export.weights import Weight, plain_model, plain_weights
 from pantheraml.log import say, warn
 from pantheraml.models.fp8 import METHOD
+from pantheraml.models.sharding import is_sharded
 
 _METHODS = {
     "lora": "lora",
@@ -79,22 +80,17 @@ def save_merged(
     method = parse_method(save_method)
     if method == "lora":
         return save_adapter(model, folder, tokenizer)
-    plain = plain_model(model)
-    _refuse_other_quantizations(plain)
-    weights = list(plain_weights(model))
-    dtype = _parse_dtype(dtype) or _sixteen_bit(weights)
-    skeleton = build_skeleton(plain, dtype, tied=True)
-    if not _still_tied(skeleton, weights):
-        skeleton = build_skeleton(plain, dtype, tied=False)
-    expected = skeleton.state_dict().keys() - skeleton.all_tied_weights_keys.keys()
-    weights = [weight for weight in weights if weight.name in expected]
-    in_4bit = quantize_skeleton(skeleton, _skipped(plain)) if method == "merged_4bit" else set()
-    _check_complete(expected | in_4bit, weights)
-    with publish_folder(folder, _bytes_needed(weights, dtype, in_4bit)) as build:
-        _write_configs(plain, skeleton, build)
-        write_shards(build, _file_tensors(weights, skeleton, dtype, in_4bit), max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(build)
+    merged = _Merged(model, method, _parse_dtype(dtype))
+    dtype, in_4bit = merged.dtype, merged.in_4bit
+    tensors = merged.tensors()
+    try:
+        with publish_folder(folder, merged.size) as build:
+            _write_configs(merged.plain, merged.skeleton, build)
+            write_shards(build, tensors, max_shard_size)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(build)
+    finally:
+        merged.gather_rest(tensors)
     if (folder / "adapter_config.json").exists():
         warn(
             f"{folder} also holds an adapter, which transformers loads instead of the merged model. "
@@ -102,6 +98,60 @@ def save_merged(
         )
     say(f"Saved the merged model ({'4-bit NF4' if in_4bit else str(dtype)[6:]}) to {folder}.")
     return folder
+
+
+def gather_merged(model: nn.Module, save_method: str, dtype: str | torch.dtype | None = None) -> None:
+    """What a rank does while rank 0 is in ``save_merged``, where ranks share out the weights."""
+    method = parse_method(save_method)
+    if method != "lora":
+        merged = _Merged(model, method, _parse_dtype(dtype))
+        merged.gather_rest(merged.tensors())
+
+
+class _Merged:
+    """What a merged folder will hold.
+
+    Attributes:
+        plain: the transformers model.
+        skeleton: what will be loaded.
+        dtype: of its weights.
+        in_4bit: names of those that are packed.
+
+    Args:
+        model: that is saved.
+        method: "merged_16bit" or "merged_4bit".
+        dtype: of the weights, or None for the one that fits the model.
+    """
+
+    def __init__(self, model: nn.Module, method: str, dtype: torch.dtype | None) -> None:
+        self.plain = plain_model(model)
+        _refuse_other_quantizations(self.plain)
+        weights = list(plain_weights(model))
+        self.dtype = dtype or _sixteen_bit(weights)
+        skeleton = build_skeleton(self.plain, self.dtype, tied=True)
+        if not _still_tied(skeleton, weights):
+            skeleton = build_skeleton(self.plain, self.dtype, tied=False)
+        expected = skeleton.state_dict().keys() - skeleton.all_tied_weights_keys.keys()
+        self._weights = [weight for weight in weights if weight.name in expected]
+        is_packed = method == "merged_4bit"
+        self.in_4bit = quantize_skeleton(skeleton, _skipped(self.plain)) if is_packed else set[str]()
+        self.skeleton = skeleton
+        self._is_shared_out = is_sharded(model)
+        _check_complete(expected | self.in_4bit, self._weights)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weight files."""
+        return _bytes_needed(self._weights, self.dtype, self.in_4bit)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Checkpoint names and CPU tensors, one repeated block at a time."""
+        return _file_tensors(self._weights, self.skeleton, self.dtype, self.in_4bit)
+
+    def gather_rest(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Gather what is left of ``tensors``, for ranks that wait for this one; also after a disk has failed."""
+        for _ in tensors if self._is_shared_out else ():
+            pass
 
 
 def merged_tensors(

@@ -1,11 +1,12 @@
-"""What models get as methods: each function takes the model first and saves whole folders or nothing."""
+"""What models get as methods: each function takes the model first and saves whole folders or nothing.
+
+Scripts call them on every rank; rank 0 writes, and the others help to gather what ranks share out.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
@@ -15,25 +16,24 @@ from pantheraml.checkpoint.publish import publish_folder
 from pantheraml.distributed.process_group import is_first_of_group
 from pantheraml.export.adapter import save_adapter
 from pantheraml.export.hub import push_built, push_folder, push_merged
-from pantheraml.export.merge import save_merged
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def by_one_rank(method: Method) -> Method:
-    """``method`` on rank 0 alone: every rank has the whole model, and a script calls it on each of them."""
-
-    @functools.wraps(method)
-    def save(*args: Any, **kwargs: Any) -> Any:
-        return method(*args, **kwargs) if is_first_of_group() else None
-
-    return cast(Method, save)
-
+from pantheraml.export.merge import gather_merged, save_merged
+from pantheraml.models.sharding import gathered_weights, is_sharded
 
 Processor = PreTrainedTokenizerBase | ProcessorMixin
 
 
-@by_one_rank
+def _with_gathered(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """With the whole weights of a model that is trained in full, where ranks share them out."""
+    if isinstance(model, PeftModel) or not is_sharded(model) or "state_dict" in kwargs:
+        return kwargs
+    return {**kwargs, "state_dict": gathered_weights(model, keep=is_first_of_group())}
+
+
+def _help_merging(model: nn.Module, save_method: str, dtype: str | None) -> None:
+    if is_sharded(model):
+        gather_merged(model, save_method, dtype)
+
+
 def save_pretrained(
     model: nn.Module,
     save_directory: str | Path,
@@ -64,6 +64,9 @@ def save_pretrained(
     Raises:
         SaveError: the disk or the hub failed; an older save is untouched.
     """
+    kwargs = _with_gathered(model, kwargs)
+    if not is_first_of_group():
+        return
     own_method: Any = type(model).save_pretrained  # pyright: ignore[reportAttributeAccessIssue]
     if not kwargs.get("is_main_process", True):
         # Other ranks take part in gathering weights but own no files.
@@ -88,7 +91,6 @@ def save_pretrained(
         )
 
 
-@by_one_rank
 def save_pretrained_merged(
     model: nn.Module,
     save_directory: str | Path,
@@ -104,7 +106,13 @@ def save_pretrained_merged(
     commit_message: str | None = None,
     revision: str | None = None,
 ) -> None:
-    """Save the trained model for use in plain transformers; see ``save_merged`` and ``push_folder``."""
+    """Save the trained model for use in plain transformers; see ``save_merged`` and ``push_folder``.
+
+    Where ranks share out the weights, each of them has to call this.
+    """
+    if not is_first_of_group():
+        _help_merging(model, save_method, dtype)
+        return
     save_merged(model, save_directory, tokenizer, save_method, max_shard_size=max_shard_size, dtype=dtype)
     if push_to_hub:
         push_folder(
@@ -117,7 +125,6 @@ def save_pretrained_merged(
         )
 
 
-@by_one_rank
 def push_to_hub_merged(
     model: nn.Module,
     repo_id: str,
@@ -125,12 +132,17 @@ def push_to_hub_merged(
     save_method: str = "merged_16bit",
     token: str | bool | None = None,
     **options: Any,
-) -> str:
-    """Upload the trained model for use in plain transformers; options and errors as ``push_merged``."""
+) -> str | None:
+    """Upload the trained model for use in plain transformers; options and errors as ``push_merged``.
+
+    Where ranks share out the weights, each of them has to call this; the first one returns the address.
+    """
+    if not is_first_of_group():
+        _help_merging(model, save_method, options.get("dtype"))
+        return None
     return push_merged(model, repo_id, tokenizer, save_method, token, **options)
 
 
-@by_one_rank
 def push_to_hub(
     model: nn.Module,
     repo_id: str,
@@ -141,7 +153,7 @@ def push_to_hub(
     commit_message: str | None = None,
     revision: str | None = None,
     **kwargs: Any,
-) -> str:
+) -> str | None:
     """Upload what ``save_pretrained`` saves (PEFT: the adapter).
 
     Args:
@@ -155,11 +167,14 @@ def push_to_hub(
         **kwargs: for the model's own ``save_pretrained``.
 
     Returns:
-        Address of the repository.
+        Address of the repository, on rank 0.
 
     Raises:
         SaveError: the disk or the hub failed; after a failed upload the files stay and the error says where.
     """
+    kwargs = _with_gathered(model, kwargs)
+    if not is_first_of_group():
+        return None
     return push_built(
         lambda folder: save_pretrained(model, folder, tokenizer, **kwargs),
         repo_id,

@@ -10,11 +10,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pantheraml.models.fp8 import Fp8Linear
+from pantheraml.models.sharding import whole
 
 
 def is_4bit(parameter: torch.Tensor) -> bool:
     """Whether ``parameter`` holds packed 4-bit values with their quantisation state."""
-    return type(parameter).__name__ == "Params4bit"
+    # Weights that ranks share out are plain tensors that know their state.
+    return getattr(parameter, "quant_state", None) is not None
 
 
 def is_8bit(parameter: torch.Tensor) -> bool:
@@ -52,7 +54,7 @@ def stored_values(module: Any, parameter: Any) -> torch.Tensor:
         return bnb.int8_vectorwise_dequant(parameter.data, scales.to(parameter.device))
     if is_fp8(module, parameter):
         return module.dequantised()
-    return parameter.data
+    return whole(parameter.data)
 
 
 def nf4_pieces(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -76,7 +78,7 @@ def nf4_pieces(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 def _dequantize_4bit(parameter: Any) -> torch.Tensor:
     import bitsandbytes.functional as bnb
 
-    data, state = parameter.data, parameter.quant_state
+    data, state = whole(parameter.data), parameter.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         # Inference on some CPUs re-packs the weight in place, with bfloat16 scales. Unpack a copy, and
         # keep those scales: bitsandbytes would quantise them a second time.

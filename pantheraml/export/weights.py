@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from pantheraml.errors import AdapterError, ModelLoadError
@@ -67,7 +68,7 @@ class Weight:
         return torch.float32 if is_scaled else self.tensor.dtype
 
     def values(self) -> torch.Tensor:
-        """The weight as the live model uses it.
+        """The weight as the live model uses it; where ranks share it out, all of them have to ask for it.
 
         Returns:
             Float32 where adapters, 8-bit or FP8 storage are involved, else the stored dtype (perhaps sharing
@@ -76,6 +77,8 @@ class Weight:
         try:
             return self._values_on(self.tensor.device)
         except torch.OutOfMemoryError:
+            if isinstance(self.tensor, DTensor):  # the other ranks would gather once, and this one twice
+                raise
             torch.cuda.empty_cache()
             return self._values_on(torch.device("cpu"))
 

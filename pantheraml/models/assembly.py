@@ -18,6 +18,7 @@ from pantheraml.models.positions import extend_positions
 from pantheraml.models.precision import (
     Precision,
     PrecisionFlags,
+    as_stored,
     check_dequantized,
     check_precision,
     choose_precision,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from pantheraml.kernels.attention.backend import AttentionCall
+    from pantheraml.models.sharding import Sharding
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class LoadRequest:
 
     Attributes:
         is_alone: whether all visible GPUs are this process's; ranks have one each.
+        sharding: how ranks share out the weights, if they do.
     """
 
     model_name: str
@@ -62,6 +65,7 @@ class LoadRequest:
     kernels: str
     attn_implementation: str | None
     num_labels: int | None
+    sharding: Sharding | None = None
 
 
 def find_source(request: LoadRequest) -> ModelSource:
@@ -153,9 +157,18 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
     watch(model.base_model, state)
     if request.kernels == "auto":
         apply_fused_parts(
-            model, state.family, state.patches, keep_attention=request.attn_implementation is not None
+            model,
+            state.family,
+            state.patches,
+            keep_attention=request.attn_implementation is not None,
+            device=place.device,
         )
         _say_patches(state.patches)
+    if request.sharding is not None:
+        from pantheraml.models.sharding import shard_model
+
+        state.sharding = request.sharding
+        shard_model(model, request.sharding, precision.dtype if precision.storage == "plain" else None)
     return model, tokenizer, state
 
 
@@ -190,8 +203,12 @@ def _load_base(
 
     trust = request.trust_remote_code
     num_labels = loading.choose_num_labels(request.num_labels, config, source.adapter)
+    device_map = place.device_map
+    if request.sharding is not None and precision.storage == "plain":
+        # Into a mapped file: ranks share its memory, and read what they keep.
+        device_map, precision = {"": "cpu"}, as_stored(precision, config)
     options = loading.LoadOptions(
-        place.device_map, precision, request.attn_implementation, num_labels, trust, place.limits
+        device_map, precision, request.attn_implementation, num_labels, trust, place.limits
     )
     devices = [place.device] if place.split is None else place.split.devices
     with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):

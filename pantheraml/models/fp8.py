@@ -23,6 +23,7 @@ from pantheraml.kernels.fp8 import DTYPE, LARGEST, quantise_rows
 from pantheraml.kernels.fp8_product import multiply, turn
 from pantheraml.kernels.launch import launching_on
 from pantheraml.kernels.workspace import borrow
+from pantheraml.models.sharding import whole
 
 METHOD = "pantheraml_fp8"
 # Tensor cores take e4m3 matrices in steps of 16.
@@ -117,7 +118,7 @@ class Fp8Linear(nn.Linear):
 
     def dequantised(self) -> Tensor:
         """The weight it multiplies by, (N, K) float32: what merging and exporting start from."""
-        return self.weight.float() * self.weight_scale[:, None]
+        return whole(self.weight).float() * self.weight_scale[:, None]
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., N) in the dtype of the input, or of autocast."""

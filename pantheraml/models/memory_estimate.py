@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pantheraml.devices.memory import describe_bytes
 from pantheraml.models.recompute_plan import RecomputePlan, kept_bytes, passing_bytes, unpacked_bytes
+from pantheraml.models.sharding import local
 
 # Moments that an optimizer keeps for each trained number, by a part of its name; two where none is here.
 _MOMENTS = {"sgd": 0, "adafactor": 0, "adagrad": 1, "lion": 1, "rmsprop": 1}
@@ -104,7 +105,7 @@ def weight_bytes(model: nn.Module, device: torch.device | None = None) -> int:
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in map(local, (*model.parameters(), *model.buffers())):
         yield tensor
         state = getattr(tensor, "quant_state", None)
         while state is not None:  # the scales of 4-bit weights, which are packed themselves

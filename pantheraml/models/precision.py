@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pantheraml.errors import ConfigError, HardwareError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
 Storage = Literal["4bit", "8bit", "fp8", "plain"]
 
@@ -114,6 +115,16 @@ def choose_precision(
     if flags.load_in_4bit is False:
         return Precision("plain", picked)
     return Precision("4bit", picked)
+
+
+def as_stored(precision: Precision, config: PretrainedConfig) -> Precision:
+    """``precision`` with the 16-bit dtype that weights are stored in, where float32 is wanted of them in the end."""
+    import torch
+
+    stored = getattr(config, "dtype", None)
+    if precision.dtype == torch.float32 and stored in (torch.bfloat16, torch.float16):
+        return replace(precision, dtype=stored)
+    return precision
 
 
 def check_precision(precision: Precision, device: torch.device) -> None:

@@ -31,6 +31,7 @@ from pantheraml.models.recompute_plan import (
     plan_unpacked,
     unpacked_bytes,
 )
+from pantheraml.models.sharding import gathered_bytes, local
 
 if TYPE_CHECKING:
     from pantheraml.models.state import ModelState
@@ -174,7 +175,7 @@ def _free_bytes(model: Any, section: Section, is_new: bool) -> int:
     device = section.device
     free = free_gpu_bytes(device) if device.type == "cuda" else psutil.virtual_memory().available
     held = sum(unpacked_bytes(layer) for layer in _fused(section.layers) if layer.reader.keeps_unpacked)
-    return free + held - (optimizer_bytes(model, device) if is_new else 0)
+    return free + held - gathered_bytes(model) - (optimizer_bytes(model, device) if is_new else 0)
 
 
 def _plan_recompute(
@@ -197,7 +198,7 @@ def _plan_recompute(
 def optimizer_bytes(model: nn.Module, device: torch.device | None = None) -> int:
     """Gradients and two float32 moments of everything trained (on ``device``), which the first step will allocate."""
     trained = (p for p in model.parameters() if p.requires_grad and device in (None, p.device))
-    return sum(p.numel() * (p.element_size() + 8) for p in trained)
+    return sum(local(p).numel() * (p.element_size() + 8) for p in trained)
 
 
 def _layers(model: Any) -> list[Any]:

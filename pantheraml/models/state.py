@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pantheraml.models.families import ModelFamily
     from pantheraml.models.fused import HostStore
     from pantheraml.models.recompute_plan import RecomputePlan
+    from pantheraml.models.sharding import Sharding
     from pantheraml.models.source import ModelSource
     from pantheraml.models.split import Split
 
@@ -39,6 +40,7 @@ class ModelState:
         kernels: ``"auto"`` or ``"off"``.
         patches: the ledger of everything that was changed on it: fused parts, bound methods.
         split: where its parts are, if on several devices.
+        sharding: how its weights are shared out between ranks, if they are.
         in_flight: micro-batches that the layers of a device hold at a time, where that is more than one.
         plans: what its layers recompute, by device, made for the longest batch so far.
         planned_for: the policy they were made for.
@@ -57,6 +59,7 @@ class ModelState:
     kernels: str
     patches: PatchSet
     split: Split | None = None
+    sharding: Sharding | None = None
     in_flight: dict[torch.device, float] = field(default_factory=dict)
     plans: tuple[RecomputePlan, ...] = ()
     planned_for: Recompute | None = None

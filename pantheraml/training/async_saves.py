@@ -25,7 +25,7 @@ from pantheraml.errors import first_line
 from pantheraml.export.adapter import vocabulary_changed
 from pantheraml.log import say_once, warn
 from pantheraml.training.agreeing import agreeing
-from pantheraml.training.run_record import RecordedRun
+from pantheraml.training.shared_state import SharedState
 
 Writes = list[Callable[[], Any]]
 
@@ -57,7 +57,7 @@ def _place(tensor: Any) -> Any:
     return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape
 
 
-class AsyncSaves(RecordedRun):
+class AsyncSaves(SharedState):
     """The part of the trainer that leaves the large files of a checkpoint to a thread; ``async_save`` says whether."""
 
     # What the thread will write, of the checkpoint that is being made; None: all is written at the step.
@@ -72,7 +72,7 @@ class AsyncSaves(RecordedRun):
 
     @contextmanager
     def going_on(self, resume: str | bool | None) -> Iterator[None]:
-        """As ``RecordedRun``; a run that is ended by an error still ends the save that is under way."""
+        """As ``SharedState``; a run that is ended by an error still ends the save that is under way."""
         with super().going_on(resume):
             try:
                 yield
@@ -94,7 +94,7 @@ class AsyncSaves(RecordedRun):
     def _why_not_beside(self) -> str | None:
         if self.args.save_on_each_node or self.args.push_to_hub:
             return "with save_on_each_node or push_to_hub they are written as transformers does"
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self._shares_trained:
             return "each rank has a part of the state"
         if not isinstance(self.model, PeftModel | PreTrainedModel):
             return f"{type(self.model).__name__} has no save_pretrained"

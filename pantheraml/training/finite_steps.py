@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from pantheraml.distributed.process_group import broadcast_object
 from pantheraml.errors import NonFiniteError
 from pantheraml.log import warn
+from pantheraml.models.sharding import whole
 from pantheraml.training.going_back import go_back, last_whole_of
 from pantheraml.training.non_finite import SKIP, STOP, Finding, findings
 from pantheraml.training.pipelining import PipelinedSteps
@@ -114,7 +115,8 @@ class FiniteSteps(PipelinedSteps):
         """transformers', called between the last backward of a step and the optimizer."""
         norm = super()._get_grad_norm(model, grad_norm)
         if norm is not None:
-            self._hold_back(torch.as_tensor(norm))
+            norm = whole(torch.as_tensor(norm))
+            self._hold_back(norm)
         return norm
 
     def _hold_back(self, norm: Tensor) -> None:

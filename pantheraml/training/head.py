@@ -117,6 +117,7 @@ def _forward(
     log_probs, entropy, is_top1 = (
         zeros.index_put((index,), values.to(mask.device)).view(mask.shape) for values in scores
     )
+    log_probs = log_probs.clone()  # FSDP2 hooks onto what a model gives back, which is to be no view
     # A batch without labels still has to reach every parameter.
     if index.numel() == 0:
         log_probs = log_probs + 0.0 * hidden.sum().to(mask.device)

@@ -164,6 +164,8 @@ class MergedSteps(StepLoss):
             return "a data_collator was given"
         if state.split is not None:
             return "the model is split over several devices"
+        if state.sharding is not None:
+            return "ranks gather weights in every pass, and each has to take as many"
         if model.config._attn_implementation != NAME:
             return "attention is not PantheraML's"
         if self.args.device.type != "cuda" and not forced:

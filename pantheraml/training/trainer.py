@@ -134,7 +134,7 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
                     eval_dataset, processing_class, config.dataset_text_field, "evaluation"
                 )
 
-        self._join_run(config)
+        self._join_run(config, model)
         state = get_state(model)
         written = written_recompute(args)
         if state is not None:
@@ -184,10 +184,10 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         self.plan_merging()
         return predict_memory(model, self.args, longest, self._most_tokens)
 
-    def _join_run(self, config: SFTConfig) -> None:
+    def _join_run(self, config: SFTConfig, model: nn.Module) -> None:
         """Be one of the ranks of the run, as its settings say; ``config`` is changed in place."""
         join_ranks(config, group_size())
-        self._strategy = strategy_of(self._multi_gpu or settings_of_run(), group_size())
+        self._strategy = strategy_of(self._multi_gpu or settings_of_run(), group_size(), model)
         self._strategy.prepare(config)
         self._global_batch = resolve_global_batch(config, group_size())
 

@@ -21,6 +21,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from pantheraml.distributed.process_group import group_size
+from pantheraml.models.sharding import is_sharded
 
 # A hook of DDP: reduces a bucket.
 Hook = Callable[[Any, Any], Future[Any]]
@@ -164,6 +165,7 @@ def reduction_of(model: nn.Module) -> Reduction | None:
     """
     if not isinstance(model, DistributedDataParallel):
         return Reduction() if group_size() == 1 else None
-    if model.static_graph:  # it counts the passes of its first step
+    # A static graph counts the passes of its first step; ranks that share weights out gather them in every pass.
+    if model.static_graph or is_sharded(model):
         return None
     return LaunchedBuckets(model) if model in _launches else HeldReduction(model)

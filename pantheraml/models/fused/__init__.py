@@ -14,6 +14,7 @@ from pantheraml.models.fused.norm import FusedRMSNorm, apply_norms
 from pantheraml.models.patching import PatchSet
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 __all__ = [
@@ -31,15 +32,21 @@ __all__ = [
 
 
 def apply_fused_parts(
-    model: PreTrainedModel, family: ModelFamily | None, patches: PatchSet, *, keep_attention: bool = False
+    model: PreTrainedModel,
+    family: ModelFamily | None,
+    patches: PatchSet,
+    *,
+    keep_attention: bool = False,
+    device: torch.device | None = None,
 ) -> PatchSet:
     """Swap in everything that fits ``model``; what does not is recorded in ``patches`` with the reason.
 
     Args:
-        model: the base model, on its device.
+        model: the base model.
         family: its family, or None for an unknown architecture, which is left as it is.
         patches: the ledger.
         keep_attention: the user named an attention implementation, which stays.
+        device: where the model is going to be, if it is not there yet.
 
     Returns:
         ``patches``.
@@ -47,10 +54,10 @@ def apply_fused_parts(
     if family is None:
         patches.skip(type(model).__name__, f"no family describes {model.config.model_type!r}")
         return patches
-    apply_norms(model, family, patches)
-    apply_layers(model, family, patches)
-    apply_experts(model, family, patches)
-    apply_loss(model, patches)
+    apply_norms(model, family, patches, device=device)
+    apply_layers(model, family, patches, device=device)
+    apply_experts(model, family, patches, device=device)
+    apply_loss(model, patches, device=device)
     if keep_attention:
         patches.skip("attention", "an attn_implementation was given")
         return patches

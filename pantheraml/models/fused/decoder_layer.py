@@ -262,7 +262,12 @@ def _attention_of(
 
 
 def apply_layers(
-    model: nn.Module, family: ModelFamily, patches: PatchSet, *, on_cpu: bool = False
+    model: nn.Module,
+    family: ModelFamily,
+    patches: PatchSet,
+    *,
+    on_cpu: bool = False,
+    device: torch.device | None = None,
 ) -> PatchSet:
     """Swap the decoder layers, where Triton kernels launch.
 
@@ -271,12 +276,13 @@ def apply_layers(
         family: its architecture.
         patches: the ledger.
         on_cpu: swap on a CPU too, where the functions compute by plain PyTorch.
+        device: where the model is going to be, if it is not there yet.
 
     Returns:
         ``patches``.
     """
     layers = model.get_submodule(family.layers)
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     reason = None if on_cpu and device.type == "cpu" else why_no_triton(device)
     if reason is not None:
         patches.skip("decoder layers", reason)

@@ -238,7 +238,12 @@ class FusedMixture(nn.Module):
 
 
 def apply_experts(
-    model: nn.Module, family: ModelFamily, patches: PatchSet, *, on_cpu: bool = False
+    model: nn.Module,
+    family: ModelFamily,
+    patches: PatchSet,
+    *,
+    on_cpu: bool = False,
+    device: torch.device | None = None,
 ) -> PatchSet:
     """Swap the mixture blocks of a family that has experts, where Triton kernels launch.
 
@@ -249,6 +254,7 @@ def apply_experts(
         family: its architecture.
         patches: the ledger.
         on_cpu: swap on a CPU too, where the function computes by plain PyTorch.
+        device: where the model is going to be, if it is not there yet.
 
     Returns:
         ``patches``.
@@ -260,7 +266,7 @@ def apply_experts(
         cls = type(block)
         if cls.__name__ not in _BLOCKS or not cls.__module__.startswith("transformers.models."):
             continue
-        reason = _why_not_block(block, family, on_cpu)
+        reason = _why_not_block(block, family, on_cpu, device)
         if reason is None:
             patches.replace(
                 model, path, FusedMixture(block, family), "one function for all experts of a layer"
@@ -272,9 +278,11 @@ def apply_experts(
     return patches
 
 
-def _why_not_block(block: nn.Module, family: ModelFamily, on_cpu: bool) -> str | None:
+def _why_not_block(
+    block: nn.Module, family: ModelFamily, on_cpu: bool, device: torch.device | None
+) -> str | None:
     assert family.experts is not None
-    device = next(block.parameters()).device
+    device = device or next(block.parameters()).device
     reason = None if on_cpu and device.type == "cpu" else why_no_triton(device)
     if reason is None and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         reason = "tiles of the grouped products need a GPU of sm_80 or newer"

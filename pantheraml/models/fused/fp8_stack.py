@@ -39,6 +39,7 @@ class Fp8Stack:
     """As ``Stack``, for projections whose weights are in FP8."""
 
     keeps_unpacked = False  # nothing is packed
+    is_passing = False  # layers whose weights are not always in their places are not fused
 
     def __init__(self) -> None:
         self._memory: Fp8Memory | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -50,19 +51,22 @@ def causal_lm_loss(
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 
 
-def apply_loss(model: Any, patches: PatchSet, *, on_cpu: bool = False) -> PatchSet:
+def apply_loss(
+    model: Any, patches: PatchSet, *, on_cpu: bool = False, device: torch.device | None = None
+) -> PatchSet:
     """Give ``model`` (the base model) the fused loss where Triton kernels launch and its own is the causal one.
 
     Args:
         model: the base model.
         patches: the ledger.
         on_cpu: also on a CPU, where plain PyTorch computes it.
+        device: where the model is going to be, if it is not there yet.
 
     Returns:
         ``patches``.
     """
-    device = next(model.parameters()).device
-    reason = None if on_cpu and device.type == "cpu" else why_no_triton(device)
+    there: torch.device = device or next(model.parameters()).device
+    reason = None if on_cpu and there.type == "cpu" else why_no_triton(there)
     if reason is None and getattr(model, "loss_function", None) is not ForCausalLMLoss:
         reason = "the model has a loss of its own"
     if reason is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import torch
 from torch import Tensor, nn
 
 from pantheraml.kernels.launch import why_no_triton
@@ -38,7 +39,12 @@ class FusedRMSNorm(nn.Module):
 
 
 def apply_norms(
-    model: nn.Module, family: ModelFamily, patches: PatchSet, *, on_cpu: bool = False
+    model: nn.Module,
+    family: ModelFamily,
+    patches: PatchSet,
+    *,
+    on_cpu: bool = False,
+    device: torch.device | None = None,
 ) -> PatchSet:
     """Swap the norms of the language model for fused ones where Triton kernels launch.
 
@@ -49,6 +55,7 @@ def apply_norms(
         family: what its norms are.
         patches: the ledger.
         on_cpu: swap on a CPU too, where the fused norm computes by plain PyTorch what the old one did.
+        device: where the model is going to be, if it is not there yet.
 
     Returns:
         ``patches``.
@@ -57,8 +64,8 @@ def apply_norms(
     for path, norm in list(model.named_modules()):
         if not _is_norm_of(path, norm, family):
             continue
-        device = norm.get_parameter("weight").device
-        reason = None if on_cpu and device.type == "cpu" else why_no_triton(device)
+        there = device or norm.get_parameter("weight").device
+        reason = None if on_cpu and there.type == "cpu" else why_no_triton(there)
         if reason is None and "forward" in vars(norm):
             reason = "another library put a forward of its own on the module"
         if reason is None:

@@ -58,6 +58,7 @@ class LayerReader:
 
     Attributes:
         keeps_unpacked: whether 4-bit weights stay unpacked between calls; set by ``keep_unpacked``.
+        is_passing: whether weights are in their places only while the layer is computed; set before the first reading.
 
     Args:
         family: the layer's architecture.
@@ -66,6 +67,7 @@ class LayerReader:
     def __init__(self, family: ModelFamily) -> None:
         self.family = family
         self.keeps_unpacked = False
+        self.is_passing = False
         self._stacks: dict[str, Stack | Fp8Stack] = {}
         self._holds = False
         self._held: LayerParts | None = None
@@ -107,6 +109,8 @@ class LayerReader:
             projection = read_projection(module, trained=trained)
             if isinstance(projection, str):
                 return projection
+            if self.is_passing and projection.is_fp8:
+                return "FP8 weights that ranks share out are computed one by one"
             found.append(projection)
         read_from = [*found, *norms, *head_norms]
         if self._known is not None and self._is_known(read_from):
@@ -128,8 +132,8 @@ class LayerReader:
 
     def _bind(self, name: str, projections: tuple[Projection, ...]) -> BoundStack:
         if name not in self._stacks:
-            self._stacks[name] = Fp8Stack() if projections[0].is_fp8 else Stack()
-            self._stacks[name].keeps_unpacked = self.keeps_unpacked
+            stack = self._stacks[name] = Fp8Stack() if projections[0].is_fp8 else Stack()
+            stack.keeps_unpacked, stack.is_passing = self.keeps_unpacked, self.is_passing
         return self._stacks[name].bind(projections)
 
     def attention_settings(self, attention: Any) -> dict[str, Any]:

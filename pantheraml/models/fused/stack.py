@@ -11,7 +11,8 @@ more columns of an inner dimension of thousands: 5 to 36 us where the product of
 elementwise kernel, took 40 to 230 us (one H200, 8,192 tokens; decision 0002).
 
 16-bit weights move into such a buffer once, and the layers' Parameters become views of it. 4-bit weights are unpacked
-into one that all layers share, or, in layers that are to stay unpacked, into one of their own.
+into one that all layers share, or, in layers that are to stay unpacked, into one of their own. 16-bit weights that are
+in their places only while their layer is computed, because ranks share them out, are copied into the shared one.
 """
 
 from __future__ import annotations
@@ -65,9 +66,11 @@ class Stack:
 
     Attributes:
         keeps_unpacked: whether 4-bit weights get a buffer of their own and are unpacked once.
+        is_passing: whether 16-bit weights are in their places only while the layer is computed.
     """
 
     keeps_unpacked = False
+    is_passing = False
 
     def __init__(self) -> None:
         self._buffer: Buffer | None = None
@@ -79,11 +82,11 @@ class Stack:
         margin = margin_of(projections, _STEP)
         if projections[0].is_packed and self.keeps_unpacked:
             self._buffer = _own_buffer(projections, margin, self._buffer)
-        elif projections[0].is_packed:
+        elif projections[0].is_packed or self.is_passing:
             self._buffer = _shared_buffer(projections, margin)
         elif self._buffer is None or not _holds(self._buffer, projections, margin):
             self._buffer = _move_in(projections, margin)
-        return BoundStack(self._buffer, self._table, projections, margin)
+        return BoundStack(self._buffer, self._table, projections, margin, is_passing=self.is_passing)
 
     @property
     def is_trained(self) -> bool:
@@ -161,13 +164,20 @@ class BoundStack:
     """
 
     def __init__(
-        self, buffer: Buffer, table: Table, projections: tuple[Projection, ...], margin: int
+        self,
+        buffer: Buffer,
+        table: Table,
+        projections: tuple[Projection, ...],
+        margin: int,
+        *,
+        is_passing: bool = False,
     ) -> None:
         self._buffer, self._table, self.projections, self.margin = buffer, table, projections, margin
         self.inputs = AdapterInputs(projections)
         self.rows, self.cols = _sizes(projections)
         self.room = margin  # columns that a widened tensor has beside its own
         self._packed = projections[0].is_packed
+        self._passing = is_passing and not self._packed
         self._layout = margin, layout(projections)
         self._placements: list[Placement] | None = None
         self._state: object = None
@@ -190,6 +200,8 @@ class BoundStack:
         self._call: object = object()
         if self._packed:
             self._state = _state_of(self.projections)
+        elif self._passing:
+            self._state = self._call
         elif [projection.linear.weight.data_ptr() for projection in self.projections] != self._addresses:
             return False
         return not self.inputs.drop
@@ -291,17 +303,22 @@ class BoundStack:
     def _make_ready(self) -> None:
         """Let the buffer hold this stack's weights and factors."""
         buffer = self._buffer
-        if self._packed and buffer.unpacked != self._state:
-            self._unpack(buffer)
+        if (self._packed or self._passing) and buffer.unpacked != self._state:
+            self._fill(buffer)
         if self.margin and buffer.factors is not self._call:
             self._place_factors(buffer)
 
-    def _unpack(self, buffer: Buffer) -> None:
-        """Write 4-bit weights to the buffer, where just these, as they are now, do not lie there."""
-        if self._unpacking is None or self._unpacking[0] != self._state:
-            places = self._weight.split_with_sizes([projection.features for projection in self.projections])
-            self._unpacking = self._state, UnpackTable([p.packed for p in self.projections], places)
-        self._unpacking[1].write()
+    @torch.no_grad()
+    def _fill(self, buffer: Buffer) -> None:
+        """Write the weights to the shared buffer, where just these, as they are now, do not lie there."""
+        places = self._weight.split_with_sizes([projection.features for projection in self.projections])
+        if self._passing:
+            for projection, place in zip(self.projections, places, strict=True):
+                place.copy_(projection.linear.weight)
+        else:
+            if self._unpacking is None or self._unpacking[0] != self._state:
+                self._unpacking = self._state, UnpackTable([p.packed for p in self.projections], places)
+            self._unpacking[1].write()
         buffer.weights = tuple(projection.linear.weight for projection in self.projections)
         buffer.unpacked, buffer.factors = self._state, None
 

@@ -1,0 +1,236 @@
+"""Weights shared out between ranks by torch's FSDP2: those of a layer are gathered while it is computed.
+
+    frozen     the matrices of layers that an adapter leaves as they are: gathered, never reduced; the adapter, norms,
+               embeddings and the head stay whole on every rank
+    trained    all weights, with their gradients and the optimizer's state; computed with in 16 bits where that is asked
+
+Every decoder layer is a group of its own, gathered before its forward and its backward and let go after them, while
+the next one is on its way. Packed 4-bit weights travel as the bytes they are; their scales, a sixteenth of that, stay
+on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the weights of a model are shared out.
+
+    Attributes:
+        mesh: of the ranks: those that share one copy on its last axis, "fsdp" (by which PEFT knows that layers are
+            computed whole), copies on the one before, if there are several.
+        device: of this rank.
+        trained: whether all weights are trained; else they are frozen, and what is trained is added later.
+        compute_dtype: what trained weights are gathered and computed in; None: as they are held.
+        offload: keep the shards of the layers in host memory.
+    """
+
+    mesh: DeviceMesh
+    device: torch.device
+    trained: bool
+    compute_dtype: torch.dtype | None = None
+    offload: bool = False
+
+    @property
+    def ranks(self) -> int:
+        """How many share one copy."""
+        return self.mesh.size(self.mesh.ndim - 1)
+
+
+def shard_model(model: PreTrainedModel, sharding: Sharding, dtype: torch.dtype | None = None) -> None:
+    """Share out the weights of ``model``, which end on the rank's device, a layer after the other.
+
+    Args:
+        model: anywhere, on a CPU best: of weights that a file is mapped to, a rank reads what it keeps.
+        sharding: how.
+        dtype: what plain weights are held in, if not in what they are now.
+    """
+    from pantheraml.models.fused import FusedDecoderLayer
+
+    model.requires_grad_(sharding.trained)
+    for layer in layers_of(model):
+        packed = _PackedWeights(layer)
+        vectors = {weight for weight in layer.parameters() if weight.ndim < 2}
+        _shard(
+            layer, sharding, dtype, ignored=None if sharding.trained else vectors, offload=sharding.offload
+        )
+        packed.watch(layer)
+        if isinstance(layer, FusedDecoderLayer):
+            layer.reader.is_passing = True
+    # The root, by which the next layer is gathered while one is computed: where adapters are, PEFT calls the backbone.
+    root: Any = model if sharding.trained else model.base_model
+    left = {parameter for parameter in root.parameters() if not isinstance(parameter, DTensor)}
+    _shard(root, sharding, dtype, ignored=None if sharding.trained else left)
+    _bring(model, sharding.device, dtype)
+    # transformers' generation then lets all ranks take as many steps as the one that needs most.
+    vars(model)["_is_fsdp_managed_module"] = True
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers of ``model``, fused ones and others, in order."""
+    from pantheraml.models.fused import FusedDecoderLayer
+
+    if isinstance(model, FusedDecoderLayer | GradientCheckpointingLayer):
+        return [model]
+    return [layer for child in model.children() for layer in layers_of(child)]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ranks share out weights of ``model``."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """``tensor`` as one process would hold it; gathered from all ranks, which have to ask for it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of ``tensor``."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """``model.state_dict()`` as one process would have it, in host memory; every rank has to ask for it.
+
+    Args:
+        model: whose weights ranks share out.
+        keep: whether this rank wants it; the others take part, and get nothing.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        value = whole(tensor)
+        if keep:
+            found[name] = value.detach().to("cpu", copy=True)
+    return found
+
+
+def share_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """The share of ``tensor``, which every rank has whole, that this rank holds of a tensor ``like`` it."""
+    if not isinstance(like, DTensor):
+        return tensor
+    share, mesh = tensor, like.device_mesh
+    for axis, placement in enumerate(like.placements):
+        if isinstance(placement, Shard):
+            parts = share.chunk(mesh.size(axis), placement.dim)
+            place = mesh.get_local_rank(axis)
+            share = parts[place] if place < len(parts) else share.narrow(placement.dim, 0, 0)
+    share = share.to(local(like).device, copy=True)
+    stride = tensor.contiguous().stride()
+    return DTensor.from_local(
+        share, mesh, like.placements, run_check=False, shape=tensor.shape, stride=stride
+    )
+
+
+def gathered_bytes(model: nn.Module) -> int:
+    """Memory that a rank needs for layers while they are whole: the one that is computed, and the next."""
+    sizes = [
+        sum(
+            p.numel() * p.element_size() - local(p).nbytes
+            for p in layer.parameters()
+            if isinstance(p, DTensor)
+        )
+        for layer in layers_of(model)
+    ]
+    return 2 * max(sizes, default=0)
+
+
+# What bitsandbytes keeps on a packed weight, and PEFT asks for.
+_OF_PACKED = ("quant_state", "quant_type", "compress_statistics", "quant_storage", "blocksize")
+
+
+class _PackedWeights:
+    """The 4-bit weights of a layer: shared out as plain bytes, they are told again what they stand for.
+
+    Args:
+        layer: with weights as bitsandbytes has packed them.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._known: list[tuple[Any, dict[str, Any]]] = []
+        for linear in cast("Iterator[Any]", layer.modules()):
+            weight = linear._parameters.get("weight")
+            if getattr(weight, "quant_state", None) is not None:
+                about = {name: getattr(weight, name) for name in _OF_PACKED if hasattr(weight, name)}
+                self._known.append((linear, about))
+                linear.weight = nn.Parameter(weight.data, requires_grad=False)
+
+    def watch(self, layer: nn.Module) -> None:
+        """Tell them now, and whenever ``layer`` has been gathered."""
+        self._tell(layer, ())
+        layer.register_forward_pre_hook(self._tell)  # behind FSDP's own, which goes before all others
+
+    def _tell(self, layer: nn.Module, args: Any) -> None:
+        for linear, about in self._known:
+            weight = linear._parameters["weight"]
+            if getattr(weight, "quant_state", None) is None:
+                for name, value in about.items():
+                    setattr(weight, name, value)
+
+
+def _shard(
+    module: nn.Module,
+    sharding: Sharding,
+    dtype: torch.dtype | None,
+    *,
+    ignored: set[nn.Parameter] | None = None,
+    offload: bool = False,
+) -> None:
+    """Make the weights of ``module`` that no part of it shares out already a group of its own."""
+    _cast(module, dtype)
+    reduce_dtype = torch.float32 if sharding.trained else None
+    policy = MixedPrecisionPolicy(param_dtype=sharding.compute_dtype, reduce_dtype=reduce_dtype)
+    pins = sharding.device.type == "cuda"
+    # Copies of what is frozen have nothing to tell one another.
+    mesh = sharding.mesh if sharding.trained or sharding.mesh.ndim == 1 else sharding.mesh["fsdp"]
+    fully_shard(
+        module,
+        mesh=mesh,
+        mp_policy=policy if sharding.trained else MixedPrecisionPolicy(cast_forward_inputs=False),
+        offload_policy=CPUOffloadPolicy(pin_memory=pins) if offload else OffloadPolicy(),
+        ignored_params=ignored or None,
+    )
+    # transformers after 5.17 lets each class of layers recompute in its forward; FSDP's, made of one, inherits that.
+    made = type(module)
+    if isinstance(module, GradientCheckpointingLayer) and "forward" in vars(made):
+        del made.forward
+
+
+def _cast(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Hold plain weights in ``dtype``; those that ranks share out have been."""
+    for parameter in module.parameters() if dtype is not None else ():
+        if not isinstance(parameter, DTensor) and parameter.dtype in (
+            torch.float32,
+            torch.bfloat16,
+            torch.float16,
+        ):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _bring(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Bring what every rank keeps whole to its device."""
+    _cast(model, dtype)
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor) and parameter.device != device:
+            parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[name] = buffer.to(device)

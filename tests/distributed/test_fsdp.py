@@ -1,0 +1,141 @@
+"""Weights shared out between ranks (FSDP2): the same training as one process, in less memory; saved whole."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pantheraml import FastLanguageModel, MultiGPUConfig, PantheraMLTrainer, PantheraMLTrainingArguments
+from pantheraml.models.sharding import is_sharded, local
+from tests import tiny
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_parity import rows
+
+LOADS = {
+    "lora": dict(load_in_4bit=False),
+    "qlora": dict(load_in_4bit=True),
+    "full": dict(full_finetuning=True),
+}
+SHARED = MultiGPUConfig(strategy="fsdp", shard_frozen=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def load(folder, kind, config):
+    where = {} if config is not None else {"device_map": "cpu"}
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=64, use_multi_gpu=config, **where, **LOADS[kind]
+    )
+    if kind != "full":
+        model = FastLanguageModel.get_peft_model(model, r=4, lora_dropout=0.1)
+    return model, tokenizer
+
+
+def trainer_of(folder, output, kind, config, per_device=4, accumulation=1, **settings):
+    model, tokenizer = load(folder, kind, config)
+    settings = {"num_train_epochs": 2, "save_strategy": "no"} | settings
+    args = PantheraMLTrainingArguments(
+        output_dir=str(output), per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation,
+        learning_rate=1e-3, logging_steps=1, report_to="none", disable_tqdm=True, max_grad_norm=0.5, **settings,
+    )  # fmt: skip
+    return PantheraMLTrainer(
+        model, args, train_dataset=rows(), eval_dataset=rows(), tokenizer=tokenizer
+    ), tokenizer
+
+
+def figures(trainer):
+    return [[e["loss"], e["grad_norm"]] for e in trainer.state.log_history if "grad_norm" in e]
+
+
+def train(folder, output, kind, config, *layout):
+    trainer, _ = trainer_of(folder, output, kind, config, *layout)
+    layers = [p for name, p in trainer.model.named_parameters() if ".layers." in name and "lora_" not in name]
+    before = sum(local(p).nbytes for p in layers)
+    trainer.train()
+    return {
+        "figures": figures(trainer),
+        "eval": trainer.evaluate()["eval_loss"],
+        "bytes": before,
+        "said": trainer._strategy.describe(),
+    }
+
+
+@functools.cache
+def alone(folder, output, kind):
+    return run_ranks(1, train, folder, output, kind, None, 8, 1)[0]
+
+
+@pytest.mark.parametrize("kind", LOADS)
+@pytest.mark.parametrize("layout", [(4, 1), (2, 2)], ids=str)
+def test_equals_one_process(folder, tmp_path, kind, layout):
+    found = run_ranks(2, train, folder, tmp_path, kind, SHARED, *layout)
+    expected = alone(folder, tmp_path, kind)
+    assert len(expected["figures"]) == 8
+    np.testing.assert_allclose(found[0]["figures"], expected["figures"], rtol=2e-6, atol=2e-6)
+    assert found[0]["eval"] == found[1]["eval"] == pytest.approx(expected["eval"], rel=1e-6)
+    assert found[0]["bytes"] < 0.53 * expected["bytes"]  # norms stay whole beside an adapter
+    assert "shared out" in found[0]["said"]
+
+
+def save_on_all(folder, output, kind):
+    """Train four steps with a checkpoint after two, and save everything that can be saved."""
+    trainer, tokenizer = trainer_of(
+        folder, output / "run", kind, SHARED, max_steps=4, save_strategy="steps", save_steps=2
+    )
+    trainer.train()
+    model = trainer.model
+    FastLanguageModel.for_inference(model)
+    model.save_pretrained_merged(output / "merged", tokenizer, dtype="float32")
+    model.save_pretrained(output / "saved", tokenizer)
+    with torch.no_grad():
+        ids = torch.tensor([[1, 7, 30, 12, 99, 4]])
+        logits = model(input_ids=ids).logits
+        tokens = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+    return {
+        "figures": figures(trainer),
+        "logits": logits.numpy(),
+        "tokens": tokens.tolist(),
+        "sharded": is_sharded(model),
+    }
+
+
+def go_on(folder, output, kind, config):
+    trainer, _ = trainer_of(folder, output, kind, config, 4 if config else 8, max_steps=4, save_strategy="no")
+    trainer.train(resume_from_checkpoint=str(output / "checkpoint-2"))
+    return figures(trainer)
+
+
+@pytest.mark.parametrize("kind", LOADS)
+def test_saved_whole_and_gone_on_with_by_any_number_of_ranks(folder, tmp_path, kind):
+    found = run_ranks(2, save_on_all, folder, tmp_path, kind)
+    assert all(one["sharded"] for one in found)
+    assert found[0]["tokens"] == found[1]["tokens"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = torch.tensor([[1, 7, 30, 12, 99, 4]])
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            merged(input_ids=ids).logits, found[0]["logits"], atol=2e-3 if kind == "qlora" else 1e-5
+        )
+    if kind != "qlora":
+        assert (
+            merged.generate(input_ids=ids, max_new_tokens=5, do_sample=False).tolist() == found[0]["tokens"]
+        )
+    saved, _ = FastLanguageModel.from_pretrained(
+        str(tmp_path / "saved"),
+        max_seq_length=64,
+        device_map="cpu",
+        load_in_4bit=kind == "qlora",
+        dtype="float32",
+    )
+    with torch.no_grad():
+        np.testing.assert_allclose(saved.eval()(input_ids=ids).logits, found[0]["logits"], atol=1e-5)
+    for ranks, config in ((2, SHARED), (2, MultiGPUConfig(strategy="ddp")), (1, None)):
+        after = run_ranks(ranks, go_on, folder, tmp_path / "run", kind, config)[0]
+        np.testing.assert_allclose(after, found[0]["figures"], rtol=3e-6)
