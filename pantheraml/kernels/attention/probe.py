@@ -7,6 +7,7 @@ wrong is not used. Costs a few milliseconds, and the compilation of kernels that
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from functools import lru_cache
 
@@ -31,7 +32,8 @@ TOLERANCE_FLOAT32 = 1e-3
 def failure(backend: AttentionBackend, features: Features) -> str | None:
     """Why ``backend`` is not to be used for calls of this kind, or None when it computed what is right."""
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a compiler says of its own parts, to programs for which that is fatal
             wrong = _differences(backend, features)
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
