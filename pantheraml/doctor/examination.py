@@ -43,7 +43,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 def examine(
-    checks: Sequence[Check] = CHECKS,
+    checks: Sequence[Check] | None = None,
     *,
     quick: bool = False,
     begin: Callable[[str], object] = lambda name: None,
@@ -52,7 +52,7 @@ def examine(
     """Check this machine.
 
     Args:
-        checks: what is checked.
+        checks: what is checked; None: everything.
         quick: leave out what takes long.
         begin: is told the name of each check as it begins.
         count: the check that goes first, and counts the GPUs for the others.
@@ -63,7 +63,7 @@ def examine(
     begin(count.name)
     facts, findings = _run(count, 0)
     number = 0 if facts is None else len(facts.names)
-    for check in checks:
+    for check in CHECKS if checks is None else checks:
         if quick and check.is_long:
             findings.append(Finding(check.name, "skipped", "left out by --quick"))
         elif number < check.least_gpus:

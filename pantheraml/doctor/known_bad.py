@@ -50,14 +50,15 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
     KnownBad(
         "triton",
         "==3.6.0",
-        "its interpreter (TRITON_INTERPRET=1) breaks on loops with NumPy 2.4 and newer; GPUs do not mind",
-        "To debug kernels without a GPU, type pip install 'numpy<2.4'.",
+        "its interpreter (TRITON_INTERPRET=1) breaks on loops with NumPy 2.4 and newer",
+        "Type pip install 'triton>=3.7.1,<3.8', or pip install 'numpy<2.4', to run kernels without a GPU.",
         beside={"numpy": ">=2.4"},
+        where="no gpu",
         state="note",
     ),
     KnownBad(
         "trl",
-        "<1.16",
+        ">=1.15,<1.16",
         "it launches a Triton kernel wherever Triton is installed, GPU or not",
         "Type pip install 'trl>=1.16', or pip uninstall triton.",
         beside={"triton": ""},

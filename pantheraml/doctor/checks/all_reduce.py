@@ -47,7 +47,7 @@ def contribution(rank: int, count: int) -> Tensor:
     """What a rank adds: float32 (count,), whole numbers, so that sums over up to 1,000 ranks are exact."""
     import torch
 
-    return (torch.arange(count) % 31 + 1).float() * (rank + 1)
+    return (torch.arange(31.0) + 1).repeat(count // 31 + 1)[:count] * (rank + 1)
 
 
 def reduce_numbers(count: int, contribute: Callable[[int, int], Tensor] = contribution) -> Facts:

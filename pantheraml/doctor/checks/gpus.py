@@ -104,9 +104,13 @@ def _without_driver(facts: Facts) -> Finding:
 
 
 def listed(selection: str | None) -> list[str]:
-    """The entries of CUDA_VISIBLE_DEVICES that name a GPU; ``-1`` ends the list, and hides all when it is first."""
+    """The entries of CUDA_VISIBLE_DEVICES that are to name a GPU.
+
+    ``-1`` ends the list, and hides all when it is first; ``NoDevFiles`` is what SLURM writes in jobs without a GPU.
+    """
     entries = [entry.strip() for entry in (selection or "").split(",")]
-    end = next((place for place, entry in enumerate(entries) if entry.startswith("-") or not entry), None)
+    ends = (place for place, entry in enumerate(entries) if entry in ("", "NoDevFiles") or entry[0] == "-")
+    end = next(ends, None)
     return entries[:end]
 
 
