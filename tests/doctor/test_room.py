@@ -55,6 +55,8 @@ def test_a_disk_that_is_full(tmpfs):
     row, *_ = disk.judge((place,), disk.PURPOSES[:1])
     assert row.state == "bad" and row.check == "disk: current folder" and "cannot be written" in row.seen
     assert "another output_dir" in row.fix
+    (row,) = disk.judge((place,), disk.PURPOSES[1:2])
+    assert row.state == "note", "models that are there are read"
 
 
 @pytest.mark.parametrize(("number", "fix"), [(0, "output_dir"), (1, "HF_HOME"), (2, "TMPDIR")])

@@ -24,12 +24,14 @@ class Purpose:
         least: bytes below which runs end with a full disk.
         enough: bytes below which that may come.
         fix: what to type when there is too little.
+        is_written: runs write there; a cache of models that others fill may be read alone.
     """
 
     name: str
     least: int
     enough: int
     fix: str
+    is_written: bool = True
 
 
 PURPOSES = (
@@ -41,6 +43,7 @@ PURPOSES = (
         GIB,
         20 * GIB,
         "Type hf cache ls to see what to remove, or export HF_HOME=/a/larger/disk.",
+        is_written=False,
     ),
     Purpose("temporary files", GIB // 4, GIB, "Remove old files there, or export TMPDIR=/a/larger/disk."),
 )
@@ -88,7 +91,8 @@ def judge(facts: tuple[Place, ...], purposes: tuple[Purpose, ...] = PURPOSES) ->
 def _judge_place(place: Place, purpose: Purpose) -> Finding:
     name = f"{NAME}: {purpose.name}"
     if place.failure is not None:
-        return Finding(name, "bad", f"{place.folder} cannot be written: {place.failure}", purpose.fix)
+        seen = f"{place.folder} cannot be written: {place.failure}"
+        return Finding(name, "bad" if purpose.is_written else "note", seen, purpose.fix)
     seen = f"{place.free / GIB:.1f} GiB free in {place.folder}"
     if place.free >= purpose.enough:
         return Finding(name, "ok", seen)
