@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pantheraml.config.run import RunConfig
 
 DAMAGED = 1
+UNHEALTHY = 1
 FAILED = 2
 INTERRUPTED = 130
 
@@ -149,6 +150,22 @@ def verify(
 
         is_whole = verify_folder(folder, load=load)
     raise typer.Exit(0 if is_whole else DAMAGED)
+
+
+@app.command()
+def doctor(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Leave out the training on one rank and several.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Check this machine, and say what is wrong and what to type. The exit code is 0 if nothing is, else 1."""
+    with _clean_errors(debug):
+        from pantheraml.cli.doctor import run_doctor
+
+        is_healthy = run_doctor(quick=quick, as_json=as_json)
+    raise typer.Exit(0 if is_healthy else UNHEALTHY)
 
 
 @app.command()

@@ -19,6 +19,9 @@ _TEMPERATURE_OF_GPU = 0
 # GiB that CUDA's context, NCCL's buffers and the driver itself may take beside what a process allocates.
 _BESIDE = 3.0
 _OK, _INSUFFICIENT_SIZE = 0, 7
+_VERSION_BYTES = 96
+# More than any GPU has.
+_MOST_NVLINKS = 36
 
 
 class Gpu(NamedTuple):
@@ -62,6 +65,32 @@ class GPUState:
             return sum(used or 0.0 for other, used in self.processes.items() if other != pid)
         rest = self.used - reserved
         return rest if rest > _BESIDE else 0.0
+
+
+class Driver(NamedTuple):
+    """The driver of this machine.
+
+    Attributes:
+        version: as ``nvidia-smi`` prints it (``580.159.04``).
+        cuda: (major, minor) of the newest CUDA that it runs.
+    """
+
+    version: str
+    cuda: tuple[int, int]
+
+
+class Wires(NamedTuple):
+    """What a GPU is connected by; what the driver does not tell is None.
+
+    Attributes:
+        nvlinks: how many of its NVLinks are up.
+        pcie_generation: the newest that GPU and host have in common.
+        pcie_width: lanes in use.
+    """
+
+    nvlinks: int
+    pcie_generation: int | None
+    pcie_width: int | None
 
 
 class _Memory(Structure):
@@ -118,6 +147,30 @@ class NVML:
             power=None if power is None else power / 1000,
             temperature=temperature.value if known == _OK else None,
             processes=self._processes(device),
+        )
+
+    def driver(self) -> Driver | None:
+        """The driver's version and CUDA's, or None where it does not tell."""
+        version, cuda = (c_char * _VERSION_BYTES)(), c_int()
+        if self._library.nvmlSystemGetDriverVersion(version, c_uint(_VERSION_BYTES)) != _OK:
+            return None
+        if self._library.nvmlSystemGetCudaDriverVersion_v2(byref(cuda)) != _OK:
+            return None
+        return Driver(version.value.decode(), (cuda.value // 1000, cuda.value % 1000 // 10))
+
+    def wires(self, uuid: str) -> Wires | None:
+        """What the GPU is connected by, or None where NVML does not know it."""
+        device = c_void_p()
+        if self._library.nvmlDeviceGetHandleByUUID(uuid.encode(), byref(device)) != _OK:
+            return None
+        up = c_uint()
+        ask = self._library.nvmlDeviceGetNvLinkState
+        return Wires(
+            nvlinks=sum(
+                ask(device, c_uint(link), byref(up)) == _OK and up.value == 1 for link in range(_MOST_NVLINKS)
+            ),
+            pcie_generation=self._number("nvmlDeviceGetMaxPcieLinkGeneration", device),
+            pcie_width=self._number("nvmlDeviceGetCurrPcieLinkWidth", device),
         )
 
     def _gpu(self, index: int) -> Gpu | None:

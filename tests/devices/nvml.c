@@ -23,3 +23,8 @@ int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *count, Proce
   for (unsigned i = 0; i < there; i++) { found[i].pid = 100 + i; found[i].used = (i ? ~0ull : 2ull << 30); }
   return 0;
 }
+int nvmlSystemGetDriverVersion(char *version, unsigned length) { strncpy(version, "580.159.04", length); return 0; }
+int nvmlSystemGetCudaDriverVersion_v2(int *version) { *version = 13010; return 0; }
+int nvmlDeviceGetNvLinkState(void *device, unsigned link, unsigned *up) { *up = link < 17; return link < 18 ? 0 : 2; }
+int nvmlDeviceGetMaxPcieLinkGeneration(void *device, unsigned *generation) { *generation = 5; return 0; }
+int nvmlDeviceGetCurrPcieLinkWidth(void *device, unsigned *width) { *width = 16; return *(int *)device ? 3 : 0; }

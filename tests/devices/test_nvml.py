@@ -34,6 +34,14 @@ def test_gpus_as_the_driver_tells(stand_in):
     assert nvml.state("GPU-cccc") is None
 
 
+def test_the_driver_and_the_wires(stand_in):
+    nvml = NVML(stand_in)
+    assert nvml.driver() == ("580.159.04", (13, 1))
+    assert nvml.wires("GPU-aaaa1111-0000") == (17, 5, 16), "one of 18 links is down"
+    assert nvml.wires("GPU-bbbb2222-0000") == (17, 5, None)
+    assert nvml.wires("GPU-cccc") is None
+
+
 def test_others_on_a_gpu_are_seen():
     def others(used, processes, reserved):
         state = GPUState(used, 80.0, power=None, temperature=None, processes=processes)

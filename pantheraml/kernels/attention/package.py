@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import Any
 
 ABSENT = "not installed"
+# How the reason of a package begins that is installed and does not load.
+UNUSABLE = "cannot be used"
 
 
 @lru_cache(maxsize=8)
@@ -18,9 +20,9 @@ def _find(module: str, names: tuple[str, ...]) -> tuple[Any, ...] | str:
         parents = module.split(".")
         if error.name in {".".join(parents[: depth + 1]) for depth in range(len(parents))}:
             return ABSENT
-        return f"cannot be used: {error}"
+        return f"{UNUSABLE}: {error}"
     except Exception as error:  # a package built for another torch raises whatever it likes
-        return f"cannot be used: {type(error).__name__}: {str(error).strip()[:160]}"
+        return f"{UNUSABLE}: {type(error).__name__}: {str(error).strip()[:160]}"
 
 
 def why_absent(module: str, *names: str) -> str | None:

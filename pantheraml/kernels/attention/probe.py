@@ -24,6 +24,8 @@ PROBED_TOKENS = 293
 DOCUMENTS = (0, 70, 71, 204, PROBED_TOKENS)
 WINDOW = 37
 SOFTCAP = 2.0
+# How the reason of a backend begins that was run, and raised or was wrong.
+TRIED = "tried on"
 TOLERANCE = 0.03  # of the largest number, in half precision
 TOLERANCE_FLOAT32 = 1e-3
 
@@ -37,9 +39,9 @@ def failure(backend: AttentionBackend, features: Features) -> str | None:
             wrong = _differences(backend, features)
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
-        return f"tried on {features.device}, it raised {type(error).__name__}: {lines[0][:160]}"
+        return f"{TRIED} {features.device}, it raised {type(error).__name__}: {lines[0][:160]}"
     if wrong:
-        return f"tried on {features.device}, its {' and '.join(wrong)} were wrong"
+        return f"{TRIED} {features.device}, its {' and '.join(wrong)} were wrong"
     return None
 
 

@@ -1,0 +1,1 @@
+"""``pantheraml doctor``: checks of a machine, each with what is wrong and what to type."""

@@ -1,0 +1,1 @@
+"""The checks, one a file: a probe that collects facts from the machine, and a judge of facts alone."""
