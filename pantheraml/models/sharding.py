@@ -126,16 +126,25 @@ def share_of(tensor: Tensor, like: Tensor) -> Tensor:
     """The share of ``tensor``, which every rank has whole, that this rank holds of a tensor ``like`` it."""
     if not isinstance(like, DTensor):
         return tensor
-    share, mesh = tensor, like.device_mesh
+    return _joined(cut(tensor, like).to(local(like).device, copy=True), like)
+
+
+def cut(tensor: Tensor, like: DTensor) -> Tensor:
+    """A view of the part of ``tensor`` that this rank holds of ``like``; nothing is sent."""
     for axis, placement in enumerate(like.placements):
         if isinstance(placement, Shard):
-            parts = share.chunk(mesh.size(axis), placement.dim)
-            place = mesh.get_local_rank(axis)
-            share = parts[place] if place < len(parts) else share.narrow(placement.dim, 0, 0)
-    share = share.to(local(like).device, copy=True)
-    stride = tensor.contiguous().stride()
+            parts, place = (
+                tensor.chunk(like.device_mesh.size(axis), placement.dim),
+                like.device_mesh.get_local_rank(axis),
+            )
+            tensor = parts[place] if place < len(parts) else tensor.narrow(placement.dim, 0, 0)
+    return tensor
+
+
+def _joined(share: Tensor, like: DTensor) -> DTensor:
+    """The tensor of which this rank holds ``share``, as ``like`` is shared out."""
     return DTensor.from_local(
-        share, mesh, like.placements, run_check=False, shape=tensor.shape, stride=stride
+        share, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
 
 
@@ -194,7 +203,7 @@ def _shard(
     offload: bool = False,
 ) -> None:
     """Make the weights of ``module`` that no part of it shares out already a group of its own."""
-    _cast(module, dtype)
+    loaded = _lift(module, dtype, ignored or set())
     reduce_dtype = torch.float32 if sharding.trained else None
     policy = MixedPrecisionPolicy(param_dtype=sharding.compute_dtype, reduce_dtype=reduce_dtype)
     pins = sharding.device.type == "cuda"
@@ -211,25 +220,55 @@ def _shard(
     made = type(module)
     if isinstance(module, GradientCheckpointingLayer) and "forward" in vars(made):
         del made.forward
+    _fill(loaded, torch.device("cpu") if offload else sharding.device)
 
 
-def _cast(module: nn.Module, dtype: torch.dtype | None) -> None:
-    """Hold plain weights in ``dtype``; those that ranks share out have been."""
-    for parameter in module.parameters() if dtype is not None else ():
-        if not isinstance(parameter, DTensor) and parameter.dtype in (
-            torch.float32,
-            torch.bfloat16,
-            torch.float16,
-        ):
-            parameter.data = parameter.data.to(dtype)
+# Where a parameter is: its module and name.
+Place = tuple[nn.Module, str]
+
+
+def _lift(module: nn.Module, dtype: torch.dtype | None, ignored: set[nn.Parameter]) -> dict[Place, Tensor]:
+    """Put parameters without values in the places of those that are to be shared out; what was there, by its place.
+
+    A rank then reads no more of a mapped file than its shares.
+    """
+    loaded: dict[Place, Tensor] = {}
+    empty: dict[nn.Parameter, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is None or isinstance(parameter, DTensor) or parameter in ignored:
+                continue
+            if parameter not in empty:
+                shape = torch.empty_like(parameter, device="meta", dtype=_held_in(parameter, dtype))
+                empty[parameter] = nn.Parameter(shape, requires_grad=parameter.requires_grad)
+            loaded[part, name] = parameter.data
+            part._parameters[name] = empty[parameter]
+    return loaded
+
+
+def _fill(loaded: dict[Place, Tensor], device: torch.device) -> None:
+    """Give parameters that are shared out their values; FSDP takes them up when it first gathers."""
+    filled: dict[int, nn.Parameter] = {}
+    for (part, name), tensor in loaded.items():
+        parameter = part._parameters[name]
+        assert isinstance(parameter, DTensor)
+        if id(parameter) not in filled:
+            share = cut(tensor, parameter).to(device, parameter.dtype, copy=True)
+            filled[id(parameter)] = nn.Parameter(_joined(share, parameter), parameter.requires_grad)
+        part._parameters[name] = filled[id(parameter)]
+
+
+def _held_in(parameter: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """What a weight is held in where ``dtype`` is wanted of plain ones; packed ones stay as they are."""
+    is_plain = parameter.is_floating_point() and parameter.itemsize > 1
+    return dtype if dtype is not None and is_plain else parameter.dtype
 
 
 def _bring(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
     """Bring what every rank keeps whole to its device."""
-    _cast(model, dtype)
     for parameter in model.parameters():
-        if not isinstance(parameter, DTensor) and parameter.device != device:
-            parameter.data = parameter.data.to(device)
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(device, _held_in(parameter, dtype))
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:

@@ -58,7 +58,9 @@ def run_backend(backend, call, q, k, v, dout, sinks):
     return [out, *gradients, *([] if sinks is None else [dsinks])]
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own compiler warns of itself, and fails where that is an error
+@pytest.mark.filterwarnings(
+    "ignore"
+)  # torch's own compiler warns of itself, and fails where that is an error
 @pytest.mark.parametrize("features", list(FEATURES))
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize(

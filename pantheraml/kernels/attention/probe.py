@@ -35,7 +35,9 @@ def failure(backend: AttentionBackend, features: Features) -> str | None:
     """Why ``backend`` is not to be used for calls of this kind, or None when it computed what is right."""
     try:
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what a compiler says of its own parts, to programs for which that is fatal
+            warnings.simplefilter(
+                "ignore"
+            )  # what a compiler says of its own parts, to programs for which that is fatal
             wrong = _differences(backend, features)
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
