@@ -32,6 +32,8 @@ ALLOCATED = (
     "gathered",
     "workspace",
 )
+# With what torch's allocator does not hand out.
+COMPONENTS = (*ALLOCATED, "slack", "driver")
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,7 @@ class MemoryEstimate:
     def parts(self) -> dict[str, int]:
         """Bytes by name, those of ``reserved``, without what is 0."""
         sizes = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "moment"}
-        named = {name: sizes[name] for name in (*ALLOCATED, "slack", "driver")}
-        return {name: size for name, size in named.items() if size}
+        return {name: sizes[name] for name in COMPONENTS if sizes[name]}
 
 
 @dataclass(frozen=True)
