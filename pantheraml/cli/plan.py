@@ -25,6 +25,8 @@ METHODS: dict[str, dict[str, bool]] = {
 }
 # What is advised where a method does not fit.
 _SMALLER = {"lora": ("fp8", "qlora"), "fp8": ("qlora",), "full": ("lora", "qlora"), "qlora": ()}
+# By how much stored weights may differ from those that are counted: a head that is stored beside its embedding, say.
+_FAR = 0.02
 _RECOMPUTE: dict[str, bool | Literal["auto"]] = {"auto": "auto", "true": True, "false": False}
 
 
@@ -103,6 +105,23 @@ def _measure(folder: Path, method: str, rank: int) -> ModelParts | None:
     return measure_parts(config, precision, full_finetuning=flags.full_finetuning, rank=rank)
 
 
+def stored_note(model: str, parts: ModelParts) -> str | None:
+    """What the headers of the weights say where they are here and say something else than the configuration."""
+    from pantheraml.models.tensor_header import BadHeader, read_header
+
+    files = sorted(Path(model).expanduser().glob("model*.safetensors"))
+    try:
+        tensors = {name: one for file in files for name, one in read_header(file).items()}
+    except BadHeader as error:
+        return f"a file of the weights {error}."
+    stored = sum(math.prod(one.shape) for one in tensors.values())
+    counted = sum(part.numbers for part in parts.all)
+    is_packed = any(one.dtype in ("U8", "I8") for one in tensors.values())
+    if not tensors or is_packed or abs(stored - counted) <= _FAR * counted:
+        return None
+    return f"the files hold {stored:,} numbers, the configuration asks for {counted:,}: is it theirs?"
+
+
 def as_json(options: PlanOptions, request: PlanRequest, choice: PlanChoice) -> str:
     """The choice for machines; sizes in bytes."""
     runner_up = choice.runner_up
@@ -113,6 +132,7 @@ def as_json(options: PlanOptions, request: PlanRequest, choice: PlanChoice) -> s
         "reason": choice.reason,
         "plan": _plan_as_json(choice.plan),
         "runner_up": None if runner_up is None else _plan_as_json(runner_up),
+        "note": stored_note(options.model, request.parts),
         "does_not_fit": [{**asdict(layout), "least": size} for layout, size in choice.others.items()],
     }
     return json.dumps(said, indent=1)
@@ -143,10 +163,11 @@ def draw(options: PlanOptions, request: PlanRequest, choice: PlanChoice) -> Any:
         f"{options.model}: {options.method}, rows of {options.seq:,} tokens, {count} x {gpu.name} "
         f"({gpu.memory / GIB:.1f} GiB)"
     )
+    note = stored_note(options.model, request.parts)
     lines = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
     lines.add_column(style="dim", no_wrap=True)
     lines.add_column()
-    for name, text in _lines(request, choice).items():
+    for name, text in (_lines(request, choice) | ({"note": note} if note else {})).items():
         lines.add_row(name, text)
     return Group(Text(title, style="bold"), lines, Text(), _memory_table(choice.plan))
 
