@@ -168,6 +168,9 @@ def plan(
     ] = None,
     recompute: Annotated[str, typer.Option(help="auto, true or false.")] = "auto",
     rank: Annotated[int, typer.Option(help="The adapter's r.")] = 16,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Allow what is sharded to lie in host memory.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -177,7 +180,9 @@ def plan(
 
         from pantheraml.cli import plan as planning
 
-        options = planning.PlanOptions(model, gpus, method, seq, batch, optim, strategy, recompute, rank)
+        options = planning.PlanOptions(
+            model, gpus, method, seq, batch, optim, strategy, recompute, rank, offload
+        )
         request, choice = planning.plan_of(options)
         if as_json:
             print(planning.as_json(options, request, choice))

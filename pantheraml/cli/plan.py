@@ -43,6 +43,7 @@ class PlanOptions:
     strategy: str | None = None
     recompute: str = "auto"
     rank: int = 16
+    offload: bool = False
 
 
 def plan_of(options: PlanOptions) -> tuple[PlanRequest, PlanChoice]:
@@ -73,6 +74,7 @@ def plan_of(options: PlanOptions) -> tuple[PlanRequest, PlanChoice]:
         options.optim,
         _RECOMPUTE[options.recompute],
         cast("Spread | None", options.strategy),
+        options.offload,
     )
     smaller = {
         f"--method {one}": partial(_measure, folder, one, options.rank) for one in _SMALLER[options.method]

@@ -186,15 +186,19 @@ def _states(parts: ModelParts, layout: Layout, work: Work, stage: Stage) -> Step
         if parts.storage != "4bit" and beside:
             beside = (parts.beside(1, 0) + max(part.weights for part in stage.layers)) // tensor
     states = _deepspeed_states if layout.strategy == "deepspeed" else _plain_states
-    trainable, gradients, optimizer, weights = states(parts, layout, work.optim, numbers)
+    trainable, gradients, optimizer = states(parts, layout, work.optim, numbers)
+    if layout.offload:
+        optimizer = 0
+        if layout.strategy == "fsdp":
+            frozen = trainable = gradients = 0
     gathered, gathered_head = _gathered(parts, layout, stage)
     buffers = beside if parts.storage == "4bit" else 0
     return StepSizes(
-        weights=frozen + weights + beside - buffers,
+        weights=frozen + beside - buffers,
         buffers=buffers,
         trainable=trainable,
         gradients=gradients,
-        optimizer=0 if layout.offload_optimizer else optimizer,
+        optimizer=optimizer,
         keeps_gradients=False,
         kept=0,
         kept_first=0,
@@ -207,22 +211,20 @@ def _states(parts: ModelParts, layout: Layout, work: Work, stage: Stage) -> Step
     )
 
 
-def _plain_states(parts: ModelParts, layout: Layout, optim: str, numbers: int) -> tuple[int, int, int, int]:
-    """Trainable, gradients, optimizer and further weights of ``numbers`` that are trained."""
+def _plain_states(parts: ModelParts, layout: Layout, optim: str, numbers: int) -> tuple[int, int, int]:
+    """Trainable, gradients and optimizer of ``numbers`` that are trained."""
     share = -(-numbers // layout.shard) if layout.strategy == "fsdp" else numbers
     size = parts.trained_size
-    return share * size, share * size, share * moment_bytes(optim, size), 0
+    return share * size, share * size, share * moment_bytes(optim, size)
 
 
-def _deepspeed_states(
-    parts: ModelParts, layout: Layout, optim: str, numbers: int
-) -> tuple[int, int, int, int]:
+def _deepspeed_states(parts: ModelParts, layout: Layout, optim: str, numbers: int) -> tuple[int, int, int]:
     """The same of ZeRO: 16-bit weights, 16-bit gradients, and masters beside the moments."""
     share, stage = -(-numbers // layout.shard), layout.zero_stage
     weights = _HALF * (share if stage == 3 else numbers)
     gradients = _HALF * (share if stage >= 2 else numbers)
     masters = (share if stage >= 1 else numbers) * (_MASTER + moment_bytes(optim, _MASTER))
-    return weights, gradients, masters, 0
+    return weights, gradients, masters
 
 
 def _gathered(parts: ModelParts, layout: Layout, stage: Stage) -> tuple[int, int]:

@@ -23,7 +23,8 @@ class Layout:
         shard: of ``data``, over how many ranks states are sharded (FSDP2, ZeRO); less than ``data`` is HSDP.
         shard_frozen: whether frozen weights are, too.
         zero_stage: of DeepSpeed: 1 shards optimizer states, 2 gradients, 3 weights.
-        offload_optimizer: whether masters and moments lie in host memory.
+        offload: whether what is sharded lies in host memory: with FSDP2 weights, gradients and optimizer states, with
+            DeepSpeed masters and moments.
 
     Raises:
         ConfigError: degrees that cannot be.
@@ -36,7 +37,7 @@ class Layout:
     shard: int = 1
     shard_frozen: bool = False
     zero_stage: int = 3
-    offload_optimizer: bool = False
+    offload: bool = False
 
     def __post_init__(self) -> None:
         degrees = {"data": self.data, "tensor": self.tensor, "pipeline": self.pipeline, "shard": self.shard}
@@ -85,4 +86,6 @@ class Layout:
             words += f" x tensor {self.tensor}"
         if self.strategy == "fsdp":
             words += f", frozen weights {'sharded' if self.shard_frozen else 'replicated'}"
-        return words + (", optimizer in host memory" if self.offload_optimizer else "")
+        if self.offload:
+            words += ", shards in host memory" if self.strategy == "fsdp" else ", optimizer in host memory"
+        return words

@@ -6,7 +6,7 @@ does not fit, and takes of the rest, in this order,
     a copy on every GPU (``ddp``; ``none`` on one GPU)     where the whole model trains on one
     ``fsdp``                                               frozen weights replicated where they fit, else sharded
     ``tensor``, then ``pipeline``                          only where nothing above fits, or they are asked for
-    ``fsdp`` with the optimizer in host memory             where nothing else fits
+    shards in host memory                                  where ``offload`` allows it and nothing else fits
 
 and within one of these what is fastest by ``devices/step_time.py``. ``deepspeed`` is planned when it is asked for.
 
@@ -50,7 +50,8 @@ class PlanRequest:
         optim: transformers' name of the optimizer.
         recompute: True, False, or "auto" for as few layers as memory asks for.
         strategy: the one to plan for, or None to choose.
-        allowed: those that may be chosen.
+        offload: whether what is sharded may lie in host memory, whose room is not counted.
+        allowed: strategies that may be chosen.
     """
 
     parts: ModelParts
@@ -60,6 +61,7 @@ class PlanRequest:
     optim: str = "adamw_torch_fused"
     recompute: bool | Literal["auto"] = "auto"
     strategy: Spread | None = None
+    offload: bool = False
     allowed: tuple[Spread, ...] = ("none", "ddp", "fsdp", "tensor", "pipeline")
 
     @property
@@ -207,12 +209,13 @@ def layouts(request: PlanRequest) -> Iterator[Layout]:
             if not full:
                 yield Layout("fsdp", data=count, shard=shard)
             yield Layout("fsdp", data=count, shard=shard, shard_frozen=True)
-        yield Layout("fsdp", data=count, shard=count, shard_frozen=True, offload_optimizer=True)
+        if request.offload:
+            yield Layout("fsdp", data=count, shard=count, shard_frozen=True, offload=True)
     if count > 1 and request.strategy == "deepspeed":
         for stage in (1, 2, 3):
-            for offload in (False, True):
+            for offload in (False, True)[: 1 + request.offload]:
                 yield Layout("deepspeed", data=count, shard=count, shard_frozen=stage == 3, zero_stage=stage,
-                             offload_optimizer=offload)  # fmt: skip
+                             offload=offload)  # fmt: skip
     for degree in (degree for degree in range(2, count + 1) if count % degree == 0):
         if "tensor" in wanted and _may_split(request, degree):
             yield Layout("tensor", data=count // degree, tensor=degree)
@@ -283,7 +286,7 @@ def _least(request: PlanRequest) -> int:
 
 
 def _rank(layout: Layout) -> int:
-    return _LAST if layout.offload_optimizer else _ORDER[layout.strategy]
+    return _LAST if layout.offload else _ORDER[layout.strategy]
 
 
 def _reason(request: PlanRequest, chosen: Plan, others: Mapping[Layout, int]) -> str:

@@ -58,6 +58,8 @@ def _changes(
         yield "leaving the strategy out", replace(request, strategy=None)
     if "8bit" not in request.optim:
         yield "the optimizer adamw_8bit", replace(request, optim="adamw_8bit")
+    if not request.offload and len(request.gpus) > 1:
+        yield "--offload (shards in host memory, slow)", replace(request, offload=True)
     for what, measure in alternatives.items():
         parts = measure()
         if parts is not None:

@@ -34,6 +34,8 @@ _ATTENTION = 7
 _BESIDE = 0.03
 # GB/s between host and GPU.
 _HOST_LINK = 55.0
+# Numbers that a rank's share of the host's cores updates in a second: an assumption.
+_HOST_NUMBERS = 1e9
 # A sum over all ranks moves every byte twice, a gathering or scattering once.
 _BOTH_WAYS = 2
 
@@ -85,11 +87,20 @@ def step_time(parts: ModelParts, layout: Layout, work: Work, seq: int, gpu: GpuK
     hidden, open_ = _communication(parts, layout, work, gpu.link_gb_s * 1e9)
     # What is hidden shows as far as it takes longer than the compute.
     communication = open_ + max(0.0, hidden - compute) + _BESIDE * min(hidden, compute)
-    if layout.offload_optimizer:
-        states = sum(part.trainable for part in parts.all) // (layout.shard * layout.tensor * layout.pipeline)
-        communication += states * 4 * parts.trained_size / (_HOST_LINK * 1e9)
+    if layout.offload:
+        communication += passes * _between_host_and_gpu(parts, layout) / (_HOST_LINK * 1e9)
+        communication += sum(part.trainable for part in parts.all) / layout.shard / _HOST_NUMBERS
     waiting = compute * (layout.pipeline - 1) / passes
     return StepTime(compute, communication, waiting, work.tokens * passes * layout.data)
+
+
+def _between_host_and_gpu(parts: ModelParts, layout: Layout) -> float:
+    """Bytes of a pass: of FSDP2 shards twice to the GPU and gradients back; of ZeRO gradients and weights once."""
+    trained = sum(part.trainable for part in parts.all) * parts.trained_size / layout.shard
+    if layout.strategy != "fsdp":
+        return trained
+    frozen = 0 if parts.full_finetuning else sum(part.weights for part in parts.all) / layout.shard
+    return 3 * trained + 2 * frozen
 
 
 def _update(parts: ModelParts, layout: Layout) -> float:

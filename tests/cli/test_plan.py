@@ -81,7 +81,7 @@ def test_what_fits_nowhere(plan, model):
     code, out, err = plan(model, "--gpus=2x24GB", "--method=full")
     assert (code, out) == (2, "")
     assert err.startswith("pantheraml: Nothing fits on 2 x 24GB") and err.count(" saves ") == 3
-    assert "--method qlora" in err
+    assert "--method lora saves" in err
 
 
 @pytest.mark.parametrize(

@@ -127,8 +127,16 @@ def test_zero_divides_what_its_stage_says():
         assert memory.trainable == pytest.approx(weights * numbers, rel=1e-6)
         assert memory.gradients == pytest.approx(gradients * numbers, rel=1e-6)
         assert memory.optimizer == pytest.approx(12 / 8 * numbers, rel=1e-6)
-        offloaded = estimate(parts, replace(layout, offload_optimizer=True), Work(128))[0]
+        offloaded = estimate(parts, replace(layout, offload=True), Work(128))[0]
         assert offloaded.optimizer == 0
+
+
+def test_shards_in_host_memory_leave_what_is_gathered():
+    layout = Layout("fsdp", data=8, shard=8, shard_frozen=True, offload=True)
+    for method in ("lora", "full"):
+        memory = estimate(llama(method=method), layout, Work(128, recomputing=(32,)))[0]
+        assert memory.trainable == memory.gradients == memory.optimizer == 0 < memory.gathered
+        assert memory.weights < 0.05 * 16 * GIB
 
 
 def test_gradients_are_not_there_before_the_backward():

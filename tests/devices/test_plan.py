@@ -134,6 +134,19 @@ def test_nothing_fits_and_what_would_help():
     assert saved == pytest.approx(difference / GIB, abs=0.1)
 
 
+def test_host_memory_is_used_where_it_is_allowed_and_nothing_else_fits():
+    asked = request("full", "4x80GB", shape="70B")
+    with pytest.raises(
+        ConfigError, match=r"--offload .shards in host memory, slow. saves .* which is enough"
+    ):
+        choose_plan(asked)
+    plan = choose_plan(replace(asked, offload=True)).plan
+    assert plan.layout.offload and plan.layout.strategy == "fsdp" and plan.fullest.optimizer == 0
+    assert not choose_plan(replace(request("full", "8x80GB"), offload=True)).plan.layout.offload
+    zero = replace(asked, strategy="deepspeed", offload=True)
+    assert {layout.zero_stage for layout in layouts(zero)} == {1, 2, 3} and len([*layouts(zero)]) == 6
+
+
 def test_degrees_divide_heads_and_kv_heads():
     parts = llama((1536, 4096, 12, 12, 2, 1000))
     degrees = {
