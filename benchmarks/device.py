@@ -43,6 +43,14 @@ def reset_peaks() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def free_cache() -> None:
+    """Give back what PyTorch's allocator holds unused."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def peaks() -> dict[str, float | None]:
     """Peak memory since ``reset_peaks`` in GiB, as PyTorch's allocator handed it out and as it reserved it."""
     import torch

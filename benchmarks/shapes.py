@@ -62,20 +62,22 @@ def make_llama(
     folder: Path, *, shape: str = "llama8b", layers: int | None = None, device: str | None = None
 ) -> None:
     """Write a bfloat16 checkpoint of ``shape`` (``layers`` of its layers) and a small byte-level tokenizer."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig
 
     sizes = SHAPES[shape]
     config = LlamaConfig(**{**sizes, "num_hidden_layers": layers or sizes["num_hidden_layers"]})
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        torch.manual_seed(0)
-        with torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")):
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
+    save_random(config, folder, device=device)
+
+
+def save_random(config: Any, folder: Path, *, device: str | None = None) -> None:
+    """Write a bfloat16 checkpoint of ``config`` with random weights, and a small byte-level tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    with torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="4GB")
 
     bpe = Tokenizer(models.BPE(unk_token=None))
@@ -94,7 +96,7 @@ def make_llama(
         eos_token="</s>",
         pad_token="<pad>",
         padding_side="right",
-        model_max_length=sizes["max_position_embeddings"],
+        model_max_length=config.max_position_embeddings,
     )
     tokenizer.chat_template = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
     tokenizer.save_pretrained(folder)

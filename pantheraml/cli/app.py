@@ -169,6 +169,45 @@ def doctor(
 
 
 @app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model folder, or a hub id: only its config is fetched.")
+    ],
+    gpus: Annotated[str, typer.Option(help="Such as 8xH200, A100, or 4x80GB; none needs to be here.")],
+    method: Annotated[str, typer.Option(help="lora (16-bit), qlora, fp8 or full.")] = "lora",
+    seq: Annotated[int, typer.Option(help="Tokens of the longest row.")] = 2048,
+    batch: Annotated[
+        int | None, typer.Option(help="Rows of a step for each GPU; about 8,192 tokens by default.")
+    ] = None,
+    optim: Annotated[str, typer.Option(help="The optimizer, by transformers' name.")] = "adamw_torch_fused",
+    strategy: Annotated[
+        str | None, typer.Option(help="none, ddp, fsdp, deepspeed, tensor or pipeline; chosen by default.")
+    ] = None,
+    recompute: Annotated[str, typer.Option(help="auto, true or false.")] = "auto",
+    rank: Annotated[int, typer.Option(help="The adapter's r.")] = 16,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Allow what is sharded to lie in host memory.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Plan a run: how it is spread over GPUs, and what it takes of each. Needs no GPU and no weights."""
+    with _clean_errors(debug):
+        from rich.console import Console
+
+        from pantheraml.cli import plan as planning
+
+        options = planning.PlanOptions(
+            model, gpus, method, seq, batch, optim, strategy, recompute, rank, offload
+        )
+        request, choice = planning.plan_of(options)
+        if as_json:
+            print(planning.as_json(options, request, choice))
+        else:
+            Console(highlight=False, soft_wrap=True).print(planning.draw(options, request, choice))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of run files."""
     import json

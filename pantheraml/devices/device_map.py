@@ -15,8 +15,8 @@ from typing import Literal
 from pantheraml.devices.flight import in_flight
 from pantheraml.devices.model_parts import ModelParts, PartSizes
 from pantheraml.devices.nvml import GIB
+from pantheraml.devices.peak_memory import CONTEXT_BYTES
 from pantheraml.devices.stage_split import (
-    CONTEXT_BYTES,
     Cut,
     StageSizes,
     balanced_cuts,
@@ -140,8 +140,9 @@ def interleaved(
         held = sum(part.held for part in _parts_of(found, parts, gpu))
         flight = in_flight(len(gpus) - 1 - position, len(gpus), micro_batches, rounds=2)
         kept = int(counts[gpu] * tokens * flight) * parts.kept_per_token
-        passing = parts.layer_passing(tokens) + (parts.head_passing(tokens) if gpu == found.head else 0)
-        predicted[gpu] = CONTEXT_BYTES + held + with_gaps(passing + kept)
+        passing = max(parts.layer_passing(tokens), parts.head_passing(tokens) if gpu == found.head else 0)
+        fixed = CONTEXT_BYTES + held + parts.beside(counts[gpu], placement.limits[gpu])
+        predicted[gpu] = fixed + with_gaps(passing + kept)
     fits_all = all(predicted[gpu] <= placement.limits[gpu] for gpu in gpus)
     if not fits_all or _slowest(found, parts) > _UNEVEN * _slowest(placement, parts):
         return None

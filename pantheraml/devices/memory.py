@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from pantheraml.devices.inventory import gpu_device, num_gpus
-from pantheraml.devices.stage_split import CONTEXT_BYTES
+from pantheraml.devices.peak_memory import CONTEXT_BYTES
 
 GIB = 1024**3
 

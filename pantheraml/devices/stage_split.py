@@ -13,11 +13,8 @@ from typing import NamedTuple
 
 from pantheraml.devices.flight import in_flight
 from pantheraml.devices.model_parts import ModelParts, PartSizes
+from pantheraml.devices.peak_memory import CONTEXT_BYTES, GAPS_PERCENT, gaps
 
-# What a process takes on a GPU before its first tensor: CUDA's context and the kernels.
-CONTEXT_BYTES = int(0.6 * 2**30)
-# Of the activations, what the allocator's gaps take beside them, in percent.
-GAPS_PERCENT = 10
 # Of a layer's time, what it takes more when it recomputes: all of its products but the last and the attention are
 # computed a third time.
 RECOMPUTE_TIME = 0.4
@@ -95,6 +92,7 @@ class StageSizes:
         """
         layers = stop - start
         held = CONTEXT_BYTES + self._held[stop] - self._held[start]
+        held += self._parts.beside(layers, limit)
         time = self._time[stop] - self._time[start]
         passing = self._layer_passing
         if start == 0 or stop == self.num_layers:
@@ -102,7 +100,7 @@ class StageSizes:
                 held += part.held
                 time += part.time
             if stop == self.num_layers:
-                passing += self._head_passing
+                passing = max(passing, self._head_passing)  # one after the other, beside all that is kept
         tokens = int(self._tokens * in_flight(later, later + 1, self._micro_batches))
         kept = layers * tokens * self._parts.kept_per_token
         saved = tokens * (self._parts.kept_per_token - self._parts.kept_when_recomputing)
@@ -121,7 +119,7 @@ class StageSizes:
 
 def with_gaps(activations: int) -> int:
     """Bytes of activations with the allocator's gaps."""
-    return activations + activations * GAPS_PERCENT // 100
+    return activations + gaps(activations)
 
 
 def _without_gaps(room: int) -> int:

@@ -1,88 +1,35 @@
-"""Bytes of activations: what a decoder layer keeps for its backward, and what comes and goes. Upper estimates."""
+"""The widths of a model by its configuration, from which the bytes of its activations follow."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-# Tokens computed at a time in a layer that does not keep everything: wide enough for full speed.
-TILE = 16384
-# What transformers' and PEFT's layers keep, beside what fused ones keep (measured: 240 against 92 KiB per token and
-# layer for the 8B Llama, 3.2 is assumed).
-_STOCK_FACTOR = 3.2
-# Tokens whose logits are there at a time.
-_HEAD_ROWS = 2048
+from pantheraml.devices.activations import TILE, ActivationSizes, Kept
 
-
-class Kept(NamedTuple):
-    """Bytes that one layer keeps for one token."""
-
-    all: int
-    projected: int
-    attended: int
-    input: int
-
-
-@dataclass(frozen=True)
-class ActivationSizes:
-    """What the estimates of one model follow from.
-
-    Attributes:
-        hidden: width of the hidden states.
-        inner: width of an MLP.
-        experts: MLPs that a token goes through in a mixture; 0 without experts.
-        heads: of queries.
-        queries: width of all queries of a token.
-        keys: width of all its keys, and of all its values.
-        vocabulary: logits of a token.
-        size: bytes of a number.
-        is_fused: whether layers are ``FusedDecoderLayer``.
-        has_head_norms: whether queries and keys are normalised.
-    """
-
-    hidden: int
-    inner: int
-    experts: int
-    heads: int
-    queries: int
-    keys: int
-    vocabulary: int
-    size: int
-    is_fused: bool
-    has_head_norms: bool
-
-    @property
-    def kept(self) -> Kept:
-        """What a layer keeps for a token.
-
-        A fused layer keeps x, q, k, v, the attention's output, the residual after it, gate and up.
-        """
-        size, hidden = self.size, self.hidden
-        inner = self.inner * (self.experts or 1)
-        numbers = 2 * hidden + 2 * self.queries + 2 * self.keys + 2 * inner
-        if not self.is_fused or self.experts:
-            return Kept(int(numbers * size * _STOCK_FACTOR), hidden * size, hidden * size, hidden * size)
-        attended = (hidden + self.queries) * size + 4 * self.heads
-        # Norms of q and k need what went into them too; LoRA's t is 64 numbers; the sum after the attention.
-        norms = 2 if self.has_head_norms else 1
-        projected = attended + ((self.queries + 2 * self.keys) * norms + 64 + hidden) * size
-        return Kept(numbers * size, projected, attended, hidden * size)
-
-    def layer_passing(self, tokens: int) -> int:
-        """Bytes that come and go while one layer is computed for ``tokens``."""
-        # In the MLP's backward: gate, up, their gradients, the value; around the attention: q, k, v, their gradients.
-        mlp = min(tokens, TILE) * 6 * self.inner * self.size
-        return mlp + tokens * (2 * self.kept.attended + 8 * self.hidden * self.size)
-
-    def head_passing(self, tokens: int) -> int:
-        """Bytes that come and go while the head and the loss are computed for ``tokens``."""
-        return _HEAD_ROWS * self.vocabulary * (self.size + 4) + 2 * tokens * self.hidden * self.size
+__all__ = ["TILE", "ActivationSizes", "Kept", "activation_sizes"]
 
 
 def activation_sizes(
-    config: Any, itemsize: int, *, is_fused: bool, has_head_norms: bool = False
+    config: Any,
+    itemsize: int,
+    *,
+    is_fused: bool,
+    has_head_norms: bool = False,
+    has_post_norms: bool = False,
+    rank: int = 16,
+    trained_in: int = 0,
 ) -> ActivationSizes:
-    """Those of a model with the configuration ``config`` of transformers, whose numbers have ``itemsize`` bytes."""
+    """Those of a model with the configuration ``config`` of transformers.
+
+    Args:
+        config: only read.
+        itemsize: bytes of a number of the hidden states.
+        is_fused: whether layers are fused.
+        has_head_norms: whether queries and keys are normalised.
+        has_post_norms: whether the outputs of attention and MLP are.
+        rank: of the adapters; 0 without.
+        trained_in: bytes of a number that is computed with, where the base weights are trained; 0 where they are not.
+    """
     config = config.get_text_config()
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -97,4 +44,8 @@ def activation_sizes(
         size=max(itemsize, 2),
         is_fused=is_fused,
         has_head_norms=has_head_norms,
+        has_post_norms=has_post_norms,
+        compute=trained_in,
+        rank=0 if trained_in else rank,
+        is_trained=trained_in > 0,
     )

@@ -19,6 +19,7 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from pantheraml.devices.model_parts import TURNED_SHARE
 from pantheraml.kernels.fp8 import DTYPE, LARGEST, quantise_rows
 from pantheraml.kernels.fp8_product import multiply, turn
 from pantheraml.kernels.launch import launching_on
@@ -32,8 +33,6 @@ _STEP = 16
 _FLOOR_SHARE, _LEAST_SCALE = 1 / 64, 1e-6
 # Elements that are float32 at a time while a weight is quantised.
 _CHUNK = 2**24
-# Of the free memory, what weights kept turned for the backward may take; else they are turned anew each time.
-_TURNED_SHARE = 1 / 8
 
 
 def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,7 +240,7 @@ def choose_turned(model: nn.Module) -> int:
     layers = [layer for layer in model.modules() if isinstance(layer, Fp8Linear)]
     if layers and layers[0].weight.is_cuda:
         free = torch.cuda.mem_get_info(layers[0].weight.device)[0]
-        keeps = sum(layer.weight.numel() for layer in layers) <= _TURNED_SHARE * free
+        keeps = sum(layer.weight.numel() for layer in layers) <= TURNED_SHARE * free
         for layer in layers:
             layer.keeps_turned = keeps
     return len(layers)

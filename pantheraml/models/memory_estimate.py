@@ -1,11 +1,6 @@
 """What a training step takes of one device, by its parts: predicted before the run, compared with the peak after it.
 
-    weights       parameters and buffers as they lie there, packed ones with their scales
-    gradients     of everything trained; DDP's buckets are the same memory
-    optimizer     its moments
-    activations   what layers keep for the backward by the recompute plan, and what comes and goes around one of them
-
-It counts what is allocated, without gaps of the allocator and the driver's own.
+Numbers are read from the model that lies there; the formula is that of ``devices/peak_memory.py``.
 """
 
 from __future__ import annotations
@@ -17,32 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pantheraml.devices.activations import ActivationSizes
 from pantheraml.devices.memory import describe_bytes
-from pantheraml.models.recompute_plan import RecomputePlan, kept_bytes, passing_bytes, unpacked_bytes
-from pantheraml.models.sharding import local
+from pantheraml.devices.optimizer_states import moment_bytes
+from pantheraml.devices.peak_memory import (
+    ALLOCATED,
+    CONTEXT_BYTES,
+    WORKSPACE_BYTES,
+    MemoryEstimate,
+    StepSizes,
+    peak_memory,
+)
+from pantheraml.models.recompute_plan import RecomputePlan, kept_bytes, sizes_of, unpacked_bytes
+from pantheraml.models.sharding import gathered_bytes, local
+from pantheraml.models.stack_memory import margin_bytes
+from pantheraml.models.stack_memory import unpacked_bytes as unpacked_buffers
 
-# Moments that an optimizer keeps for each trained number, by a part of its name; two where none is here.
-_MOMENTS = {"sgd": 0, "adafactor": 0, "adagrad": 1, "lion": 1, "rmsprop": 1}
+__all__ = ["MemoryEstimate", "Share", "describe", "predicted_bytes", "weight_bytes"]
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes of one device."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-    def describe(self) -> str:
-        """``15.0 GiB weights + 160 MiB gradients + ...``."""
-        parts = ("weights", "gradients", "optimizer", "activations")
-        return " + ".join(f"{describe_bytes(getattr(self, part))} {part}" for part in parts)
+def describe(memory: MemoryEstimate) -> str:
+    """What torch's allocator hands out, by its parts: ``15.0 GiB weights + 160 MiB gradients + ...``."""
+    parts = memory.parts()
+    return " + ".join(f"{describe_bytes(parts[name])} {name}" for name in ALLOCATED if name in parts)
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,13 @@ class Share:
 
 
 def predicted_bytes(
-    model: Any, tokens: int, plan: RecomputePlan, optim: str = "adamw_torch", share: Share | None = None
+    model: Any,
+    tokens: int,
+    plan: RecomputePlan,
+    optim: str = "adamw_torch",
+    share: Share | None = None,
+    *,
+    keeps_gradients: bool = False,
 ) -> MemoryEstimate:
     """What a step takes of the device that holds ``model``, or its ``share``.
 
@@ -73,23 +71,48 @@ def predicted_bytes(
         plan: what recomputes there.
         optim: the optimizer by transformers' name.
         share: what the device has of it; None for all.
+        keeps_gradients: whether gradients outlive a backward: of several micro-batches, and in DDP's buckets.
     """
     device = None if share is None else share.device
     trained = [p for p in model.parameters() if p.requires_grad and device in (None, p.device)]
-    moments = next((count for part, count in _MOMENTS.items() if part in optim), 2)
-    sizes = (1 if "8bit" in optim else p.element_size() for p in trained)
-    kept = passing = 0
-    if share is None:
-        kept, passing = kept_bytes(model, plan, tokens), passing_bytes(model, tokens)
-    elif share.layers:
-        kept = kept_bytes(model, plan, tokens, layers=share.layers, in_flight=share.in_flight)
-        passing = passing_bytes(model, tokens, head=share.has_head)
-    return MemoryEstimate(
-        weights=weight_bytes(model, device) + _unpacked(model, plan, device),
-        gradients=sum(p.nbytes for p in trained),
-        optimizer=sum(moments * p.numel() * size for p, size in zip(trained, sizes, strict=True)),
-        activations=kept + passing,
+    sizes = sizes_of(model)
+    fused = _fused_on(model, device)
+    layers, in_flight = (None, 1.0) if share is None else (share.layers, share.in_flight)
+    total = model.config.get_text_config().num_hidden_layers if layers is None else layers
+    kept_first = getattr(sizes.kept, plan.keep) if plan.layers else sizes.kept.all
+    computes, has_head = total > 0, share is None or share.has_head
+    of_trained = sum(local(p).nbytes for p in trained)
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    casts = _casts(model, trained, sizes) if computes else 0
+    return peak_memory(
+        StepSizes(
+            weights=weight_bytes(model, device) - of_trained + margin_bytes(fused, sizes),
+            buffers=_unpacked(plan, fused) + unpacked_buffers(fused, sizes),
+            trainable=of_trained,
+            gradients=of_trained,
+            optimizer=sum(local(p).numel() * moment_bytes(optim, p.element_size()) for p in trained),
+            keeps_gradients=keeps_gradients,
+            kept=kept_bytes(model, plan, tokens, layers=layers, in_flight=in_flight) if computes else 0,
+            kept_first=int(kept_first * tokens * in_flight) if computes else 0,
+            passing=sizes.layer_passing(tokens, recomputes=plan.layers == total) if computes else 0,
+            passing_first=sizes.layer_passing(tokens, recomputes=plan.layers > 0) if computes else 0,
+            logits=sizes.head_passing(tokens) if computes and has_head else 0,
+            casts=casts,
+            casts_left=casts * max(1, total - plan.layers) // max(1, total),
+            gathered=gathered_bytes(model),
+            gathered_head=gathered_bytes(model),
+            workspace=WORKSPACE_BYTES if on_gpu else 0,
+            driver=CONTEXT_BYTES if on_gpu else 0,
+        )
     )
+
+
+def _casts(model: Any, trained: list[nn.Parameter], sizes: ActivationSizes) -> int:
+    """Bytes of the copies that autocast makes of masters in layers; embedding and head are not copied for the pass."""
+    if not sizes.is_trained or sizes.computed >= sizes.size:
+        return 0
+    ends = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    return sum(p.numel() for p in trained if id(p) not in ends) * sizes.computed
 
 
 def weight_bytes(model: nn.Module, device: torch.device | None = None) -> int:
@@ -105,18 +128,21 @@ def weight_bytes(model: nn.Module, device: torch.device | None = None) -> int:
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    for tensor in map(local, (*model.parameters(), *model.buffers())):
-        yield tensor
+    for tensor in (*model.parameters(), *model.buffers()):
+        yield local(tensor)
         state = getattr(tensor, "quant_state", None)
         while state is not None:  # the scales of 4-bit weights, which are packed themselves
             yield from (one for one in vars(state).values() if isinstance(one, torch.Tensor))
             state = state.state2
 
 
-def _unpacked(model: Any, plan: RecomputePlan, device: torch.device | None) -> int:
-    """16-bit copies of the first layers' 4-bit weights, where the plan keeps some."""
+def _fused_on(model: Any, device: torch.device | None) -> list[Any]:
     from pantheraml.models.fused import FusedDecoderLayer
 
     layers = [module for module in model.modules() if isinstance(module, FusedDecoderLayer)]
-    here = [layer for layer in layers if device in (None, next(layer.parameters()).device)]
-    return sum(unpacked_bytes(layer) for layer in here[: plan.unpacked])
+    return [layer for layer in layers if device in (None, next(layer.parameters()).device)]
+
+
+def _unpacked(plan: RecomputePlan, layers: list[Any]) -> int:
+    """16-bit copies of the first layers' 4-bit weights, where the plan keeps some."""
+    return sum(unpacked_bytes(layer) for layer in layers[: plan.unpacked])

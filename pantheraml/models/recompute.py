@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pantheraml.config.multi_gpu import RECOMPUTE_POLICIES
 from pantheraml.devices.memory import free_gpu_bytes
+from pantheraml.devices.optimizer_states import moment_bytes
 from pantheraml.errors import ConfigError
 from pantheraml.log import say, say_once
 from pantheraml.models.activation_sizes import TILE
@@ -196,9 +197,10 @@ def _plan_recompute(
 
 
 def optimizer_bytes(model: nn.Module, device: torch.device | None = None) -> int:
-    """Gradients and two float32 moments of everything trained (on ``device``), which the first step will allocate."""
+    """Gradients and Adam's moments of everything trained (on ``device``), which the first step will allocate."""
     trained = (p for p in model.parameters() if p.requires_grad and device in (None, p.device))
-    return sum(local(p).numel() * (p.element_size() + 8) for p in trained)
+    shares = ((local(p), p.element_size()) for p in trained)
+    return sum(one.nbytes + one.numel() * moment_bytes("adamw", size) for one, size in shares)
 
 
 def _layers(model: Any) -> list[Any]:

@@ -12,7 +12,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pantheraml.devices.memory import GIB
+from pantheraml.devices.peak_memory import WORKSPACE_BYTES
 from pantheraml.models.activation_sizes import TILE, ActivationSizes, Kept, activation_sizes
+from pantheraml.models.families import find_family
+from pantheraml.models.stack_memory import margin_bytes
+from pantheraml.models.stack_memory import unpacked_bytes as shared_buffers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,21 +81,36 @@ class RecomputePlan:
         return f"{what} ({self.tokens} tokens at a time: {self.need / GIB:.1f}{free})"
 
 
-def _sizes_of(model: Any) -> ActivationSizes:
+def sizes_of(model: Any) -> ActivationSizes:
     """What activations of ``model`` (or its backbone) take, as it is now."""
-    from pantheraml.models.fused import FusedDecoderLayer
-
+    family = find_family(model.config)
+    first = next(
+        (p for name, p in model.named_parameters() if name.endswith("layers.0.self_attn.o_proj.weight")), None
+    )
+    trained_in = 0
+    if first is not None and first.requires_grad:
+        # The trainer computes in 16 bits on GPUs, whatever masters are in.
+        trained_in = min(first.itemsize, 2) if first.device.type == "cuda" else first.itemsize
     return activation_sizes(
         model.config,
         model.dtype.itemsize,
-        is_fused=any(isinstance(module, FusedDecoderLayer) for module in model.modules()),
+        is_fused=bool(_fused_layers(model)),
         has_head_norms=any(name.endswith("self_attn.q_norm") for name, _ in model.named_modules()),
+        has_post_norms=family is not None and "sandwich_norm" in family.deviations,
+        rank=_rank_of(model),
+        trained_in=trained_in,
     )
+
+
+def _rank_of(model: nn.Module) -> int:
+    """The rank of the adapters of ``model``; 0 where it has none."""
+    found = (p.shape[0] for name, p in model.named_parameters() if ".lora_A." in name and p.dim() == 2)
+    return next(found, 0)
 
 
 def kept_per_token(model: Any) -> Kept:
     """Bytes that a layer of ``model`` (or its backbone) keeps for a token, by what it keeps; an upper estimate."""
-    return _sizes_of(model).kept
+    return sizes_of(model).kept
 
 
 def kept_bytes(
@@ -104,10 +123,10 @@ def kept_bytes(
     return int(size * tokens * in_flight)
 
 
-def passing_bytes(model: Any, tokens: int, *, head: bool = True) -> int:
-    """Bytes that come and go while one layer, and then the head, is computed for ``tokens``; an upper estimate."""
-    sizes = _sizes_of(model)
-    return sizes.layer_passing(tokens) + (sizes.head_passing(tokens) if head else 0)
+def passing_bytes(model: Any, tokens: int, *, head: bool = True, recomputes: bool = False) -> int:
+    """Bytes that come and go beside what is kept: those of the head, or of one layer, whichever are more."""
+    sizes = sizes_of(model)
+    return max(sizes.layer_passing(tokens, recomputes=recomputes), sizes.head_passing(tokens) if head else 0)
 
 
 def plan_recompute(
@@ -124,16 +143,22 @@ def plan_recompute(
         in_flight: batches whose activations are held at a time.
     """
     total = _num_layers(model) if layers is None else layers
-    kept = kept_per_token(model)
-    room = int(FREE_SHARE * free) - passing_bytes(model, tokens)
+    sizes = sizes_of(model)
+    beside = _not_there_yet(model, sizes)
+    kept, head = sizes.kept, sizes.head_passing(tokens)
+    usable = int(FREE_SHARE * free) - beside
+    room = usable - max(sizes.layer_passing(tokens), head)
     held = int(tokens * in_flight)
     whole, attended, alone = held * kept.all, held * kept.attended, held * kept.input
     if total * whole <= room:
         return RecomputePlan(tokens, 0, need=total * whole, free=free)
     saved = whole - attended
     count = -(-(total * whole - room) // saved)
-    if count <= total:
+    if count < total:
         return RecomputePlan(tokens, count, need=count * attended + (total - count) * whole, free=free)
+    room = usable - max(sizes.layer_passing(tokens, recomputes=True), head)
+    if total * attended <= room:
+        return RecomputePlan(tokens, total, need=total * attended, free=free)
     last_resorts: tuple[tuple[Keep, int], ...] = (("attended", attended), ("input", alone))
     for keep, size in last_resorts:
         over = total * size - room
@@ -180,6 +205,22 @@ def offload_plan(
     return RecomputePlan(tokens, total, keep, total, here * size, host=held * size, tile=_small_tile(model))
 
 
+def _fused_layers(model: Any) -> list[Any]:
+    from pantheraml.models.fused import FusedDecoderLayer
+
+    return [module for module in model.modules() if isinstance(module, FusedDecoderLayer)]
+
+
+def _not_there_yet(model: Any, sizes: ActivationSizes) -> int:
+    """Bytes that the first forward takes for good: margins of stacks, buffers of 4-bit weights, workspace. Later plans
+    count the last two once more, a few hundred MiB.
+    """
+    layers = _fused_layers(model)
+    if not layers or model.device.type != "cuda":
+        return 0
+    return margin_bytes(layers, sizes) + shared_buffers(layers, sizes) + WORKSPACE_BYTES
+
+
 def _num_layers(model: Any) -> int:
     return model.config.get_text_config().num_hidden_layers
 
@@ -208,7 +249,8 @@ def plan_unpacked(
     if not any(sizes):
         return plan
     need = kept_bytes(model, plan, plan.tokens, layers=len(layers), in_flight=in_flight)
-    room = int(FREE_SHARE * free) - passing_bytes(model, plan.tokens) - need
+    passing = passing_bytes(model, plan.tokens, recomputes=plan.layers == len(layers))
+    room = int(FREE_SHARE * free) - passing - need
     # The margins of the factors are a few columns more than the weights.
     return replace(plan, unpacked=min(len(sizes), max(0, int(room / (1.05 * max(sizes))))))
 

@@ -94,6 +94,33 @@ def resolve_source(
     return ModelSource(str(name), folder)
 
 
+def resolve_config(name: str, *, revision: str | None = None, token: str | None = None) -> Path:
+    """The folder of the configuration of a base model, whose weights need not be there; of a hub model it alone is
+    fetched.
+
+    Raises:
+        ModelLoadError: as ``resolve_source``.
+    """
+    if Path(name).expanduser().is_dir() or _looks_like_path(name):
+        folder = _local_folder(name, revision, token, False)
+    else:
+        from huggingface_hub import hf_hub_download
+
+        fetch = partial(hf_hub_download, name, "config.json", revision=revision, token=token)
+        try:
+            folder = Path(patiently(fetch, f"fetching the configuration of {name}")).parent
+        except Exception as error:
+            raise _explain_hub_error(name, revision, error) from error
+    if not (folder / "config.json").exists():
+        raise ModelLoadError(
+            got=f"The folder '{folder}' holds no config.json.",
+            need="A base model's configuration says how large it is.",
+            fix="Give a model folder as written by save_pretrained, or the base model of an adapter.",
+        )
+    read_json(folder / "config.json")
+    return folder
+
+
 def check_weights(folder: Path, stem: str) -> list[Path]:
     """The safetensors files of ``folder``, each checked to be complete.
 
@@ -157,14 +184,18 @@ def _local_folder(name: str, revision: str | None, token: str | None, trust_remo
     path = Path(name).expanduser()
     if name and path.is_dir():
         return path
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or path.exists()
-    if looks_like_path or not name:
+    if _looks_like_path(name):
         raise ModelLoadError(
             got=f"There is no folder '{name}' (looked in {Path.cwd()}).",
             need="A model is given as a local folder or as a hub id such as 'org/name'.",
             fix="Check the path.",
         )
     return _fetch(name, revision, token, trust_remote_code)
+
+
+def _looks_like_path(name: str) -> bool:
+    marked = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    return marked or not name or Path(name).expanduser().exists()
 
 
 def _fetch(repo_id: str, revision: str | None, token: str | None, trust_remote_code: bool) -> Path:

@@ -11,9 +11,12 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pantheraml.devices.activations import ActivationSizes
 from pantheraml.devices.model_parts import ModelParts, PartSizes
+from pantheraml.devices.optimizer_states import moment_bytes
 from pantheraml.models.activation_sizes import activation_sizes
 from pantheraml.models.families import ModelFamily, find_family
 from pantheraml.models.precision import Precision
@@ -28,18 +31,18 @@ _BLOCK, _OUTER_BLOCK = 64, 256
 # float32 tables of the 16 values of a 4-bit number, and of the 256 of a quantised scale.
 _TABLE, _OUTER_TABLE = 4 * 16, 4 * 256
 _SCALE = 4  # bytes
-# Bytes of a number of the adapter: itself, its gradient and two moments of Adam, all in float32.
-_ADAPTER_BYTES = 16
-# And of a weight that is trained, beside itself and its gradient.
-_MOMENTS = 8
+# Bytes of a number of the adapter, of its gradient, and of a moment.
+_MASTER = 4
 
 
 @dataclass
 class _Count:
-    """What was found of one part: bytes held, numbers a token is multiplied by, bytes that training adds."""
+    """What was found of one part: bytes held, numbers, numbers a token is multiplied by, what is trained."""
 
     weights: int = 0
+    numbers: int = 0
     used: float = 0.0
+    trainable: int = 0
     trained: int = 0
 
 
@@ -50,6 +53,7 @@ def measure_parts(
     full_finetuning: bool = False,
     rank: int = 16,
     fused: bool = True,
+    optim: str = "adamw_torch",
 ) -> ModelParts | None:
     """The parts of the causal language model that loading ``config`` in ``precision`` will build.
 
@@ -59,6 +63,7 @@ def measure_parts(
         full_finetuning: all weights are trained; else a LoRA adapter on all default targets.
         rank: of that adapter.
         fused: whether decoder layers will be fused, which keep less (True on GPUs unless ``kernels="off"``).
+        optim: transformers' name of the optimizer, whose moments count to what training adds.
 
     Returns:
         The parts, or None for an architecture that no family describes.
@@ -81,48 +86,65 @@ def measure_parts(
     for name, weight in skeleton.named_parameters():
         count = count_of(name)
         count.weights += size_of(name, weight)
+        count.numbers += weight.numel()
         count.used += _used(name, weight, config, family)
         if full_finetuning:
-            count.trained += weight.numel() * (weight.itemsize + _MOMENTS)
+            count.trainable += weight.numel()
+            count.trained += weight.numel() * (weight.itemsize + moment_bytes(optim, weight.itemsize))
     for name, buffer in skeleton.named_buffers():
         count_of(name).weights += buffer.nbytes
     if not full_finetuning:
         for name, numbers in _adapter_numbers(skeleton, family, rank):
-            count_of(name).trained += numbers * _ADAPTER_BYTES
+            count = count_of(name)
+            count.trainable += numbers
+            count.trained += numbers * (2 * _MASTER + moment_bytes(optim, _MASTER))
     is_tied = skeleton.get_input_embeddings().weight is skeleton.get_output_embeddings().weight
-    return _as_parts(embedding, layers, head, _Facts(config, precision, family, fused, is_tied))
+    trained_in = min(precision.dtype.itemsize, 2) if full_finetuning else 0
+    sizes = activation_sizes(
+        config,
+        precision.dtype.itemsize,
+        is_fused=fused and not full_finetuning and precision.storage != "8bit",
+        has_head_norms=bool(family.head_norms),
+        has_post_norms="sandwich_norm" in family.deviations,
+        rank=rank,
+        trained_in=trained_in,
+    )
+    return _as_parts(embedding, layers, head, _Facts(sizes, precision, is_tied))
 
 
 @dataclass(frozen=True)
 class _Facts:
     """What of a model is not counted weight by weight."""
 
-    config: PretrainedConfig
+    sizes: ActivationSizes
     precision: Precision
-    family: ModelFamily
-    fused: bool
     is_tied: bool
 
 
 def _as_parts(embedding: _Count, layers: list[_Count], head: _Count, facts: _Facts) -> ModelParts:
     average = sum(layer.used for layer in layers) / len(layers)
-    activations = activation_sizes(
-        facts.config,
-        facts.precision.dtype.itemsize,
-        is_fused=facts.fused,
-        has_head_norms=bool(facts.family.head_norms),
-    )
+    activations = facts.sizes
+
+    def part(count: _Count, used: float) -> PartSizes:
+        return PartSizes(count.weights, count.trained, used / average, count.numbers, count.trainable)
+
     return ModelParts(
         # Rows are looked up, not multiplied. A tied head multiplies by all of them.
-        embedding=PartSizes(embedding.weights, embedding.trained, 0.0),
-        layers=tuple(PartSizes(one.weights, one.trained, one.used / average) for one in layers),
-        head=PartSizes(head.weights, head.trained, activations.vocabulary * activations.hidden / average),
+        embedding=part(embedding, 0.0),
+        layers=tuple(part(one, one.used) for one in layers),
+        head=part(head, float(activations.vocabulary * activations.hidden)),
         tied=facts.is_tied,
         kept_per_token=activations.kept.all,
         kept_when_recomputing=activations.kept.attended,
-        layer_passing=activations.layer_passing,
+        # What is computed again of transformers' own layers comes and goes as a whole.
+        layer_passing=partial(activations.layer_passing, recomputes=not activations.is_fused),
         head_passing=activations.head_passing,
         is_4bit=facts.precision.storage == "4bit",
+        activations=activations,
+        storage=facts.precision.storage,
+        full_finetuning=activations.is_trained,
+        trained_size=facts.precision.dtype.itemsize if activations.is_trained else _MASTER,
+        used=average,
     )
 
 

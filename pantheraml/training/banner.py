@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from pantheraml.devices.memory import GIB, describe_bytes
 from pantheraml.models.adapters import count_parameters
-from pantheraml.models.memory_estimate import MemoryEstimate, Share, predicted_bytes
+from pantheraml.models.memory_estimate import MemoryEstimate, Share, describe, predicted_bytes
 from pantheraml.models.recompute import sections
 from pantheraml.models.recompute_plan import RecomputePlan
 from pantheraml.models.split import Split, is_split
@@ -86,14 +86,18 @@ def predict_memory(model: Any, args: TrainingArguments, longest: int | None, mer
     optim = str(getattr(args.optim, "value", args.optim))
     if state.split is not None:
         return {
-            share.device: predicted_bytes(model, longest, plan, optim, share)
+            share.device: predicted_bytes(model, longest, plan, optim, share, keeps_gradients=True)
             for share, plan in _shares(model, state, longest)
         }
     tokens = max(longest, min(merged, longest * args.gradient_accumulation_steps))
     # Micro-batches are merged up to what needs no recompute.
     is_planned = bool(state.plans) and state.plans[0].tokens >= tokens
     plan = state.plans[0] if is_planned else RecomputePlan(tokens, 0)
-    return {cast(torch.device, args.device): predicted_bytes(model, tokens, plan, optim)}
+    # DDP's buckets, and the sums of several passes, outlive a backward.
+    keeps = args.world_size > 1 or longest * args.gradient_accumulation_steps > tokens
+    return {
+        cast(torch.device, args.device): predicted_bytes(model, tokens, plan, optim, keeps_gradients=keeps)
+    }
 
 
 def _shares(model: Any, state: ModelState, tokens: int) -> list[tuple[Share, RecomputePlan]]:
@@ -116,7 +120,7 @@ def describe_memory(predicted: Predicted, totals: Mapping[torch.device, float]) 
     for device, one in predicted.items():
         room = f" of {totals[device]:.1f}" if device in totals else ""
         whose = "each device" if len(predicted) == 1 else str(device)
-        lines.append(f"predicted memory of {whose}: {describe_bytes(one.total)}{room} = {one.describe()}.")
+        lines.append(f"predicted memory of {whose}: {describe_bytes(one.total)}{room} = {describe(one)}.")
     return "\n".join(lines)
 
 

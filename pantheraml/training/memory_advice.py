@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from pantheraml.devices.memory import describe_bytes
 from pantheraml.errors import HardwareError
-from pantheraml.models.memory_estimate import MemoryEstimate, predicted_bytes
+from pantheraml.models.memory_estimate import MemoryEstimate, describe, predicted_bytes
 from pantheraml.models.precision import Precision
 from pantheraml.models.recompute_plan import RecomputePlan, offload_plan
 from pantheraml.models.state import ModelState, get_state
@@ -47,7 +47,7 @@ def out_of_memory_error(got: str, model: Any, args: TrainingArguments, tokens: i
     told = ", ".join(f"{one.what} saves {describe_bytes(one.saved)}" for one in changes[:_MOST_CHANGES])
     return HardwareError(
         got=got,
-        need=f"One pass of {tokens:,} tokens takes {describe_bytes(now.total)} by the estimate: {now.describe()}.",
+        need=f"One pass of {tokens:,} tokens takes {describe_bytes(now.total)} by the estimate: {describe(now)}.",
         fix=f"Change, cheapest first: {told}." if told else "Take a GPU with more memory.",
     )
 
@@ -72,19 +72,19 @@ def _changes(
 ) -> Iterator[Change]:
     """The cheapest first: what trains the same, then what changes the weights' precision, then what is trained."""
     eight_bit = _predicted(model, state, args, tokens, optim="adamw_8bit")
-    yield Change('optim="adamw_8bit"', now.optimizer - eight_bit.optimizer)
+    yield Change('optim="adamw_8bit"', now.total - eight_bit.total)
     if state.recompute not in ("offload", "unsloth"):
         plan = offload_plan(model, tokens, psutil.virtual_memory().available)
         offloaded = _predicted(model, state, args, tokens, plan=plan)
-        yield Change('use_gradient_checkpointing="offload"', now.activations - offloaded.activations)
+        yield Change('use_gradient_checkpointing="offload"', now.total - offloaded.total)
     if not state.full_finetuning:
         yield Change("load_in_4bit=True", _saved_by_4_bits(model, state))
     shorter = _predicted(model, state, args, max(1, tokens // 2))
-    yield Change("half the max_seq_length", now.activations - shorter.activations)
+    yield Change("half the max_seq_length", now.total - shorter.total)
     if state.full_finetuning:
-        yield Change("full_finetuning=False (LoRA)", now.gradients + now.optimizer)
+        yield Change("full_finetuning=False (LoRA)", now.gradients + now.optimizer + now.trainable // 2)
     else:
-        yield Change("half the r of get_peft_model", (now.gradients + now.optimizer) // 2)
+        yield Change("half the r of get_peft_model", (now.gradients + now.optimizer + now.trainable) // 2)
 
 
 def _saved_by_4_bits(model: Any, state: ModelState) -> int:

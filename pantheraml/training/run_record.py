@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from pantheraml.checkpoint.run_record import Totals, other_versions, read_totals, write_record
 from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
 from pantheraml.devices.memory import get_memory_stats
-from pantheraml.distributed.process_group import gather_objects
+from pantheraml.distributed.process_group import gather_objects, is_main_process
 from pantheraml.log import say
+from pantheraml.training.banner import Predicted, compare_memory
+from pantheraml.training.memory_record import memory_record, write_memory_record
 from pantheraml.training.repeatable import RepeatableRun
 
 
@@ -20,6 +23,8 @@ class RecordedRun(RepeatableRun):
     """The part of the trainer that counts what a run comes to, over all its starts."""
 
     _multi_gpu: MultiGPUConfig | None = None
+    # What a step takes of each device of this rank, by the estimate.
+    _predicted: Predicted | None = None
     # Of the starts before this one, and when this one began.
     _before, _began = Totals(), 0.0
 
@@ -55,5 +60,16 @@ class RecordedRun(RepeatableRun):
 
     def write_record(self, checkpoint: Path, totals: Totals) -> None:
         """Write ``run.json`` into the folder of a checkpoint."""
-        settings = {"arguments": self.args.to_dict(), "multi_gpu": asdict(config_of(self._multi_gpu))}
+        settings: dict[str, Any] = {
+            "arguments": self.args.to_dict(),
+            "multi_gpu": asdict(config_of(self._multi_gpu)),
+        }
+        if self._predicted:
+            settings["memory"] = memory_record(self._predicted)
         write_record(checkpoint, settings, totals)
+
+    def tell_peaks(self, predicted: Predicted, measured: Sequence[Sequence[float]]) -> None:
+        """Say the peaks of all ranks, ``measured[rank][device]`` in GiB, beside what was predicted, and keep both."""
+        say(compare_memory(predicted, measured))
+        if is_main_process():
+            write_memory_record(Path(self.args.output_dir or "outputs"), memory_record(predicted, measured))

@@ -39,7 +39,6 @@ from pantheraml.training.arguments import (
 )
 from pantheraml.training.banner import (
     Predicted,
-    compare_memory,
     describe_memory,
     describe_run,
     longest_batch,
@@ -95,8 +94,6 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         ConfigError: arguments that contradict each other.
         DataError: rows that cannot be recognised, are empty, or leave nothing to train on.
     """
-
-    _predicted: Predicted | None = None
 
     def __init__(
         self,
@@ -301,7 +298,7 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         mine = [
             gpu_memory(d.index or 0)["peak_allocated"] for d in self._predicted
         ]  # pragma: no cover - needs a GPU
-        say(compare_memory(self._predicted, gather_objects(mine)))  # pragma: no cover - needs a GPU
+        self.tell_peaks(self._predicted, gather_objects(mine))  # pragma: no cover - needs a GPU
 
     # --- optimizer ------------------------------------------------------------------------------------------
 

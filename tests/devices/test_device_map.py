@@ -57,7 +57,7 @@ def stage_of(parts, start, stop, later, limit, tokens, micro_batches, *, may_rec
     held = list(parts.layers[start:stop]) + [parts.head] * last
     held += [parts.embedding] * (last if parts.tied else start == 0)
     fixed = int(0.6 * GIB) + sum(part.weights + part.trained for part in held)
-    passing = parts.layer_passing(tokens) + (parts.head_passing(tokens) if last else 0)
+    passing = max(parts.layer_passing(tokens), parts.head_passing(tokens) if last else 0)
     flying = tokens * min(later + 1, micro_batches)
     average = sum(layer.time for layer in parts.layers) / len(parts.layers)
     for recomputing in range(stop - start + 1 if may_recompute else 1):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -16,6 +18,7 @@ from pantheraml.models.recompute_plan import (
     offload_plan,
     passing_bytes,
     plan_recompute,
+    sizes_of,
 )
 from pantheraml.training.rows import token_counts
 
@@ -30,7 +33,7 @@ def build():
         num_key_value_heads=8,
     )  # fmt: skip
     with torch.device("meta"):
-        return LlamaForCausalLM(config).to(torch.bfloat16)
+        return LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +47,22 @@ def fused():
     return model
 
 
-def test_the_estimate_is_above_what_was_measured(fused):
-    """8,192 tokens: 60 GiB for stock layers, 23 GiB for fused ones (H200, peak less weights)."""
-    assert 60 < kept_per_token(build()).all * 32 * TOKENS / GIB < 80
-    assert 22.5 < kept_per_token(fused).all * 32 * TOKENS / GIB < 25
-    assert kept_per_token(fused)[1:] == (36 * 1024 + 128 + 128, 16 * 1024 + 128, 8 * 1024)
+def test_the_estimate_is_what_was_measured(fused):
+    """8,192 tokens: 60 GiB for stock layers with adapters, 23 GiB for fused ones (H200, peak less weights)."""
+    stock = replace(sizes_of(build()), rank=16)
+    assert 60 < stock.kept.all * 32 * TOKENS / GIB < 61
+    assert kept_per_token(fused) == (92 * 1024 + 128, 36 * 1024 + 128, 16 * 1024 + 128, 8 * 1024)
+    # With adapters, t of four stacks in 64 columns each.
+    assert replace(sizes_of(fused), rank=16).kept.all == 92 * 1024 + 128 + 2 * 4 * 64
+
+
+def test_what_is_trained_is_computed_by_stock_layers(fused):
+    """Masters in float32 under autocast: norms and sums in float32, a 16-bit copy for each of five linears."""
+    frozen = sizes_of(fused)
+    trained = replace(frozen, size=4, compute=2, rank=0, is_trained=True).kept
+    hidden, queries, keys, inner = 4096, 4096, 1024, 14336
+    assert trained.all == 18 * hidden + 4 * queries + 4 * keys + 8 * inner + 4 * 32
+    assert trained.attended == trained.input == 4 * hidden
 
 
 def test_plenty_of_memory_recomputes_nothing(fused):
@@ -57,7 +71,7 @@ def test_plenty_of_memory_recomputes_nothing(fused):
     assert "no layer recomputes (8192 tokens at a time: 23.0 of 120.0 GiB free)" in plan.describe(32)
 
 
-@pytest.mark.parametrize("free", [27, 22, 18, 15])
+@pytest.mark.parametrize("free", [26, 22, 18, 15])
 def test_as_few_layers_as_possible_recompute(fused, free):
     plan = plan_recompute(fused, TOKENS, free * GIB)
     room = FREE_SHARE * free * GIB - passing_bytes(fused, TOKENS)
@@ -93,7 +107,7 @@ def test_400_thousand_tokens_fit_with_the_host(fused):
 
 
 @pytest.mark.parametrize(
-    ("host", "keep", "stored"), [(64, "projected", 9.1), (8, "attended", 4.0), (4, "input", 2.0)]
+    ("host", "keep", "stored"), [(64, "projected", 9.0), (8, "attended", 4.0), (4, "input", 2.0)]
 )
 def test_offload_moves_all_layers(fused, host, keep, stored):
     plan = offload_plan(fused, TOKENS, host * GIB)
@@ -116,7 +130,7 @@ def test_offloading_computes_in_tiles_that_are_small_beside_the_model(fused):
             LlamaConfig(vocab_size=128, hidden_size=256, intermediate_size=8192, num_hidden_layers=1)
         )
     assert offload_plan(tiny, TOKENS, 64 * GIB).tile == 1024
-    assert plan_recompute(fused, TOKENS, 27 * GIB).tile == 0
+    assert plan_recompute(fused, TOKENS, 26 * GIB).tile == 0
 
 
 def test_long_rows_do_not_overflow(fused):

@@ -137,7 +137,7 @@ def test_what_training_all_weights_adds(checkpoints):
     assert [layer.trained for layer in whole.layers] == [3 * layer.weights for layer in whole.layers]
     assert whole.head.trained == 12 * 64, "the norm alone, the head is the embedding"
     half = measure_parts(config, precision_of("bfloat16"), full_finetuning=True)
-    assert half.layers[0].trained == 5 * half.layers[0].weights
+    assert half.layers[0].trained == 3 * half.layers[0].weights, "moments have the dtype of the weights"
 
 
 def test_times_follow_from_the_numbers_a_token_meets(checkpoints):
@@ -152,11 +152,12 @@ def test_times_follow_from_the_numbers_a_token_meets(checkpoints):
 
 
 def test_activations_are_those_of_the_recompute_plan():
-    model = tiny.build_model("qwen3").to(torch.bfloat16)
-    parts = measure_parts(model.config, precision_of("bfloat16"), fused=False)
+    model = tiny.build_model("qwen3").to(torch.bfloat16).requires_grad_(False)
+    parts = measure_parts(model.config, precision_of("bfloat16"), fused=False, rank=0)
     kept = kept_per_token(model)
     assert (parts.kept_per_token, parts.kept_when_recomputing) == (kept.all, kept.attended)
-    assert parts.layer_passing(100) + parts.head_passing(100) == passing_bytes(model, 100)
+    passing = max(parts.layer_passing(100), parts.head_passing(100))
+    assert passing == passing_bytes(model, 100, recomputes=True)
     fused = measure_parts(model.config, precision_of("bfloat16"))
     assert fused.kept_per_token < parts.kept_per_token
 

@@ -16,7 +16,7 @@ from pantheraml import (
     PantheraMLTrainingArguments,
 )
 from pantheraml.distributed.strategies.ddp import DDP
-from pantheraml.models.memory_estimate import MemoryEstimate, predicted_bytes
+from pantheraml.models.memory_estimate import MemoryEstimate, describe, predicted_bytes
 from pantheraml.models.recompute_plan import RecomputePlan
 from pantheraml.training.banner import compare_memory, describe_memory, describe_ranks
 from tests import tiny
@@ -84,7 +84,10 @@ def banner(folder, output, settings, rows=None):
     finally:
         logger.removeHandler(handler)
     passes = {
-        tokens: predicted_bytes(model, tokens, RecomputePlan(tokens, 0)).describe() for tokens in (60, 240)
+        tokens: describe(
+            predicted_bytes(model, tokens, RecomputePlan(tokens, 0), keeps_gradients=tokens < 240)
+        )
+        for tokens in (60, 240)
     }
     return records, passes
 

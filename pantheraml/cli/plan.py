@@ -1,0 +1,215 @@
+"""``pantheraml plan``: what a run would take of GPUs that need not be here, from the model's configuration alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from pantheraml.devices.known_gpus import GIB, read_gpus
+from pantheraml.devices.layout import Spread
+from pantheraml.devices.model_parts import ModelParts
+from pantheraml.devices.peak_memory import COMPONENTS
+from pantheraml.devices.plan import Plan, PlanChoice, PlanRequest, choose_plan
+from pantheraml.errors import ConfigError, ModelLoadError, did_you_mean
+
+# Flags of from_pretrained for each method.
+METHODS: dict[str, dict[str, bool]] = {
+    "lora": {"load_in_16bit": True},
+    "qlora": {"load_in_4bit": True},
+    "fp8": {"load_in_fp8": True},
+    "full": {"full_finetuning": True},
+}
+# What is advised where a method does not fit.
+_SMALLER = {"lora": ("fp8", "qlora"), "fp8": ("qlora",), "full": ("lora", "qlora"), "qlora": ()}
+# By how much stored weights may differ from those that are counted: a head that is stored beside its embedding, say.
+_FAR = 0.02
+_RECOMPUTE: dict[str, bool | Literal["auto"]] = {"auto": "auto", "true": True, "false": False}
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """The words of the command; see ``pantheraml plan --help``."""
+
+    model: str
+    gpus: str
+    method: str = "lora"
+    seq: int = 2048
+    batch: int | None = None
+    optim: str = "adamw_torch_fused"
+    strategy: str | None = None
+    recompute: str = "auto"
+    rank: int = 16
+    offload: bool = False
+
+
+def plan_of(options: PlanOptions) -> tuple[PlanRequest, PlanChoice]:
+    """What was asked, and the plan for it.
+
+    Raises:
+        ConfigError: words that cannot be, or nothing fits.
+        ModelLoadError: no configuration, or of an architecture that no family describes.
+    """
+    _one_of("--method", options.method, list(METHODS))
+    _one_of("--recompute", options.recompute, list(_RECOMPUTE))
+    gpus = read_gpus(options.gpus)
+    from pantheraml.models.source import resolve_config
+
+    folder = resolve_config(options.model)
+    parts = _measure(folder, options.method, options.rank)
+    if parts is None:
+        raise ModelLoadError(
+            got=f"No family describes the architecture of '{options.model}'.",
+            need="The layers of a known family are counted one by one.",
+            fix="It can be trained all the same; memory is told by a short run.",
+        )
+    request = PlanRequest(
+        parts,
+        gpus,
+        options.seq,
+        options.batch,
+        options.optim,
+        _RECOMPUTE[options.recompute],
+        cast("Spread | None", options.strategy),
+        options.offload,
+    )
+    smaller = {
+        f"--method {one}": partial(_measure, folder, one, options.rank) for one in _SMALLER[options.method]
+    }
+    return request, choose_plan(request, smaller)
+
+
+def _one_of(name: str, value: str, known: list[str]) -> None:
+    if value not in known:
+        raise ConfigError(
+            got=f"{name} {value!r} was given.",
+            need=f"It is one of {', '.join(known)}.",
+            fix=did_you_mean(value, known) or f"Leave it out for {known[0]}.",
+        )
+
+
+def _measure(folder: Path, method: str, rank: int) -> ModelParts | None:
+    """The sizes of the model in ``folder``, trained by ``method``."""
+    import torch
+
+    from pantheraml.models.loading import load_config
+    from pantheraml.models.precision import PrecisionFlags, choose_precision
+    from pantheraml.models.weight_sizes import measure_parts
+
+    config = load_config(folder)
+    flags = PrecisionFlags(**METHODS[method])
+    stored = getattr(config, "quantization_config", None)
+    dtype = None if flags.full_finetuning else "bfloat16"
+    precision = choose_precision(flags, dtype, torch.device("cpu"), stored)
+    return measure_parts(config, precision, full_finetuning=flags.full_finetuning, rank=rank)
+
+
+def stored_note(model: str, parts: ModelParts) -> str | None:
+    """What the headers of the weights say where they are here and say something else than the configuration."""
+    from pantheraml.models.tensor_header import BadHeader, read_header
+
+    files = sorted(Path(model).expanduser().glob("model*.safetensors"))
+    try:
+        tensors = {name: one for file in files for name, one in read_header(file).items()}
+    except BadHeader as error:
+        return f"a file of the weights {error}."
+    stored = sum(math.prod(one.shape) for one in tensors.values())
+    counted = sum(part.numbers for part in parts.all)
+    is_packed = any(one.dtype in ("U8", "I8") for one in tensors.values())
+    if not tensors or is_packed or abs(stored - counted) <= _FAR * counted:
+        return None
+    return f"the files hold {stored:,} numbers, the configuration asks for {counted:,}: is it theirs?"
+
+
+def as_json(options: PlanOptions, request: PlanRequest, choice: PlanChoice) -> str:
+    """The choice for machines; sizes in bytes."""
+    runner_up = choice.runner_up
+    said = {
+        **asdict(options),
+        "gpu": {"name": request.gpus[0].name, "memory": request.gpus[0].memory, "count": len(request.gpus)},
+        "limit": int(choice.limit),
+        "reason": choice.reason,
+        "plan": _plan_as_json(choice.plan),
+        "runner_up": None if runner_up is None else _plan_as_json(runner_up),
+        "note": stored_note(options.model, request.parts),
+        "does_not_fit": [{**asdict(layout), "least": size} for layout, size in choice.others.items()],
+    }
+    return json.dumps(said, indent=1)
+
+
+def _plan_as_json(plan: Plan) -> dict[str, Any]:
+    return {
+        **asdict(plan.layout),
+        "micro_batch_rows": plan.rows,
+        "micro_batches": plan.work.micro_batches,
+        "recomputing_layers": list(plan.work.recomputing),
+        "tokens_per_second": round(plan.time.tokens_per_second),
+        "memory": [
+            {**one.parts(), "allocated": one.total, "reserved": one.reserved, "moment": one.moment}
+            for one in plan.memory
+        ],
+    }
+
+
+def draw(options: PlanOptions, request: PlanRequest, choice: PlanChoice) -> Any:
+    """The choice for people, as rich prints it."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    gpu, count = request.gpus[0], len(request.gpus)
+    title = (
+        f"{options.model}: {options.method}, rows of {options.seq:,} tokens, {count} x {gpu.name} "
+        f"({gpu.memory / GIB:.1f} GiB)"
+    )
+    note = stored_note(options.model, request.parts)
+    lines = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
+    lines.add_column(style="dim", no_wrap=True)
+    lines.add_column()
+    for name, text in (_lines(request, choice) | ({"note": note} if note else {})).items():
+        lines.add_row(name, text)
+    return Group(Text(title, style="bold"), lines, Text(), _memory_table(choice.plan))
+
+
+def _lines(request: PlanRequest, choice: PlanChoice) -> dict[str, str]:
+    plan, runner_up = choice.plan, choice.runner_up
+    layers, again = len(request.parts.layers), sum(plan.work.recomputing)
+    lines = {
+        "plan": plan.layout.describe(),
+        "why": f"{choice.reason}.",
+        "a step": f"{plan.rows} row{'s' * (plan.rows > 1)} at a time, {plan.work.micro_batches} times; "
+        f"{again or 'none'} of {layers} layers recompute; memory is fullest at {plan.fullest.moment}",
+        "speed": f"about {_round(plan.time.tokens_per_second):,} tokens/s by a simple model",
+    }
+    if runner_up is not None:
+        ratio = runner_up.time.tokens_per_second / plan.time.tokens_per_second
+        lines["runner-up"] = (
+            f"{runner_up.layout.describe()}: {ratio:.2f} of that speed, {runner_up.fullest.reserved / GIB:.1f} GiB"
+        )
+    return lines
+
+
+def _round(speed: float) -> int:
+    """Two digits, which is more than the model knows."""
+    digits = max(0, int(math.log10(max(speed, 1))) - 1)
+    return int(round(speed, -digits))
+
+
+def _memory_table(plan: Plan) -> Any:
+    """A row for each component, a column for each kind of GPU; GiB."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="dim", padding=(0, 1), pad_edge=False)
+    table.add_column("GiB of each GPU", no_wrap=True)
+    stages = len(plan.memory)
+    for number in range(stages):
+        table.add_column("" if stages == 1 else f"stage {number}", justify="right", no_wrap=True)
+    parts = [one.parts() for one in plan.memory]
+    for name in (name for name in COMPONENTS if any(name in one for one in parts)):
+        table.add_row(name, *(f"{one.get(name, 0) / GIB:.2f}" for one in parts))
+    table.add_row("allocated", *(f"{one.total / GIB:.2f}" for one in plan.memory), style="cyan")
+    table.add_row("on the card", *(f"{one.reserved / GIB:.2f}" for one in plan.memory), style="bold")
+    return table

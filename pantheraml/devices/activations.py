@@ -1,0 +1,209 @@
+"""Bytes of activations, by the widths of a model: what a decoder layer keeps for its backward, and what comes and goes.
+
+Counted tensor by tensor from what the fused layer saves (``models/fused/layer_function.py``) and, for transformers'
+own layers, from what autograd was seen to save. The idea of counting by tensor and choosing what is computed again is
+that of Korthikanti et al. 2022 ("Reducing activation recomputation in large transformer models").
+
+In the formulas H is the width of the hidden states, I that of an MLP, q, k (and v) those of all queries and keys of a
+token, m that of LoRA's x A^T; c and r are bytes of a number that is computed with and of the residual stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+# Tokens computed at a time in a layer that does not keep everything: wide enough for full speed.
+TILE = 16384
+# Numbers of logits that are there at a time (kernels/linear_cross_entropy.py).
+LOGITS = 2048 * 128256
+# Columns in which a stack's margin for LoRA grows: of 16-bit weights, and of FP8, which needs three times as many.
+_STEP, _FP8_STEP, _FP8_PARTS = 64, 16, 3
+# What mixtures keep beside gate, up and what surrounds the attention.
+_EXPERTS_FACTOR = 3.2
+
+
+class Kept(NamedTuple):
+    """Bytes that one layer keeps for one token, by what it keeps."""
+
+    all: int
+    projected: int
+    attended: int
+    input: int
+
+
+class StackSizes(NamedTuple):
+    """Weights that share their input (models/fused/stack.py): rows, columns, and how many adapters lie beside them."""
+
+    rows: int
+    cols: int
+    adapters: int
+
+
+@dataclass(frozen=True)
+class ActivationSizes:
+    """What the estimates of one model follow from.
+
+    Attributes:
+        hidden: H.
+        inner: I.
+        experts: MLPs that a token goes through in a mixture; 0 without experts.
+        heads: of queries.
+        queries: q.
+        keys: k.
+        vocabulary: logits of a token.
+        size: r.
+        is_fused: whether layers are ``FusedDecoderLayer`` and compute as such.
+        has_head_norms: whether queries and keys are normalised.
+        has_post_norms: whether the outputs of attention and MLP are.
+        compute: c; 0 for r.
+        rank: of the adapters of all linears of a layer; 0 without.
+        is_trained: whether the base weights are trained.
+    """
+
+    hidden: int
+    inner: int
+    experts: int
+    heads: int
+    queries: int
+    keys: int
+    vocabulary: int
+    size: int
+    is_fused: bool
+    has_head_norms: bool
+    has_post_norms: bool = False
+    compute: int = 0
+    rank: int = 16
+    is_trained: bool = False
+
+    @property
+    def computed(self) -> int:
+        """c."""
+        return self.compute or self.size
+
+    @property
+    def projections(self) -> int:
+        """Width of q, k and v side by side."""
+        return self.queries + 2 * self.keys
+
+    @property
+    def stacks(self) -> tuple[StackSizes, ...]:
+        """The stacks of a layer; those of experts have no margins."""
+        hidden, inner = self.hidden, self.inner
+        attention = StackSizes(self.projections, hidden, 3), StackSizes(hidden, self.queries, 1)
+        return (
+            attention
+            if self.experts
+            else (*attention, StackSizes(2 * inner, hidden, 2), StackSizes(hidden, inner, 1))
+        )
+
+    def margins(self, step: int = _STEP) -> list[int]:
+        """Columns that each stack has beside its weights, for LoRA."""
+        return [-(-one.adapters * self.rank // step) * step for one in self.stacks]
+
+    @property
+    def kept(self) -> Kept:
+        """What a layer keeps for a token."""
+        if self.experts:
+            return self._kept_of_experts()
+        return self._kept_fused() if self.is_fused and not self.is_trained else self._kept_stock()
+
+    def _kept_fused(self) -> Kept:
+        """x, attended and its log-sum-exp, q k v, the sum s after it, gate, up, and m of each stack; before a norm of
+        the heads or of an output, what went into it, too.
+        """
+        hidden, c = self.hidden, self.computed
+        raw = hidden if self.has_post_norms else 0
+        alone = (hidden + raw) * c
+        attended = alone + self.queries * c + 4 * self.heads
+        norms = 2 if self.has_head_norms else 1
+        margins = self.margins()
+        s = 0 if self.has_post_norms else hidden
+        projected = attended + (self.projections * norms + margins[0] + s) * c
+        mlp = hidden - s + raw + 2 * self.inner + sum(margins[1:])
+        return Kept(projected + mlp * c, projected, attended, alone)
+
+    def _kept_stock(self) -> Kept:
+        """What autograd saves of transformers' layer with fused norms: inputs of norms in r, those of linears, q, k,
+        v, what was attended, gate, its activation, up and their product. Autocast copies what goes
+        into each of five linears anew, and PEFT makes one more copy of what goes into all seven.
+        """
+        hidden, c, r = self.hidden, self.computed, self.size
+        inputs = 5 * hidden * c if c < r else 2 * hidden * r
+        heads = (2 * self.queries + 2 * self.keys) * c + 4 * self.heads
+        norms = 2 * hidden * r
+        norms += (self.queries + self.keys) * c if self.has_head_norms else 0
+        norms += 2 * hidden * c if self.has_post_norms else 0
+        adapters = 0
+        if not self.is_trained:
+            adapters = 7 * self.rank * c
+            adapters += (5 * hidden + self.queries + self.inner) * c if c < 4 and self.rank else 0
+        alone = hidden * r
+        return Kept(norms + inputs + heads + 4 * self.inner * c + adapters, alone, alone, alone)
+
+    def _kept_of_experts(self) -> Kept:
+        """An upper estimate: mixtures are computed in parts around their experts."""
+        hidden, c = self.hidden, self.size
+        numbers = 2 * hidden + 2 * self.queries + 2 * self.keys + 2 * self.inner * self.experts
+        return Kept(int(numbers * c * _EXPERTS_FACTOR), hidden * c, hidden * c, hidden * c)
+
+    def layer_passing(self, tokens: int, *, recomputes: bool = False) -> int:
+        """Bytes that come and go in the backward of one layer; of one that recomputes, with what it computes again."""
+        hidden, inner, c, r = self.hidden, self.inner, self.computed, self.size
+        if self.experts:
+            mlp = min(tokens, TILE) * 6 * inner * c
+            return mlp + tokens * (2 * (hidden + self.queries) + 8 * hidden) * c
+        if not self.is_fused or self.is_trained:
+            # Gradients of gate, its activation, up and their product; of a trained weight, in c and as it is added up.
+            passing = tokens * (4 * inner * c + 2 * hidden * (c + r))
+            passing += hidden * inner * (c + r) if self.is_trained else 0
+            return passing + (tokens * (self.kept.all - self.kept.input) if recomputes else 0)
+        # dy twice (once with a margin), the gradient that the value takes the place of, those of gate and up; then
+        # around o; then around the attention, whose kernels sum dq in float32 and repeat dk and dv for all heads.
+        attention = 2 * hidden + 6 * self.queries + 2 * self.keys
+        if not recomputes:
+            return tokens * c * max(3 * inner + 2 * hidden, 2 * inner + 4 * hidden + self.queries, attention)
+        tile = min(tokens, TILE)
+        return c * max(
+            tile * (3 * inner + 3 * hidden) + tokens * (2 * hidden + self.queries), tokens * attention
+        )
+
+    def head_passing(self, tokens: int) -> int:
+        """Bytes that come and go in the head and the loss: a chunk of logits, which their gradient replaces; the last
+        hidden states, normed, and their gradient in float32; of a trained head its copy in c and its gradient.
+        """
+        rows = min(tokens, max(1, LOGITS // self.vocabulary))
+        states = tokens * self.hidden * (2 * self.size + self.computed + 4)
+        head = self.vocabulary * self.hidden * (4 + (self.computed if self.computed < self.size else 0))
+        return rows * self.vocabulary * self.computed + states + (head if self.is_trained else 0)
+
+    def margin_bytes(self, storage: str) -> int:
+        """Bytes that fused layers add to the weights of one layer: the margins of stacks; of FP8, factors in parts."""
+        if not self.is_fused or self.is_trained or storage in ("4bit", "8bit"):
+            return 0
+        if storage == "plain":
+            pairs = zip(self.stacks, self.margins(), strict=True)
+            return sum(m * (one.rows + one.cols + m) * self.computed for one, m in pairs if self.rank)
+        pairs = zip(self.stacks, self.margins(_FP8_STEP), strict=True)
+        # F and the turned D in e4m3, and both factors as they are multiplied.
+        return sum(m * (one.rows + one.cols) * (_FP8_PARTS + self.computed) for one, m in pairs)
+
+    def unpacked_bytes(self) -> int:
+        """Bytes of the buffers that all 4-bit layers share: the stacks of one layer in c."""
+        margins = self.margins()
+        return sum(
+            (one.rows + m) * (one.cols + m) * self.computed
+            for one, m in zip(self.stacks, margins, strict=True)
+        )
+
+    def split(self, degree: int) -> ActivationSizes:
+        """Those of one of ``degree`` ranks that share every layer (tensor parallel): heads and MLP are cut, the
+        residual stream is not.
+        """
+        return replace(
+            self,
+            inner=self.inner // degree,
+            heads=self.heads // degree,
+            queries=self.queries // degree,
+            keys=self.keys // degree,
+        )

@@ -1,0 +1,254 @@
+"""What a training step takes of each GPU, by component, for a model and a layout that need not exist yet.
+
+Pure arithmetic over ``ModelParts``; nothing here knows torch. What is divided by what follows from
+
+    DDP         a copy of everything on each GPU; gradients live in buckets
+    FSDP2       states over ``shard`` ranks; a layer is gathered in what it is computed in while the next is on its way,
+                its gradients are there once whole, in what they are computed in and in what they are sent in
+    ZeRO 1-3    16-bit weights and gradients beside masters and moments in float32 (Rajbhandari et al. 2020, "ZeRO":
+                of Adam 2 + 2 + 12 bytes a number, of which stages 1, 2 and 3 divide the 12, the gradients, the weights)
+    tensor      weights of layers, embedding and head; heads and MLP of the activations, not the residual stream
+    pipeline    layers; a stage holds as many micro-batches as there are stages behind it, and one (1F1B)
+
+Assumed where nothing was measured: embedding and head are gathered by themselves, ZeRO's buckets are those of
+transformers' "auto", and NCCL takes ``NCCL_BYTES`` for each group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from pantheraml.devices.activations import ActivationSizes
+from pantheraml.devices.flight import in_flight
+from pantheraml.devices.layout import Layout
+from pantheraml.devices.model_parts import ModelParts, PartSizes
+from pantheraml.devices.optimizer_states import moment_bytes
+from pantheraml.devices.peak_memory import (
+    CONTEXT_BYTES,
+    NCCL_BYTES,
+    MemoryEstimate,
+    StepSizes,
+    peak_memory,
+)
+from pantheraml.errors import ConfigError
+
+# Layers whose weights are there at a time where they are gathered: the one at work, and the next.
+_GATHERED = 2
+# Bytes of a number of a gradient on its way to its shard, and of masters.
+_REDUCED = _MASTER = 4
+_HALF = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step of one rank.
+
+    Attributes:
+        tokens: of a micro-batch, padding included.
+        micro_batches: of a step, one after the other.
+        recomputing: layers that recompute, of each stage, the first ones.
+        optim: transformers' name of the optimizer.
+        room: bytes of a GPU that may be taken; FP8 weights keep their twins where there is much of it.
+    """
+
+    tokens: int
+    micro_batches: int = 1
+    recomputing: tuple[int, ...] = (0,)
+    optim: str = "adamw_torch_fused"
+    room: float = math.inf
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The layers of one GPU.
+
+    Attributes:
+        layers: of them, in order.
+        ends: embedding and head, as far as they are here.
+        has_head: whether the head computes here.
+        later: stages behind this one.
+    """
+
+    layers: tuple[PartSizes, ...]
+    ends: tuple[PartSizes, ...]
+    has_head: bool
+    later: int = 0
+
+
+def even_stages(parts: ModelParts, count: int) -> list[Stage]:
+    """The layers in ``count`` stages whose slowest is nearly as fast as possible, head included.
+
+    Raises:
+        ConfigError: fewer layers than stages.
+    """
+    if not 1 <= count <= len(parts.layers):
+        raise ConfigError(
+            got=f"A pipeline of {count} stages was asked for a model of {len(parts.layers)} layers.",
+            need="Every stage has a layer or more.",
+            fix=f"Use 1 to {len(parts.layers)} stages.",
+        )
+    times = [layer.time for layer in parts.layers]
+    whole = sum(times) + parts.head.time
+    cuts, passed = [0], 0.0
+    for index, time in enumerate(times):
+        left, made = len(times) - index, len(cuts)
+        if (
+            made < count
+            and index > cuts[-1]
+            and (passed + time / 2 > made * whole / count or left == count - made)
+        ):
+            cuts.append(index)
+        passed += time
+    edges = [*cuts, len(times)]
+    stages: list[Stage] = []
+    for number, (start, stop) in enumerate(pairwise(edges)):
+        is_last = number == count - 1
+        has_embedding = is_last if parts.tied else number == 0
+        ends = (parts.embedding,) * has_embedding + (parts.head,) * is_last
+        stages.append(Stage(parts.layers[start:stop], ends, is_last, count - 1 - number))
+    return stages
+
+
+def estimate(parts: ModelParts, layout: Layout, work: Work) -> tuple[MemoryEstimate, ...]:
+    """What the GPUs of each stage take; one entry where there are no stages, since all GPUs are alike then."""
+    stages = even_stages(parts, layout.pipeline)
+    flags = work.recomputing if len(work.recomputing) == len(stages) else work.recomputing[:1] * len(stages)
+    return tuple(
+        peak_memory(stage_sizes(parts, layout, work, stage, recomputing))
+        for stage, recomputing in zip(stages, flags, strict=True)
+    )
+
+
+def stage_sizes(parts: ModelParts, layout: Layout, work: Work, stage: Stage, recomputing: int) -> StepSizes:
+    """The bytes of a step on a GPU that has ``stage``, of which the first ``recomputing`` layers recompute."""
+    sizes = _computed_in(parts, layout)
+    total = len(stage.layers)
+    recomputing = min(recomputing, total)
+    states = _states(parts, layout, work, stage)
+    flight = in_flight(stage.later, stage.later + 1, work.micro_batches) if layout.pipeline > 1 else 1.0
+    held = int(work.tokens * flight)
+    whole, again = sizes.kept.all, sizes.kept.attended
+    head = sizes.head_passing(work.tokens) if stage.has_head else 0
+    # Buckets of DDP and ZeRO, and the sums of several micro-batches, outlive a backward.
+    keeps = layout.strategy in ("ddp", "deepspeed") or work.micro_batches > 1
+    return replace(
+        states,
+        keeps_gradients=keeps,
+        kept=held * (recomputing * again + (total - recomputing) * whole),
+        kept_first=held * (again if recomputing else whole),
+        passing=sizes.layer_passing(work.tokens, recomputes=recomputing == total),
+        passing_first=sizes.layer_passing(work.tokens, recomputes=recomputing > 0),
+        logits=head,
+        casts=_casts(parts, layout, sizes, stage.layers),
+        casts_left=_casts(parts, layout, sizes, stage.layers[min(recomputing, total - 1) :]),
+    )
+
+
+def sizes_of(parts: ModelParts) -> ActivationSizes:
+    """The widths of a model.
+
+    Raises:
+        ConfigError: parts without them.
+    """
+    if parts.activations is None:
+        raise ConfigError(
+            got="The sizes of this model do not say how wide its activations are.",
+            need="Memory by component follows from the widths of a model of a known family.",
+            fix="Measure it with pantheraml.models.weight_sizes.measure_parts.",
+        )
+    return parts.activations
+
+
+def _computed_in(parts: ModelParts, layout: Layout) -> ActivationSizes:
+    """The widths on one GPU; FSDP2 and ZeRO keep the residual stream in 16 bits, too, where masters are in 32."""
+    sizes = sizes_of(parts).split(layout.tensor)
+    if parts.full_finetuning and layout.strategy in ("fsdp", "deepspeed"):
+        return replace(sizes, size=sizes.computed)
+    return sizes
+
+
+def _states(parts: ModelParts, layout: Layout, work: Work, stage: Stage) -> StepSizes:
+    """Weights, what is trained, gradients and moments, and what is gathered."""
+    here = (*stage.layers, *stage.ends)
+    full, tensor = parts.full_finetuning, layout.tensor
+    frozen = 0 if full else sum(part.weights for part in here)
+    # Half of an adapter's numbers belong to the side of a weight that is not cut.
+    numbers = sum(part.trainable for part in here)
+    numbers = numbers // tensor if full else (numbers + numbers // tensor) // 2
+    layers, room = len(stage.layers), work.room
+    frozen, beside = frozen // tensor, parts.beside(layers, room) // tensor
+    if layout.is_sharded and layout.shard_frozen:
+        # Stacks and twins are made anew of what was gathered, for a layer at a time; 4-bit buffers always were.
+        frozen = frozen // layout.shard
+        if parts.storage != "4bit" and beside:
+            beside = (parts.beside(1, 0) + max(part.weights for part in stage.layers)) // tensor
+    states = _deepspeed_states if layout.strategy == "deepspeed" else _plain_states
+    trainable, gradients, optimizer = states(parts, layout, work.optim, numbers)
+    if layout.offload:
+        optimizer = 0
+        if layout.strategy == "fsdp":
+            frozen = trainable = gradients = 0
+    gathered, gathered_head = _gathered(parts, layout, stage)
+    buffers = beside if parts.storage == "4bit" else 0
+    return StepSizes(
+        weights=frozen + beside - buffers,
+        buffers=buffers,
+        trainable=trainable,
+        gradients=gradients,
+        optimizer=optimizer,
+        keeps_gradients=False,
+        kept=0,
+        kept_first=0,
+        passing=0,
+        passing_first=0,
+        logits=0,
+        gathered=gathered,
+        gathered_head=gathered_head,
+        driver=CONTEXT_BYTES + NCCL_BYTES * layout.groups,
+    )
+
+
+def _plain_states(parts: ModelParts, layout: Layout, optim: str, numbers: int) -> tuple[int, int, int]:
+    """Trainable, gradients and optimizer of ``numbers`` that are trained."""
+    share = -(-numbers // layout.shard) if layout.strategy == "fsdp" else numbers
+    size = parts.trained_size
+    return share * size, share * size, share * moment_bytes(optim, size)
+
+
+def _deepspeed_states(parts: ModelParts, layout: Layout, optim: str, numbers: int) -> tuple[int, int, int]:
+    """The same of ZeRO: 16-bit weights, 16-bit gradients, and masters beside the moments."""
+    share, stage = -(-numbers // layout.shard), layout.zero_stage
+    weights = _HALF * (share if stage == 3 else numbers)
+    gradients = _HALF * (share if stage >= 2 else numbers)
+    masters = (share if stage >= 1 else numbers) * (_MASTER + moment_bytes(optim, _MASTER))
+    return weights, gradients, masters
+
+
+def _gathered(parts: ModelParts, layout: Layout, stage: Stage) -> tuple[int, int]:
+    """Bytes that are gathered, or wait to be sent, around a layer and around the head."""
+    sizes, full = sizes_of(parts), parts.full_finetuning
+    if layout.strategy == "deepspeed" and layout.zero_stage in (1, 2):
+        return 2 * _HALF * sizes.hidden**2, 0
+    if not layout.is_sharded or layout.shard == 1:
+        return 0, 0
+
+    def size(part: PartSizes) -> int:
+        frozen = part.weights if layout.shard_frozen and not full else 0
+        return frozen + part.trainable * (_HALF if full else parts.trained_size)
+
+    def reduced(part: PartSizes) -> int:
+        return part.trainable * ((_HALF if full else parts.trained_size) + _REDUCED)
+
+    layer = max(stage.layers, key=size)
+    head = parts.embedding if parts.tied else parts.head
+    return _GATHERED * size(layer) + reduced(layer), size(head) + size(layer)
+
+
+def _casts(parts: ModelParts, layout: Layout, sizes: ActivationSizes, layers: Sequence[PartSizes]) -> int:
+    """16-bit copies that autocast makes of masters, for the whole pass; what is gathered is in 16 bits already."""
+    if not parts.full_finetuning or sizes.computed >= sizes.size:
+        return 0
+    return sum(layer.numbers for layer in layers) * sizes.computed // layout.tensor

@@ -1,0 +1,177 @@
+"""The most that a GPU holds in a training step, and when: the one formula behind every prediction of memory.
+
+What a step needs is not all there at once. Layers fill the activations one after the other, the head comes while all of
+them are there, and each layer's backward frees its own before gradients are complete. So the peak is that of four
+moments, and its parts are those of that moment: gradients that do not exist then are 0.
+
+``allocated`` is what ``torch.cuda.max_memory_allocated`` will say, ``reserved`` what has to fit on the card.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+# What a process takes on a GPU before its first tensor: CUDA's context and the kernels.
+CONTEXT_BYTES = int(0.6 * 2**30)
+# Of the activations and of what passes, what the allocator's gaps take beside them, in percent.
+GAPS_PERCENT = 10
+# cuBLAS's workspace on Hopper, which torch allocates; on older GPUs it is smaller.
+WORKSPACE_BYTES = 32 * 2**20
+# An assumption, not measured: what NCCL takes for a communicator by itself, outside torch's allocator.
+NCCL_BYTES = 256 * 2**20
+
+ALLOCATED = (
+    "weights",
+    "buffers",
+    "trainable",
+    "gradients",
+    "optimizer",
+    "activations",
+    "passing",
+    "logits",
+    "gathered",
+    "workspace",
+)
+# With what torch's allocator does not hand out.
+COMPONENTS = (*ALLOCATED, "slack", "driver")
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one GPU at its peak.
+
+    Attributes:
+        weights: frozen ones as they are stored, with scales, FP8 twins and the margins that hold LoRA.
+        buffers: 4-bit weights unpacked, 16-bit copies that autocast makes of weights that are trained.
+        trainable: what is trained: adapters, or masters.
+        gradients: as far as they are there.
+        optimizer: its moments.
+        activations: what layers keep for the backward.
+        passing: what comes and goes around one layer.
+        logits: what comes and goes around head and loss.
+        gathered: weights of other ranks, and gradients on their way to them.
+        workspace: of cuBLAS.
+        slack: gaps of the allocator.
+        driver: CUDA's own, and NCCL's.
+        moment: when it is.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    buffers: int = 0
+    trainable: int = 0
+    passing: int = 0
+    logits: int = 0
+    gathered: int = 0
+    workspace: int = 0
+    slack: int = 0
+    driver: int = 0
+    moment: str = ""
+
+    @property
+    def total(self) -> int:
+        """What torch's allocator hands out."""
+        return sum(getattr(self, name) for name in ALLOCATED)
+
+    allocated = total
+
+    @property
+    def reserved(self) -> int:
+        """What has to fit on the card."""
+        return self.total + self.slack + self.driver
+
+    def parts(self) -> dict[str, int]:
+        """Bytes by name, those of ``reserved``, without what is 0."""
+        sizes = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "moment"}
+        return {name: sizes[name] for name in COMPONENTS if sizes[name]}
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """Bytes of what a step of one GPU is made of; see ``MemoryEstimate`` for the first.
+
+    Attributes:
+        keeps_gradients: whether gradients outlive a backward: those of several micro-batches, and DDP's buckets.
+        kept: what all layers keep.
+        kept_first: the first layer's share of that, which is there at its backward.
+        passing: of the last layer, which is first in the backward.
+        passing_first: of the first one.
+        logits: of head and loss; 0 where the head is elsewhere.
+        casts: 16-bit copies of trained weights, at the head.
+        casts_left: of those, what the backward of the last layer still holds.
+        gathered: around a layer.
+        gathered_head: around the head.
+        workspace: as in ``MemoryEstimate``.
+        driver: as in ``MemoryEstimate``.
+    """
+
+    weights: int
+    buffers: int
+    trainable: int
+    gradients: int
+    optimizer: int
+    keeps_gradients: bool
+    kept: int
+    kept_first: int
+    passing: int
+    passing_first: int
+    logits: int
+    casts: int = 0
+    casts_left: int = 0
+    gathered: int = 0
+    gathered_head: int = 0
+    workspace: int = WORKSPACE_BYTES
+    driver: int = CONTEXT_BYTES
+
+
+def peak_memory(step: StepSizes) -> MemoryEstimate:
+    """The fullest of the moments of ``step``."""
+    gradients = step.gradients if step.keeps_gradients else 0
+    moments = (
+        _at(step, "the backward of the last layer", gradients, step.kept, casts=step.casts_left, passing=step.passing,
+            gathered=step.gathered),
+        _at(step, "head and loss", gradients, step.kept, casts=step.casts, logits=step.logits,
+            gathered=step.gathered_head),
+        _at(step, "the backward of the first layer", step.gradients, step.kept_first, passing=step.passing_first,
+            gathered=step.gathered),
+        _at(step, "the optimizer's step", step.gradients, 0),
+    )  # fmt: skip
+    fullest = max(moments, key=lambda one: one.total)
+    # Another moment may have fewer bytes and more gaps; the card has to hold the most of both.
+    slack = max(one.reserved for one in moments) - fullest.total - fullest.driver
+    return replace(fullest, slack=slack)
+
+
+def _at(
+    step: StepSizes,
+    moment: str,
+    gradients: int,
+    kept: int,
+    *,
+    casts: int = 0,
+    passing: int = 0,
+    logits: int = 0,
+    gathered: int = 0,
+) -> MemoryEstimate:
+    return MemoryEstimate(
+        weights=step.weights,
+        buffers=step.buffers + casts,
+        trainable=step.trainable,
+        gradients=gradients,
+        optimizer=step.optimizer,
+        activations=kept,
+        passing=passing,
+        logits=logits,
+        gathered=gathered,
+        workspace=step.workspace,
+        slack=gaps(kept + passing + logits + gathered),
+        driver=step.driver,
+        moment=moment,
+    )
+
+
+def gaps(activations: int) -> int:
+    """Bytes of the allocator's gaps beside ``activations`` bytes."""
+    return activations * GAPS_PERCENT // 100

@@ -1,0 +1,227 @@
+"""Memory of each GPU by component: against what was measured, and against what must hold for any model."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from pantheraml.devices.estimate import Work, estimate, even_stages
+from pantheraml.devices.layout import Layout
+from pantheraml.devices.optimizer_states import moment_bytes
+from pantheraml.devices.peak_memory import COMPONENTS, CONTEXT_BYTES, MemoryEstimate, StepSizes, peak_memory
+from pantheraml.devices.stage_split import StageSizes
+from pantheraml.errors import ConfigError
+from tests.devices.sizes import GIB, SHAPES, TINY, llama
+
+H200 = 139.8 * GIB
+METHODS = ("lora", "qlora", "fp8", "full")
+ONE = Layout("none")
+
+
+@pytest.mark.parametrize(
+    ("method", "layout", "tokens", "recomputing", "measured"),
+    [
+        ("lora", ONE, 8192, 0, 39.73),
+        ("lora", Layout("ddp", data=4), 8192, 0, 39.88),
+        ("lora", ONE, 16384, 0, 64.0),
+        ("lora", ONE, 8192, 32, 21.2),
+        ("qlora", ONE, 8192, 0, 30.2),
+        ("qlora", ONE, 65536, 16, 120.8),
+        ("fp8", ONE, 8192, 0, 39.7),
+    ],
+)
+def test_peaks_that_were_measured(method, layout, tokens, recomputing, measured):
+    """The 8B shape on an H200; docs/performance.md and docs/multi-gpu.md."""
+    work = Work(tokens, recomputing=(recomputing,), room=H200)
+    (memory,) = estimate(llama(method=method), layout, work)
+    assert memory.total / GIB == pytest.approx(measured, rel=0.025)
+    assert memory.total < memory.reserved < 1.15 * memory.total + GIB
+
+
+def some_cases(count=60):
+    rng = random.Random(0)
+    for _ in range(count):
+        method, gpus = rng.choice(METHODS), rng.choice([2, 4, 8])
+        parts = llama((256, 512, 8, 8, 8, 1000), method)
+        layouts = [
+            ONE,
+            Layout("ddp", data=gpus),
+            Layout("tensor", tensor=gpus),
+            Layout("pipeline", pipeline=gpus),
+        ]
+        layouts += [Layout("fsdp", data=gpus, shard=gpus, shard_frozen=rng.random() < 0.5)]
+        layouts += [Layout("deepspeed", data=gpus, shard=gpus, zero_stage=rng.choice([1, 2, 3]))]
+        again = rng.randrange(0, 9)
+        work = Work(
+            rng.randrange(1, 4000),
+            rng.choice([1, 2, 8]),
+            (again,),
+            rng.choice(["adamw", "sgd", "adamw_8bit"]),
+        )
+        yield parts, rng.choice(layouts), work
+
+
+def peak(parts, layout, work):
+    return max(one.total for one in estimate(parts, layout, work))
+
+
+def test_components_sum_to_the_total():
+    for parts, layout, work in some_cases():
+        memories = estimate(parts, layout, work)
+        assert len(memories) == layout.pipeline
+        for one in memories:
+            assert sum(one.parts().values()) == one.reserved == one.total + one.slack + one.driver
+            assert all(size > 0 for size in one.parts().values()) and set(one.parts()) <= set(COMPONENTS)
+
+
+def test_more_tokens_never_take_less_and_recompute_never_more_in_the_end():
+    for parts, layout, work in some_cases():
+        sizes = [peak(parts, layout, replace(work, tokens=tokens)) for tokens in (1, 100, 101, 5000)]
+        assert sizes == sorted(sizes)
+        whole = replace(work, tokens=30_000, recomputing=(0,))
+        least = replace(whole, recomputing=(len(parts.layers),))
+        assert peak(parts, layout, least) < peak(parts, layout, whole)
+
+
+def test_ddp_is_one_gpu_and_its_buckets():
+    for method in METHODS:
+        parts, work = llama(TINY, method), Work(500)
+        one, copy = (estimate(parts, layout, work)[0] for layout in (ONE, Layout("ddp", data=4)))
+        gradients = 4 * sum(part.trainable for part in parts.all)
+        for name in ("weights", "trainable", "optimizer", "activations"):
+            if one.moment == copy.moment:
+                assert getattr(one, name) == getattr(copy, name)
+        assert copy.gradients == gradients
+        accumulated = estimate(parts, ONE, replace(work, micro_batches=2))[0]
+        assert (accumulated.total, accumulated.moment) == (copy.total, copy.moment)
+
+
+@pytest.mark.parametrize("shard", [2, 4, 8])
+def test_sharding_divides_what_is_trained(shard):
+    for method in METHODS:
+        parts = llama(TINY, method)
+        work = Work(64, micro_batches=2)
+        one = estimate(parts, ONE, work)[0]
+        layout = Layout("fsdp", data=shard, shard=shard, shard_frozen=True)
+        sharded = estimate(parts, layout, work)[0]
+        for name in ("trainable", "optimizer", "gradients"):
+            assert getattr(sharded, name) == pytest.approx(getattr(one, name) / shard, abs=4 * 3)
+        replicated = estimate(parts, replace(layout, shard_frozen=False), work)[0]
+        if method != "full":
+            assert sharded.weights < replicated.weights
+        assert (sharded.gathered > 0) == (sharded.moment != "the optimizer's step")
+        # HSDP: as many copies as there are groups, each sharded as before.
+        copies = estimate(parts, replace(layout, data=2 * shard), work)[0]
+        assert replace(copies, driver=0, slack=0) == replace(sharded, driver=0, slack=0)
+
+
+def test_zero_divides_what_its_stage_says():
+    """Of Adam 2 + 2 + 12 bytes a number: Rajbhandari et al. 2020."""
+    parts = llama(SHAPES["8B"], "full")
+    numbers = sum(part.trainable for part in parts.all)
+    for stage, (weights, gradients) in {1: (2, 2), 2: (2, 2 / 8), 3: (2 / 8, 2 / 8)}.items():
+        layout = Layout("deepspeed", data=8, shard=8, zero_stage=stage, shard_frozen=stage == 3)
+        memory = estimate(parts, layout, Work(128, recomputing=(32,)))[0]
+        assert memory.trainable == pytest.approx(weights * numbers, rel=1e-6)
+        assert memory.gradients == pytest.approx(gradients * numbers, rel=1e-6)
+        assert memory.optimizer == pytest.approx(12 / 8 * numbers, rel=1e-6)
+        offloaded = estimate(parts, replace(layout, offload=True), Work(128))[0]
+        assert offloaded.optimizer == 0
+
+
+def test_shards_in_host_memory_leave_what_is_gathered():
+    layout = Layout("fsdp", data=8, shard=8, shard_frozen=True, offload=True)
+    for method in ("lora", "full"):
+        memory = estimate(llama(method=method), layout, Work(128, recomputing=(32,)))[0]
+        assert memory.trainable == memory.gradients == memory.optimizer == 0 < memory.gathered
+        assert memory.weights < 0.05 * 16 * GIB
+
+
+def test_gradients_are_not_there_before_the_backward():
+    parts = llama()
+    alone = estimate(parts, ONE, Work(8192))[0]
+    assert alone.gradients == 0 and alone.moment == "head and loss"
+    full = estimate(llama(method="full"), ONE, Work(64, recomputing=(32,)))[0]
+    assert full.gradients == full.trainable > 0 and "first layer" in full.moment
+
+
+def test_masters_are_copied_for_the_pass():
+    """16-bit copies of the layers' weights lie beside masters until they have been used."""
+    parts = llama(method="full")
+    casts = 2 * sum(layer.numbers for layer in parts.layers)
+    memory = estimate(parts, ONE, Work(65536))[0]
+    assert memory.buffers == casts
+    layout = Layout("fsdp", data=8, shard=8, shard_frozen=True)
+    assert estimate(parts, layout, Work(65536))[0].buffers == 0, "what is gathered is in 16 bits"
+
+
+def test_twins_of_fp8_weights_are_kept_where_they_are_small():
+    parts = llama(SHAPES["70B"], "fp8")
+    little, much = (estimate(parts, ONE, Work(64, room=room))[0].weights for room in (H200, 8 * H200))
+    numbers = sum(layer.numbers for layer in parts.layers)
+    assert much - little == pytest.approx(numbers, rel=0.01)
+
+
+def test_a_pipeline_has_every_part_once_and_as_much_in_flight_as_the_split_planner_says():
+    for method in ("lora", "qlora"):
+        parts = llama(method=method)
+        for count in (2, 3, 8):
+            stages = even_stages(parts, count)
+            assert sum((stage.layers for stage in stages), ()) == parts.layers
+            assert sum(len(stage.ends) for stage in stages) == 2
+            times = [len(stage.layers) + parts.head.time * stage.has_head for stage in stages]
+            assert max(times) < sum(times) / count + 1.5
+            found = estimate(parts, Layout("pipeline", pipeline=count), Work(2048, 16))
+            split, start = StageSizes(parts, 2048, 16), 0
+            for stage, memory in zip(stages, found, strict=True):
+                stop = start + len(stage.layers)
+                planned = split.stage(start, stop, stage.later, float("inf"))
+                assert memory.reserved - memory.workspace - memory.driver + CONTEXT_BYTES == planned.need
+                start = stop
+
+
+def test_tensor_parallel_cuts_heads_and_mlp_but_not_the_residual_stream():
+    parts = llama()
+    one, two = (estimate(parts, Layout("tensor", tensor=degree), Work(8192))[0] for degree in (1, 2))
+    assert one.weights / 2 == pytest.approx(two.weights, rel=1e-6)
+    assert one.activations / 2 < two.activations < 0.65 * one.activations
+
+
+def test_the_fullest_moment_counts():
+    step = StepSizes(
+        weights=10, buffers=0, trainable=1, gradients=100, optimizer=2, keeps_gradients=False, kept=50, kept_first=5,
+        passing=7, passing_first=7, logits=9, workspace=0, driver=0,
+    )  # fmt: skip
+    assert peak_memory(step).moment == "the backward of the first layer"
+    assert peak_memory(replace(step, gradients=1)).moment == "head and loss"
+    assert peak_memory(replace(step, gradients=1, passing=10)).moment == "the backward of the last layer"
+    assert (
+        peak_memory(replace(step, gradients=900, kept=0, kept_first=0, passing=0, passing_first=0)).total
+        == 913
+    )
+    assert peak_memory(replace(step, kept=1000)).slack == (1000 + 9) // 10
+
+
+def test_optimizers_by_name():
+    sizes = {
+        name: moment_bytes(name, 4)
+        for name in ("adamw_torch", "paged_adamw_8bit", "sgd", "lion_32bit", "rmsprop")
+    }
+    assert list(sizes.values()) == [8, 2, 0, 4, 4]
+    assert moment_bytes("adamw_torch_fused", 2) == 4
+
+
+@pytest.mark.parametrize("degrees", [dict(data=0), dict(data=4, shard=3), dict(pipeline=-1)])
+def test_degrees_that_cannot_be(degrees):
+    with pytest.raises(ConfigError):
+        Layout("fsdp", **degrees)
+
+
+def test_more_stages_than_layers_and_parts_without_widths():
+    with pytest.raises(ConfigError, match="stages was asked for a model of 4 layers"):
+        estimate(llama(TINY), Layout("pipeline", pipeline=5), Work(8))
+    with pytest.raises(ConfigError, match="how wide"):
+        estimate(replace(llama(TINY), activations=None), ONE, Work(8))
+    assert MemoryEstimate(1, 2, 3, 4).parts() == dict(weights=1, gradients=2, optimizer=3, activations=4)
