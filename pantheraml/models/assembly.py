@@ -13,7 +13,7 @@ from pantheraml.log import say
 from pantheraml.models import loading
 from pantheraml.models.families import find_family
 from pantheraml.models.patching import PatchSet
-from pantheraml.models.placement import Place, Unplaced, find_place, first_device
+from pantheraml.models.placement import PipelineDevices, Place, Unplaced, find_place, first_device
 from pantheraml.models.positions import extend_positions
 from pantheraml.models.precision import (
     Precision,
@@ -41,6 +41,7 @@ class LoadRequest:
 
     Attributes:
         is_alone: whether all visible GPUs are this process's; ranks have one each.
+        pipeline: what the layers are split over, whatever the model's size; None leaves it to ``device_map``.
     """
 
     model_name: str
@@ -62,6 +63,7 @@ class LoadRequest:
     kernels: str
     attn_implementation: str | None
     num_labels: int | None
+    pipeline: PipelineDevices | None = None
 
 
 def find_source(request: LoadRequest) -> ModelSource:
@@ -123,6 +125,7 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
         request.device_map,
         request.max_memory,
         is_alone=request.is_alone,
+        pipeline=request.pipeline,
     )
     for gpu, limit in place.limits.items():
         limit_gpu(gpu, limit)
