@@ -112,5 +112,5 @@ def _asked(config: MultiGPUConfig) -> str:
 
 def _degrees(gpus: int) -> str:
     """What divides ``gpus``, as words."""
-    found = [str(degree) for degree in range(2, gpus + 1) if gpus % degree == 0]
-    return f"pipeline_parallel is {' or '.join(found)} here"
+    *most, last = [str(degree) for degree in range(2, gpus + 1) if gpus % degree == 0]
+    return f"pipeline_parallel is {', '.join(most)}{' or ' * bool(most)}{last} here"

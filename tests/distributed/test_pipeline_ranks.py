@@ -14,7 +14,6 @@ from pantheraml import (
     PantheraMLDistributedTrainer,
     PantheraMLTrainingArguments,
 )
-from pantheraml.distributed import process_group
 from pantheraml.distributed.pipeline import step
 from pantheraml.errors import ConfigError
 from pantheraml.models.state import get_state
@@ -25,12 +24,6 @@ from tests.training.starving import Starved
 
 PIPELINE = MultiGPUConfig(pipeline_parallel=2)
 LOGGED = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss")
-
-
-@pytest.fixture(autouse=True)
-def own_settings(monkeypatch):
-    """What a test says of the run ends with it."""
-    monkeypatch.setattr(process_group, "_settings", MultiGPUConfig())
 
 
 def load(folder, config=None, dropout=0.2):

@@ -42,9 +42,9 @@ def test_ranks_and_their_gpus(gpus, settings, ranks, last):
         (
             8,
             dict(pipeline_parallel=3),
-            "is 2 or 4 or 8 here.\nWrite one of these, or num_processes=2 to leave 2 idle",
+            "is 2, 4 or 8 here.\nWrite one of these, or num_processes=2 to leave 2 idle",
         ),
-        (6, dict(pipeline_parallel=4), "is 2 or 3 or 6 here"),
+        (6, dict(pipeline_parallel=4), "is 2, 3 or 6 here"),
         (2, dict(pipeline_parallel=4), "Write pipeline_parallel=2;"),
         (1, dict(pipeline_parallel=2), "on two GPUs or more"),
         (1, dict(pipeline_parallel=True), "on two GPUs or more"),
