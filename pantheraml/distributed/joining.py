@@ -123,7 +123,8 @@ def _as_pipeline(request: LoadRequest, config: MultiGPUConfig) -> LoadRequest:
     is_alone = group_size() == 1
     if on_cpu:
         return replace(request, is_alone=is_alone, pipeline=PipelineDevices(devices))
-    here, limits = visible_memory(), read_limits(request.max_memory, visible_memory())
+    here = visible_memory()
+    limits = read_limits(request.max_memory, here)
     ranks = LaunchEnvironment.detect().local_world_size
     unnamed = [gpu for gpu in list(here)[: ranks * len(devices)] if gpu not in limits]
     if unnamed:
