@@ -2,9 +2,10 @@
 
     python -m benchmarks.split --model /models/llama-8b --gpus 1,2,4 --micro-batches 16 --json split.json
     python -m benchmarks.split --gpus 1,2 --batch 1 --device-map sequential --max-memory 20GiB
+    python -m benchmarks.split --model /models/llama-8b --gpus 4,8 --ranks 2    two pipelines of 2 and of 4 GPUs
 
-A step has --micro-batches times --batch rows of --seq tokens, on any number of GPUs. Without --model a checkpoint of
-the shape is made. The exit code is 1 when a run fails. The first third of the steps is warm-up.
+A step has --micro-batches times --batch rows of --seq tokens for each of the --ranks, on any number of GPUs. Without
+--model a checkpoint of the shape is made. The exit code is 1 when a run fails. The first third of the steps is warm-up.
 """
 
 from __future__ import annotations
@@ -40,13 +41,21 @@ def train(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     count, warm = max(1, torch.cuda.device_count()), max(1, options.steps // 3)
     limits = dict.fromkeys(range(count), options.max_memory) if options.max_memory else None
+    ranks, config = options.ranks, None
+    if ranks > 1:
+        degree = torch.cuda.device_count() // ranks or 2  # without GPUs, stages share the CPU
+        config = MultiGPUConfig(
+            micro_batches=options.micro_batches, pipeline_parallel=degree, num_processes=ranks
+        )
+    elif count > 1:
+        config = MultiGPUConfig(micro_batches=options.micro_batches, strategy="none")
     model, tokenizer = FastLanguageModel.from_pretrained(
-        options.model, max_seq_length=options.seq, device_map=options.device_map, max_memory=limits,
-        **PRECISIONS[options.precision],
+        options.model, max_seq_length=options.seq, device_map=options.device_map if ranks == 1 else None,
+        max_memory=limits, use_multi_gpu=config if ranks > 1 else None, **PRECISIONS[options.precision],
     )  # fmt: skip
     model = FastLanguageModel.get_peft_model(model, r=16)
     generator = torch.Generator().manual_seed(0)
-    vocab, rows = min(model.config.vocab_size, 128000), options.micro_batches * options.batch
+    vocab, rows = min(model.config.vocab_size, 128000), ranks * options.micro_batches * options.batch
     data = torch.randint(3, vocab, (options.steps * rows, options.seq), generator=generator).tolist()
     host: list[float] = []
 
@@ -55,13 +64,13 @@ def train(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == warm:
-                _of_all(synchronize)
-                _of_all(reset_peaks)
+                _of_all(synchronize, model)
+                _of_all(reset_peaks, model)
                 self.began = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == options.steps:
-                _of_all(synchronize)
+                _of_all(synchronize, model)
                 self.rest = time.perf_counter() - self.began
 
     class Timed(PantheraMLDistributedTrainer):
@@ -74,7 +83,6 @@ def train(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             return found
 
     clock = Clock()
-    config = MultiGPUConfig(micro_batches=options.micro_batches, strategy="none") if count > 1 else None
     trainer = Timed(
         model=model,
         tokenizer=tokenizer,
@@ -90,26 +98,28 @@ def train(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     trainer.train()
     log = next(entry for entry in reversed(trainer.state.log_history) if "grad_norm" in entry)
     timed = options.steps - warm
-    peaks = [torch.cuda.max_memory_allocated(index) / 2**30 for index in range(torch.cuda.device_count())]
+    stats = trainer.get_model_memory_usage().values()
     return {
         "gpus": count,
+        "ranks": ranks,
         "tok_s": timed * rows * options.seq / clock.rest,
         "ms": 1e3 * clock.rest / timed,
         "host_ms": 1e3 * sorted(host)[len(host) // 2] if host else None,
-        "allocated_gib": peaks,
+        "allocated_gib": [one["peak_allocated"] for one in stats if "peak_allocated" in one],
         "loss": log["loss"],
         "grad_norm": log["grad_norm"],
     }
 
 
-def _of_all(function: Any) -> None:
-    """Call a function of ``benchmarks.device`` for every GPU."""
+def _of_all(function: Any, model: Any) -> None:
+    """Call a function of ``benchmarks.device`` for every GPU that ``model`` is on."""
     import torch
 
-    for index in range(torch.cuda.device_count()):
-        with torch.cuda.device(index):
+    gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    for gpu in gpus:
+        with torch.cuda.device(gpu):
             function()
-    if not torch.cuda.device_count():
+    if not gpus:
         function()
 
 
@@ -133,8 +143,8 @@ def markdown(lines: list[dict[str, Any]]) -> str:
     """The runs as a table."""
     one = next((line["tok_s"] for line in lines if line["status"] == "ok" and line["gpus"] == 1), None)
     rows = [
-        "| GPUs | tok/s | x one | ms | host ms | GiB of each | loss | gradient norm |",
-        "|" + "---|" * 8,
+        "| GPUs | pipelines | tok/s | x one | ms | host ms | GiB of each | loss | gradient norm |",
+        "|" + "---|" * 9,
     ]
     for line in lines:
         if line["status"] != "ok":
@@ -144,8 +154,8 @@ def markdown(lines: list[dict[str, Any]]) -> str:
         host = "" if line["host_ms"] is None else f"{line['host_ms']:.0f}"
         memory = ", ".join(f"{gib:.1f}" for gib in line["allocated_gib"])
         rows.append(
-            f"| {line['gpus']} | {line['tok_s']:,.0f} | {times} | {line['ms']:.0f} | {host} | {memory} | "
-            f"{line['loss']:.4f} | {line['grad_norm']:.4f} |"
+            f"| {line['gpus']} | {line['ranks']} | {line['tok_s']:,.0f} | {times} | {line['ms']:.0f} | {host} | "
+            f"{memory} | {line['loss']:.4f} | {line['grad_norm']:.4f} |"
         )
     return "\n".join(rows)
 
@@ -154,6 +164,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_model_options(parser)
     parser.add_argument("--gpus", default="1,2", help="numbers of GPUs, with commas")
+    parser.add_argument("--ranks", type=int, default=1, help="pipelines, each over its share of the GPUs")
     parser.add_argument("--device-map", choices=("balanced", "sequential", "auto"), default="balanced")
     parser.add_argument("--max-memory", help="of each GPU, such as 20GiB")
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
@@ -167,7 +178,9 @@ def main() -> int:
     parser.add_argument("--run-in", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run_in is not None:
-        (options.run_in / "result.json").write_text(json.dumps(train(options, options.run_in)))
+        found = train(options, options.run_in)
+        if os.environ.get("RANK", "0") == "0":
+            (options.run_in / "result.json").write_text(json.dumps(found))
         return 0
     options.model = model_of(options)
     counts = map(int, options.gpus.split(","))

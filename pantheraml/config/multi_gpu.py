@@ -36,7 +36,8 @@ class MultiGPUConfig:
         auto_device_map: split a model that does not fit on one GPU between all of them, instead of copying it to each;
             in the place of a ``device_map`` of None.
         tensor_parallel: how many GPUs compute each layer together; True is all of them.
-        pipeline_parallel: how many GPUs have the layers of one model between them; True is all of them.
+        pipeline_parallel: how many GPUs have the layers of one model between them; True is all of them. Each rank is
+            such a pipeline, with rows of its own.
         use_gradient_checkpointing: as in ``FastLanguageModel.from_pretrained``, for the model of the trainer.
         find_unused_parameters: look after every backward for trained weights that took no part; needed by models of
             which parts are skipped, slower for all others.
@@ -52,7 +53,8 @@ class MultiGPUConfig:
             them all.
         shard_size: of ``"fsdp"``: how many ranks share one copy of what is sharded; None is all of them. Several
             machines with a copy each (HSDP) write the number of GPUs of one.
-        num_processes: ranks on this machine; None is one for each visible GPU. Without GPUs they run on the CPU.
+        num_processes: ranks on this machine; None is one for each visible GPU, or for each pipeline. Without GPUs they
+            run on the CPU.
         max_memory: as in ``FastLanguageModel.from_pretrained``, for the model that this config is passed with.
         micro_batches: into how many a step of a split model is cut; None is four for each GPU, as far as there
             are rows.
@@ -157,7 +159,7 @@ def find_contradiction(settings: Any) -> Contradiction | None:
             )
     fields_of = {
         "shard_frozen": ("fsdp",), "shard_size": ("fsdp",), "cpu_offload": ("fsdp", "deepspeed"),
-        "zero_stage": ("deepspeed",), "reduce_dtype": ("auto", "ddp"),
+        "zero_stage": ("deepspeed",), "reduce_dtype": ("ddp", "pipeline", "auto"),
     }  # fmt: skip
     for name, ways in fields_of.items():
         value = getattr(settings, name)

@@ -8,14 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
+from pantheraml.config.pipeline_combinations import refuse_with_pipeline
+from pantheraml.devices.memory_limits import read_limits
 from pantheraml.devices.visible_gpus import visible_memory
-from pantheraml.distributed.process_group import get_world_size, group_size, setup_multi_gpu
+from pantheraml.distributed.process_group import (
+    gather_objects,
+    get_world_size,
+    group_size,
+    rank_devices,
+    settings_of_run,
+    setup_multi_gpu,
+)
 from pantheraml.errors import ConfigError
 from pantheraml.launch.environment import LaunchEnvironment
 from pantheraml.launch.gpus import num_visible_gpus
 from pantheraml.launch.start import say_what_is_idle
 from pantheraml.log import say
-from pantheraml.models.placement import fits_on_each, names_several
+from pantheraml.models.placement import PipelineDevices, fits_on_each, names_several
 
 if TYPE_CHECKING:
     from pantheraml.models.assembly import LoadRequest
@@ -41,7 +50,11 @@ def join(
         ConfigError: arguments that contradict each other, or what started this process.
     """
     config = None if use_multi_gpu in (None, False) else config_of(use_multi_gpu)
+    if use_multi_gpu in (None, True) and settings_of_run().way == "pipeline":
+        config = settings_of_run()  # as setup_multi_gpu was told
     request = replace(request, max_memory=_one_max_memory(request, config))
+    if config is not None and config.way == "pipeline":
+        return _as_pipeline(request, config)
     is_automatic = request.device_map == "auto" or (request.device_map is None and auto_device_map)
     if is_automatic:
         request = replace(request, device_map="auto")
@@ -114,6 +127,38 @@ def _sharing(request: LoadRequest, config: MultiGPUConfig) -> LoadRequest:
     from pantheraml.distributed.strategies.fsdp import sharding_of
 
     return replace(request, sharding=sharding_of(config, trained=full))
+
+
+def _as_pipeline(request: LoadRequest, config: MultiGPUConfig) -> LoadRequest:
+    """The request of a process that is a whole pipeline, be it one of several ranks or the only one."""
+    if request.num_labels is not None:
+        refuse_with_pipeline("num_labels", request.num_labels)
+    setup_multi_gpu(config)
+    devices = rank_devices()
+    on_cpu = devices[0].type == "cpu"
+    if request.device_map not in (None, "auto", "balanced", *(["cpu"] if on_cpu else [])):
+        raise ConfigError(
+            got=f"device_map={request.device_map!r} and a pipeline of {len(devices)} stages were asked for.",
+            need="The planner puts the stages of each rank on its GPUs.",
+            fix="Leave device_map out, or leave pipeline_parallel out for a split of your own in one process.",
+        )
+    is_alone = group_size() == 1
+    if on_cpu:
+        return replace(request, is_alone=is_alone, pipeline=PipelineDevices(devices))
+    here = visible_memory()
+    limits = read_limits(request.max_memory, here)
+    ranks = LaunchEnvironment.detect().local_world_size
+    unnamed = [gpu for gpu in list(here)[: ranks * len(devices)] if gpu not in limits]
+    if unnamed:
+        raise ConfigError(
+            got=f"max_memory names no limit for {', '.join(f'GPU {gpu}' for gpu in unnamed)} of a pipeline.",
+            need="A pipeline has a layer or more on each of its GPUs.",
+            fix="Name every GPU in max_memory, or leave it out.",
+        )
+    # Of all ranks the least, so that all split the model alike, as their reductions ask for.
+    found = gather_objects([limits[device.index] for device in devices])
+    least = tuple(min(column) for column in zip(*found, strict=True))
+    return replace(request, is_alone=is_alone, pipeline=PipelineDevices(devices, least))
 
 
 def _names_a_gpu(device_map: object) -> bool:

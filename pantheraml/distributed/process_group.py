@@ -21,6 +21,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[re
 from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
 from pantheraml.errors import ConfigError
 from pantheraml.launch.environment import LaunchEnvironment
+from pantheraml.launch.rank_gpus import gpus_of_each, gpus_of_rank
 from pantheraml.launch.start import ensure_ranks
 from pantheraml.log import say_once
 
@@ -84,10 +85,19 @@ def distributed_context(config: MultiGPUConfig | None = None) -> Iterator[MultiG
 
 
 def rank_device() -> torch.device:
-    """The device of this rank: the GPU of its number on this machine, or the only one it sees; the CPU without one."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", get_local_rank() % torch.cuda.device_count())
+    """The device of this rank: the GPU of its number on this machine, or the only one it sees; the CPU without one.
+
+    Of a rank that has several, the first.
+    """
+    return rank_devices()[0]
+
+
+def rank_devices() -> tuple[torch.device, ...]:
+    """The devices of this rank, in the order of a pipeline's stages: several GPUs, or the CPU once for each stage."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        return (torch.device("cpu"),) * gpus_of_each(_settings, 0)
+    return tuple(torch.device("cuda", gpu) for gpu in gpus_of_rank(_settings, get_local_rank(), count))
 
 
 def is_distributed_available() -> bool:
@@ -169,10 +179,12 @@ def all_reduce_scalar(value: float, op: Literal["sum", "mean", "max", "min"] = "
 
 
 def _create(config: MultiGPUConfig, environment: LaunchEnvironment) -> None:
-    device = rank_device()
+    device, has_several = rank_device(), len(rank_devices()) > 1
     backend: str = config.backend
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        if has_several:  # else accelerate takes the GPU of the rank's number, which is another rank's
+            os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
         if backend == "nccl":
             backend = "cpu:gloo,cuda:nccl"  # small things are said between CPUs, without waiting for a GPU
     elif backend == "nccl":
@@ -195,7 +207,8 @@ def _create(config: MultiGPUConfig, environment: LaunchEnvironment) -> None:
         timeout=timeout,
         rank=environment.rank,
         world_size=environment.world_size,
-        device_id=device if device.type == "cuda" else None,
+        # A group that is bound to one GPU reduces nothing on a rank's others.
+        device_id=device if device.type == "cuda" and not has_several else None,
     )
     atexit.register(_leave)
 

@@ -160,7 +160,7 @@ def _environment(variables: Mapping[str, str]) -> Generator[None]:
 
 def _describe(ranks: Ranks) -> str:
     if ranks.nodes == 1:
-        return f"starting {ranks.here} ranks of this {ranks.runs}, one for each device."
+        return f"starting {ranks.here} ranks of this {ranks.runs}."
     where = f"node {ranks.node_rank} of {ranks.nodes}, met at {ranks.host}:{ranks.port}"
     return f"starting {ranks.here} ranks of this {ranks.runs} on {socket.gethostname()} ({where})."
 

@@ -12,6 +12,7 @@ from pantheraml.launch.agent import Ranks, become_agent
 from pantheraml.launch.environment import LaunchEnvironment
 from pantheraml.launch.gpus import num_visible_gpus, read_gpus
 from pantheraml.launch.network import socket_variables
+from pantheraml.launch.rank_gpus import check_ranks, num_ranks, whole_ranks
 from pantheraml.launch.ranks import join
 from pantheraml.launch.slurm import read_step
 from pantheraml.log import say, say_once
@@ -125,20 +126,17 @@ def say_what_is_idle() -> None:
 
 def _num_here(config: MultiGPUConfig) -> int:
     """Ranks of this machine."""
+    return num_ranks(config, _num_gpus())
+
+
+def _num_gpus() -> int:
+    """GPUs that this process sees."""
     gpus = num_visible_gpus()
     if gpus is None:  # not NVIDIA's: torch knows
         import torch
 
         gpus = torch.cuda.device_count()
-    if config.num_processes is None:
-        return max(1, gpus)
-    if 0 < gpus < config.num_processes:
-        raise ConfigError(
-            got=f"MultiGPUConfig(num_processes={config.num_processes}) was given, and {gpus} GPUs are visible.",
-            need="Each rank has a GPU of its own.",
-            fix=f"Write num_processes={gpus}, or leave it out; CUDA_VISIBLE_DEVICES says which GPUs are visible.",
-        )
-    return config.num_processes
+    return gpus
 
 
 def _counter(config: MultiGPUConfig) -> Callable[[], int] | None:
@@ -148,7 +146,7 @@ def _counter(config: MultiGPUConfig) -> Callable[[], int] | None:
 
     def count() -> int:
         read_gpus.cache_clear()
-        return _num_here(config)
+        return whole_ranks(config, _num_gpus())
 
     return count
 
@@ -173,6 +171,8 @@ def _check_count(config: MultiGPUConfig, environment: LaunchEnvironment) -> None
             need="Who starts the ranks says how many there are.",
             fix=f"Leave num_processes out, or start {config.num_processes} ranks.",
         )
+    if config.way == "pipeline":
+        check_ranks(config, environment, _num_gpus())
 
 
 def _say_if_cuda_was_touched() -> None:

@@ -13,7 +13,7 @@ from pantheraml.log import say
 from pantheraml.models import loading
 from pantheraml.models.families import find_family
 from pantheraml.models.patching import PatchSet
-from pantheraml.models.placement import Place, Unplaced, find_place, first_device
+from pantheraml.models.placement import PipelineDevices, Place, Unplaced, find_place, first_device
 from pantheraml.models.positions import extend_positions
 from pantheraml.models.precision import (
     Precision,
@@ -44,6 +44,7 @@ class LoadRequest:
     Attributes:
         is_alone: whether all visible GPUs are this process's; ranks have one each.
         sharding: how ranks share out the weights, if they do.
+        pipeline: what the layers are split over, whatever the model's size; None leaves it to ``device_map``.
     """
 
     model_name: str
@@ -66,6 +67,7 @@ class LoadRequest:
     attn_implementation: str | None
     num_labels: int | None
     sharding: Sharding | None = None
+    pipeline: PipelineDevices | None = None
 
 
 def find_source(request: LoadRequest) -> ModelSource:
@@ -127,6 +129,7 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
         request.device_map,
         request.max_memory,
         is_alone=request.is_alone,
+        pipeline=request.pipeline,
     )
     for gpu, limit in place.limits.items():
         limit_gpu(gpu, limit)

@@ -79,6 +79,19 @@ class Place:
     limits: Mapping[int, int] = field(default_factory=dict[int, int])
 
 
+@dataclass(frozen=True)
+class PipelineDevices:
+    """What the layers of one model are split over.
+
+    Attributes:
+        devices: in the order of the stages; the CPU, which they share, where there are no GPUs.
+        limits: bytes that may be taken of each GPU, the same on all ranks; empty on the CPU.
+    """
+
+    devices: tuple[torch.device, ...]
+    limits: tuple[int, ...] = ()
+
+
 def names_several(device_map: object, gpus: int) -> bool:
     """Whether ``device_map`` asks for more than one device, of ``gpus`` that are visible, whatever the model's size."""
     if isinstance(device_map, Mapping):
@@ -100,7 +113,14 @@ def fits_on_each(model: Unplaced, max_memory: object) -> bool:
     return parts is None or not limits or fits(parts, min(limits.values()), model.tokens)
 
 
-def find_place(model: Unplaced, device_map: object, max_memory: object, *, is_alone: bool) -> Place:
+def find_place(
+    model: Unplaced,
+    device_map: object,
+    max_memory: object,
+    *,
+    is_alone: bool,
+    pipeline: PipelineDevices | None = None,
+) -> Place:
     """The place of ``model``.
 
     Args:
@@ -108,6 +128,7 @@ def find_place(model: Unplaced, device_map: object, max_memory: object, *, is_al
         device_map: what the user wrote.
         max_memory: likewise.
         is_alone: whether all visible GPUs are this process's; ranks have one each.
+        pipeline: what it is split over in any case.
 
     Raises:
         ConfigError: the model does not fit, or the map or the limits cannot be.
@@ -115,6 +136,8 @@ def find_place(model: Unplaced, device_map: object, max_memory: object, *, is_al
     """
     from pantheraml.devices.inventory import num_gpus, resolve_device
 
+    if pipeline is not None:
+        return _as_pipeline(model, pipeline, max_memory)
     gpus = num_gpus() if is_alone else 1
     if gpus > 1 and device_map == "balanced_low_0":
         raise ConfigError(
@@ -163,6 +186,35 @@ def _place_by_transformers(device_map: object, limits: Mapping[int, int], max_me
 
     mapped = dict(device_map) if isinstance(device_map, Mapping) else str(device_map)
     return Place(torch.device("cuda", min(limits)), mapped, limits=limits if max_memory is not None else {})
+
+
+def _as_pipeline(model: Unplaced, pipeline: PipelineDevices, max_memory: object) -> Place:
+    """A stage on each device of a pipeline."""
+    stages, family = len(pipeline.devices), model.family
+    if family is None:
+        raise ConfigError(
+            got=f"A pipeline of {stages} stages was asked for, and no family describes this architecture.",
+            need="The stages of a pipeline are cut where a family says that the layers are.",
+            fix='Leave pipeline_parallel out; device_map="balanced" splits such a model, whose GPUs compute in turn.',
+        )
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    if layers < stages:
+        raise ConfigError(
+            got=f"A pipeline of {stages} stages was asked for, and the model has {layers} layers.",
+            need="Each stage has a layer or more.",
+            fix=f"Write pipeline_parallel={layers}."
+            if layers > 1
+            else "Leave it out: every GPU can have a copy.",
+        )
+    if pipeline.limits:
+        gpus = [device.index for device in pipeline.devices]
+        limits = dict(zip(gpus, pipeline.limits, strict=True))
+        return _as_planned(model, "balanced", limits, max_memory)
+    from pantheraml.models.split import Split
+
+    say_once(f"there is no GPU, so the {stages} stages of the model share the CPU.")
+    device = pipeline.devices[0]
+    return Place(device, {"": str(device)}, Split.in_equal_stages(layers, stages, device))
 
 
 def _as_planned(model: Unplaced, kind: Kind, limits: Mapping[int, int], max_memory: object) -> Place:

@@ -88,7 +88,8 @@ class SampleDropout(nn.Dropout):
         keys = current_keys(input.numel() // input.shape[-1])
         if keys is None:
             return super().forward(input)
-        found: Tensor = _Masked.apply(input, self.p, keys.seed_of(self.number), keys.keys)
+        on_device = keys.keys.to(input.device, non_blocking=True)
+        found: Tensor = _Masked.apply(input, self.p, keys.seed_of(self.number), on_device)
         return found
 
 

@@ -6,7 +6,8 @@ its forward alone. Training goes through ``distributed/pipeline`` instead, where
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -56,6 +57,12 @@ class Split:
         stages = tuple(StagePlace(first, stop, layers[first]) for first, stop in pairwise(starts))
         return cls(stages, embedding, head, rounds=len(stages) // len(set(layers)))
 
+    @classmethod
+    def in_equal_stages(cls, layers: int, stages: int, device: torch.device) -> Split:
+        """So many stages of ``layers`` layers, as equal as can be, all on one device."""
+        bounds = [layers * stage // stages for stage in range(stages + 1)]
+        return cls(tuple(StagePlace(first, stop, device) for first, stop in pairwise(bounds)), device, device)
+
     @property
     def num_gpus(self) -> int:
         """Devices that layers are on."""
@@ -82,6 +89,18 @@ def is_split(model: nn.Module) -> bool:
     """Whether ``model`` was loaded to several devices, by us or by transformers."""
     places: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
     return len(set(places.values())) > 1
+
+
+@contextmanager
+def without_device_map(model: nn.Module) -> Iterator[None]:
+    """A block in which nothing shows that ``model`` is on several devices: accelerate refuses such ones to ranks."""
+    name = "hf_device_map"
+    told = [(module, vars(module).pop(name)) for module in model.modules() if name in vars(module)]
+    try:
+        yield
+    finally:
+        for module, places in told:
+            setattr(module, name, places)
 
 
 def carry_between(model: Any, family: ModelFamily, split: Split) -> None:

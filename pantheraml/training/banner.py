@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -29,11 +30,19 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
+def device_names(model: nn.Module, device: torch.device) -> str:
+    """``NVIDIA H200``, or ``2 x NVIDIA H200`` where ``model`` is split over two; ``device`` is that of the run."""
+    state = get_state(model)
+    devices = (device,) if state is None or state.split is None else state.split.devices
+    counts = Counter(map(device_name, devices))
+    return " and ".join(f"{count} x {name}" if count > 1 else name for name, count in counts.items())
+
+
 def describe_ranks(places: list[tuple[str, str]], spread: str) -> str:
     """Who takes part, and how the work is spread.
 
     Args:
-        places: host and device name of each rank.
+        places: host and device names of each rank.
         spread: how the work is spread, as its strategy describes it.
     """
     by_host: dict[str, list[str]] = {}

@@ -21,11 +21,12 @@ from pantheraml.distributed.process_group import (
     setup_multi_gpu,
 )
 from pantheraml.distributed.questions import Question
+from pantheraml.distributed.strategies.pipeline import check_is_split
 from pantheraml.log import say
 from pantheraml.models.recompute import check_policy
 from pantheraml.models.split import is_split
 from pantheraml.models.state import get_state
-from pantheraml.training.banner import describe_ranks, device_name
+from pantheraml.training.banner import describe_ranks, device_names
 from pantheraml.training.telemetry import Telemetry, number_devices
 from pantheraml.training.trainer import PantheraMLTrainer
 from pantheraml.training.watching import WatchedRuns
@@ -58,6 +59,8 @@ class PantheraMLDistributedTrainer(WatchedRuns, PantheraMLTrainer):
         if (multi_gpu_config is not None and not is_split(model)) or get_world_size() > 1:
             setup_multi_gpu(config)
         self._multi_gpu = self._watching
+        if config.way == "pipeline":
+            check_is_split(model)
         state = get_state(model)
         if state is not None and config.use_gradient_checkpointing != "auto":
             state.recompute = check_policy(config.use_gradient_checkpointing)
@@ -97,7 +100,9 @@ class PantheraMLDistributedTrainer(WatchedRuns, PantheraMLTrainer):
 
     def _say_plan(self) -> None:
         """Who takes part, and then as ``PantheraMLTrainer``."""
-        places = gather_objects((socket.gethostname(), device_name(self.args.device)))
+        places = gather_objects(
+            (socket.gethostname(), device_names(cast(nn.Module, self.model), self.args.device))
+        )
         if len(places) > 1:
             say(describe_ranks(places, self._strategy.describe()))
         super()._say_plan()

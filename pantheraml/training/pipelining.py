@@ -16,16 +16,17 @@ from torch import Tensor, nn
 
 from pantheraml.config.multi_gpu import PER_GPU, MultiGPUConfig
 from pantheraml.devices.flight import in_flight
-from pantheraml.distributed.pipeline.step import TOKEN_MASK, Context, Pipeline
+from pantheraml.distributed.pipeline.step import TOKEN_KEYS, TOKEN_MASK, Context, Pipeline
 from pantheraml.errors import ConfigError
 from pantheraml.kernels.attention.layout import read_layout
 from pantheraml.log import say_once
 from pantheraml.models.recompute import prepare_recompute
+from pantheraml.models.sample_dropout import mixed
 from pantheraml.models.state import ModelState, get_state
 from pantheraml.training.head import score, why_not_fused
 from pantheraml.training.merging import MergedSteps
 from pantheraml.training.router_balance import balance_loss, experts_per_token, router_sums
-from pantheraml.training.sample_keys import NUMBERS
+from pantheraml.training.sample_keys import KEYS, NUMBERS
 
 Batch = dict[str, Any]
 
@@ -110,6 +111,10 @@ class PipelinedSteps(MergedSteps):
             return "its adapter changes the input"
         if getattr(self.args, "activation_offloading", False):
             return "activation_offloading was asked for"
+        optim = str(getattr(self.args.optim, "value", self.args.optim))
+        static = getattr(self.accelerator.ddp_handler, "static_graph", False)
+        if self.args.world_size > 1 and (static or "lomo" in optim):
+            return "gradients are to be reduced within the backward of the whole model"
         return why_not_fused(_base(model))
 
     def get_batch_samples(
@@ -120,6 +125,10 @@ class PipelinedSteps(MergedSteps):
         self.begin_step(len(batches))
         return batches, num_items
 
+    def balanced_apart(self, batches: list[Batch]) -> list[Batch]:
+        """As ``StepLoss``; in a pipeline each piece of a batch."""
+        return [piece for batch in batches for piece in cut(batch, self._pieces)] if self._pieces else batches
+
     def begin_step(self, batches: int) -> None:
         """A step of so many batches begins; in a pipeline the last of them brings all through it."""
         self._step_size, self._waiting = batches, list[Batch]()
@@ -129,6 +138,8 @@ class PipelinedSteps(MergedSteps):
         if not self._pieces:
             return super().training_step(model, inputs, num_items_in_batch).to(self.args.device)
         inputs.pop(NUMBERS, None)
+        if KEYS in inputs:
+            inputs[TOKEN_KEYS] = inputs.pop(KEYS)
         self._waiting.append(cast(Batch, self._prepare_inputs(inputs)))
         if len(self._waiting) < self._step_size:
             return torch.zeros((), device=self.args.device)
@@ -139,11 +150,13 @@ class PipelinedSteps(MergedSteps):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # optimizers without a schedule have modes, too
             cast(Any, self.optimizer).train()
-        state = get_state(model)
+        state = get_state(cast(nn.Module, self.model))
         base = _base(self.model)
         assert state is not None and state.family is not None and state.split is not None
         if self._pipeline is None:
             self._pipeline = Pipeline(base, state.family, state.split)
+        # Batches are on the rank's first device; where the head is the embedding, that is on the last.
+        batches = [_sent(batch, state.split.embedding) for batch in batches]
         pieces = [piece for batch in batches for piece in cut(batch, self._pieces)]
         prepare_recompute(base.base_model, state, max(piece["input_ids"].numel() for piece in pieces))
         head = state.split.head
@@ -152,11 +165,15 @@ class PipelinedSteps(MergedSteps):
         tokens = [_num_tokens(piece).to(head) for piece in pieces]
         carry = _count_routes(base.config.get_text_config(), pieces) if self.aux_loss_enabled else None
         settle_masks(pieces)
+        # Gradients are averaged over ranks, whose label tokens (and micro-batches) are counted together.
+        together = num_items is not None and self.args.average_tokens_across_devices
+        ranks = self.args.world_size if together else 1
         if num_items is None:
             num_items = sum(one.index.numel() for one in labels)
         total = torch.as_tensor(num_items, device=head).clamp(min=1)
-
-        num_labelled = max(1, sum(one.index.numel() > 0 for one in labels))
+        num_labelled: Tensor | int = max(1, sum(one.index.numel() > 0 for one in labels))
+        if together and carry is not None:
+            num_labelled = torch.as_tensor(self._num_labelled, device=head)
 
         def loss(hidden: Tensor, i: int, routed: Tensor | None) -> Tensor:
             index, target = labels[i]
@@ -167,15 +184,16 @@ class PipelinedSteps(MergedSteps):
             labelled_rows = torch.ones_like(target)
             self._figures.add(found.log_probs, found.entropy, found.is_top1, labelled_rows, tokens[i], noted)
             # Without labels every parameter is reached still.
-            value = -found.log_probs.sum() / total if labelled else 0.0 * hidden.sum()
+            value = -found.log_probs.sum() * ranks / total if labelled else 0.0 * hidden.sum()
             if balance is not None:
-                value = value + self.router_aux_loss_coef * balance / num_labelled
+                value = value + self.router_aux_loss_coef * balance * ranks / num_labelled
             return self.tainting(value)
 
         scaler = self.accelerator.scaler
         scale = (lambda value: value) if scaler is None else scaler.scale
         context = cast(Context, self.accelerator.autocast)
-        found = self._pipeline.step(pieces, loss, scale=scale, context=context, carry=carry)
+        seed = mixed(self.args.seed, self.state.global_step)  # as RankedRows draws it
+        found = self._pipeline.step(pieces, loss, scale=scale, context=context, carry=carry, seed=seed)
         return found.to(self.args.device)
 
 
@@ -227,6 +245,14 @@ def settle_masks(batches: list[Batch]) -> None:
         if offsets is None:
             offsets = torch.arange(0, length + 1, length, dtype=torch.int32, device=positions.device)
         batch["cu_seq_lens_q"], batch["max_length_q"] = offsets, layout.max_seqlen
+
+
+def _sent(batch: Batch, device: torch.device) -> Batch:
+    """``batch`` with its tensors on ``device``."""
+    return {
+        name: one.to(device, non_blocking=True) if isinstance(one, Tensor) else one
+        for name, one in batch.items()
+    }
 
 
 def _is_behind(mask: Tensor) -> Tensor:

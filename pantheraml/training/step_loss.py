@@ -70,12 +70,16 @@ class StepLoss(StoppableRuns):
         """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.aux_loss_enabled and batches:
-            labelled = [(batch["labels"][:, 1:] != -100).any() for batch in batches]
+            labelled = [(batch["labels"][:, 1:] != -100).any() for batch in self.balanced_apart(batches)]
             count = torch.stack(labelled).sum().to(device)
             if self.args.world_size > 1 and self.args.average_tokens_across_devices:
                 dist.all_reduce(count)
             self._num_labelled = count.clamp(min=1)
         return batches, num_items
+
+    def balanced_apart(self, batches: list[Any]) -> list[Any]:
+        """What of a step has a routers' loss of its own: each of its micro-batches."""
+        return batches
 
     def _loss_is_plain(self) -> bool:
         """Whether the loss of this step is the plain negative log-likelihood, beside the routers' own."""

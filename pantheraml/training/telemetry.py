@@ -124,12 +124,16 @@ class Telemetry:
 
 
 def number_devices(by_rank: list[Stats]) -> Stats:
-    """The devices of all ranks under names of their own: the GPU of rank 3 is ``gpu_3``."""
+    """The devices of all ranks under names of their own: the GPU of rank 3 is ``gpu_3``.
+
+    Where ranks have several, they are numbered through: those of rank 1, of two each, are ``gpu_2`` and ``gpu_3``.
+    """
     if len(by_rank) == 1:
         return by_rank[0]
+    each = max(map(len, by_rank))
     found: Stats = {}
     for rank, stats in enumerate(by_rank):
-        for name, row in stats.items():
+        for place, (name, row) in enumerate(stats.items()):
             kind = name.split("_")[0]
-            found[f"{kind}_{rank}"] = row
+            found[f"{kind}_{rank * each + place}"] = row
     return found

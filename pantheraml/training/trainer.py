@@ -164,8 +164,7 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         self._strategy.configure(self.accelerator, config, cast(nn.Module, self.model))
         self._place_head(fused=state is not None and state.kernels == "auto")
         ledger = PatchSet() if state is None else state.patches
-        # Layers of a split model compute several micro-batches in turn.
-        self._keyed = follow_samples(cast(nn.Module, self.model), ledger) and not is_split(model)
+        self._keyed = follow_samples(cast(nn.Module, self.model), ledger)
         self._check_rows()
         self._trackers = TrackerGuard()
         self._trackers.cover(self.callback_handler)

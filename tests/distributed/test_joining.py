@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from pantheraml.config.multi_gpu import MultiGPUConfig
 from pantheraml.distributed import joining
 from pantheraml.errors import ConfigError
 from pantheraml.launch.environment import LaunchEnvironment
 from pantheraml.models.assembly import LoadRequest
+from pantheraml.models.placement import PipelineDevices
 from pantheraml.models.precision import PrecisionFlags
 
 
@@ -122,3 +124,49 @@ def test_a_notebook_splits_the_model(machine, request_for, caplog):
     assert "this program is typed into a notebook: the model is split over 4 GPUs" in caplog.text
     with pytest.raises(StartsRanks):  # which refuses, and says what to type
         joining.join(request_for(), BOTH, False)
+
+
+@pytest.fixture
+def pipelines(machine, monkeypatch):
+    """``pipelines(told)``: this is rank 1 of two pipelines on four GPUs; ``told``: limits of the other one."""
+
+    def has(told):
+        machine(4, kind="pantheraml", world_size=2)
+        environment = LaunchEnvironment("pantheraml", rank=1, local_rank=1, world_size=2, local_world_size=2)
+        monkeypatch.setattr(LaunchEnvironment, "detect", classmethod(lambda *_: environment))
+        monkeypatch.setattr(joining, "visible_memory", lambda: {0: 50, 1: 60, 2: 70, 3: 80})
+        monkeypatch.setattr(
+            joining, "rank_devices", lambda: (torch.device("cuda", 2), torch.device("cuda", 3))
+        )
+        monkeypatch.setattr(joining, "gather_objects", lambda mine: [told, mine])
+
+    return has
+
+
+TWO = MultiGPUConfig(pipeline_parallel=2)
+
+
+@pytest.mark.parametrize("device_map", [None, "auto", "balanced"])
+def test_a_pipeline_has_its_ranks_gpus_and_what_all_have_room_for(pipelines, request_for, device_map):
+    pipelines([90, 60])
+    found = joining.join(request_for(device_map), TWO, False)
+    assert found.pipeline == PipelineDevices((torch.device("cuda", 2), torch.device("cuda", 3)), (70, 60))
+    limited = joining.join(request_for(device_map, max_memory=dict.fromkeys(range(4), 40)), TWO, False)
+    assert limited.pipeline.limits == (40, 40)
+
+
+def test_what_does_not_go_with_a_pipeline(pipelines, request_for):
+    pipelines([90, 90])
+    for device_map in ("sequential", "cuda:1", 0, {"model": 0, "lm_head": 1}):
+        with pytest.raises(ConfigError, match="The planner puts the stages"):
+            joining.join(request_for(device_map), TWO, False)
+    with pytest.raises(ConfigError, match="names no limit for GPU 1, GPU 3"):
+        joining.join(request_for(max_memory={0: 40, 2: 40}), TWO, False)
+
+
+def test_what_the_run_was_told_counts_where_nothing_else_is_said(pipelines, request_for, monkeypatch):
+    pipelines([90, 90])
+    monkeypatch.setattr(joining, "settings_of_run", lambda: TWO)
+    for use_multi_gpu in (None, True):
+        assert joining.join(request_for(), use_multi_gpu, False).pipeline.limits == (70, 80)
+    assert joining.join(request_for(), False, False).pipeline is None

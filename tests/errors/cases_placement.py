@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pantheraml.config.multi_gpu import MultiGPUConfig
+from pantheraml.config.pipeline_combinations import refuse_with_pipeline
 from pantheraml.devices.device_map import place
 from pantheraml.devices.map_names import read_device_map
 from pantheraml.devices.memory_limits import read_limits
 from pantheraml.devices.model_parts import ModelParts, PartSizes
+from pantheraml.launch.environment import LaunchEnvironment
+from pantheraml.launch.rank_gpus import check_ranks, num_ranks
 from pantheraml.models.families.llama import LLAMA
 from tests.errors.workshop import Workshop, case
 
@@ -109,3 +113,29 @@ def device_map_that_goes_back(shop: Workshop) -> None:
 @case
 def device_map_that_parts_a_tied_head(shop: Workshop) -> None:
     read_device_map({"model": 0, "lm_head": 1}, LLAMA, 4, tied=True)
+
+
+@case
+def pipelines_that_leave_gpus_over(shop: Workshop) -> None:
+    num_ranks(MultiGPUConfig(pipeline_parallel=3), 8)
+
+
+@case
+def pipeline_of_more_gpus_than_there_are(shop: Workshop) -> None:
+    num_ranks(MultiGPUConfig(pipeline_parallel=4), 2)
+
+
+@case
+def pipeline_on_one_gpu(shop: Workshop) -> None:
+    num_ranks(MultiGPUConfig(pipeline_parallel=True), 1)
+
+
+@case
+def more_ranks_than_pipelines(shop: Workshop) -> None:
+    environment = LaunchEnvironment("torchrun", world_size=8, local_world_size=8)
+    check_ranks(MultiGPUConfig(pipeline_parallel=2), environment, 8)
+
+
+@case
+def pipeline_of_a_classifier(shop: Workshop) -> None:
+    refuse_with_pipeline("num_labels", 2)

@@ -10,7 +10,13 @@ from pantheraml.devices import inventory
 from pantheraml.errors import ConfigError
 from pantheraml.models import placement
 from pantheraml.models.families import find_family
-from pantheraml.models.placement import Unplaced, find_place, fits_on_each, names_several
+from pantheraml.models.placement import (
+    PipelineDevices,
+    Unplaced,
+    find_place,
+    fits_on_each,
+    names_several,
+)
 from pantheraml.models.precision import Precision
 from pantheraml.models.split import Split, carry_between, drop_hooks
 from tests import tiny
@@ -173,3 +179,39 @@ def test_hooks_of_another_library_leave_nothing_behind():
     cpu = torch.device("cpu")
     carry_between(model, find_family(model.config), Split.of_layers([cpu, cpu], cpu, cpu))
     assert torch.equal(model(ids).logits, want)
+
+
+def test_a_pipeline_is_split_over_its_own_gpus_even_where_one_would_do(machine):
+    machine(80, 80, 80, 80)
+    own = PipelineDevices((GPU[2], GPU[3]), (80 * GIB, 80 * GIB))
+    place = find_place(unplaced(), None, None, is_alone=False, pipeline=own)
+    assert place.split is not None and set(place.split.devices) == {GPU[2], GPU[3]}
+    assert place.device == GPU[2] and not place.limits
+    limited = find_place(unplaced(), None, {2: "80GB", 3: "80GB"}, is_alone=False, pipeline=own)
+    assert limited.limits == {2: 80 * GIB, 3: 80 * GIB}
+    with pytest.raises(ConfigError, match="The model does not fit"):
+        find_place(unplaced(), None, None, is_alone=False, pipeline=PipelineDevices(own.devices, (GIB, GIB)))
+
+
+def test_without_gpus_the_stages_of_a_pipeline_share_the_cpu():
+    cpu = torch.device("cpu")
+    place = find_place(unplaced(), None, None, is_alone=True, pipeline=PipelineDevices((cpu,) * 3))
+    assert place.split is not None and place.device_map == {"": "cpu"}
+    assert [(stage.first, stage.stop) for stage in place.split.stages] == [(0, 10), (10, 21), (21, 32)]
+    assert (place.split.num_gpus, place.split.rounds) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (dict(num_hidden_layers=3), r"has 3 layers(.|\n)*pipeline_parallel=3"),
+        (dict(num_hidden_layers=1), "every GPU can have a copy"),
+        (None, "no family describes"),
+    ],
+)
+def test_models_that_make_no_pipeline(config, says):
+    from transformers import GPT2Config
+
+    model = unplaced(GPT2Config() if config is None else llama_8b(**config))
+    with pytest.raises(ConfigError, match=says):
+        find_place(model, None, None, is_alone=True, pipeline=PipelineDevices((torch.device("cpu"),) * 4))

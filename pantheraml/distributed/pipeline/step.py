@@ -19,6 +19,7 @@ from pantheraml.distributed.pipeline.schedule import one_forward_one_backward
 from pantheraml.distributed.pipeline.stage import Stage, build_stages
 from pantheraml.models.families import ModelFamily
 from pantheraml.models.fused.decoder_layer import FusedDecoderLayer
+from pantheraml.models.sample_dropout import TokenKeys, keyed
 from pantheraml.models.split import Split
 
 Batch = dict[str, Any]
@@ -28,6 +29,8 @@ Loss = Callable[[Tensor, int, Tensor | None], Tensor]
 Carry = Callable[[Sequence[Tensor], Tensor | None], Tensor]
 # Where a batch says which of its tokens are no padding, for ``Carry`` alone.
 TOKEN_MASK = "token_mask"
+# Where it says which token of which sample each of them is, for dropout that follows the samples.
+TOKEN_KEYS = "token_keys"
 # What the stages have no use for: tokens go through the embedding, labels into the loss.
 _NOT_FOR_STAGES = ("input_ids", "labels")
 
@@ -65,6 +68,7 @@ class Pipeline:
         scale: Callable[[Tensor], Tensor] = lambda value: value,
         context: Context = nullcontext,
         carry: Carry | None = None,
+        seed: int = 0,
     ) -> Tensor:
         """Forward and backward of all micro-batches; gradients are added to those that are there.
 
@@ -75,12 +79,13 @@ class Pipeline:
             scale: what is differentiated instead of the loss (a gradient scaler's).
             context: entered for each forward (autocast).
             carry: what each stage adds up beside its output, where routers of experts have a loss of their own.
+            seed: of the step, for dropout that follows the samples (``TOKEN_KEYS``).
 
         Returns:
             The sum of the losses, detached, on the device of ``loss``.
         """
         with self._unchanging():
-            return _Step(self, batches, loss, scale, context, carry).run()
+            return _Step(self, batches, loss, scale, context, carry, seed).run()
 
     @contextmanager
     def _unchanging(self) -> Iterator[None]:
@@ -141,9 +146,10 @@ class _Step:
         scale: Callable[[Tensor], Tensor],
         context: Context,
         carry: Carry | None,
+        seed: int,
     ) -> None:
         self._pipeline, self._batches, self._loss, self._scale = pipeline, batches, loss, scale
-        self._context, self._carry = context, carry
+        self._context, self._carry, self._seed = context, carry, seed
         self._stages: list[Stage] = pipeline.stages
         # All of them before anything is computed: later they would wait for what is launched until then.
         self._inputs = [
@@ -153,6 +159,7 @@ class _Step:
         self._returning: dict[tuple[int, int], list[Parcel]] = {}
         self._embedded: dict[int, Tensor] = {}
         self._held: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}
+        self._keys: dict[tuple[int, int], TokenKeys | None] = {}
         self._total: Tensor | None = None
 
     def run(self) -> Tensor:
@@ -169,8 +176,10 @@ class _Step:
             entered = self._enter(index, i)
             inputs = self._inputs[index][i]
             batch = {name: one.open() if isinstance(one, Parcel) else one for name, one in inputs.items()}
-            mask = batch.pop(TOKEN_MASK, None)
-            hidden, logits = stage.forward(entered[0], batch, routers=self._carry is not None)
+            mask, keys = batch.pop(TOKEN_MASK, None), batch.pop(TOKEN_KEYS, None)
+            keys = self._keys[index, i] = None if keys is None else TokenKeys(keys.reshape(-1), self._seed)
+            with keyed(keys):
+                hidden, logits = stage.forward(entered[0], batch, routers=self._carry is not None)
             carried = None if self._carry is None else self._carry(logits, mask)
             if carried is not None and index > 0:
                 carried = carried + entered[1]
@@ -199,13 +208,8 @@ class _Step:
 
     def _backward(self, index: int, i: int) -> None:
         entered, outputs = self._held.pop((index, i))
-        if self._stages[index].is_last:
-            torch.autograd.backward(self._scale(outputs[0]))
-        else:
-            returned = [parcel.open() for parcel in self._returning.pop((index, i), [])]
-            pairs = [pair for pair in zip(outputs, returned, strict=False) if pair[0].requires_grad]
-            if pairs:
-                torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+        with keyed(self._keys.pop((index, i))):  # layers that recompute drop again what they dropped
+            self._differentiate(index, i, outputs)
         gradients = [one.grad for one in entered if one.grad is not None]
         if len(gradients) < len(entered):
             return  # nothing before this stage is trained
@@ -214,3 +218,13 @@ class _Step:
             self._returning[index - 1, i] = parcels
         else:
             torch.autograd.backward(self._embedded.pop(i), parcels[0].open())
+
+    def _differentiate(self, index: int, i: int, outputs: list[Tensor]) -> None:
+        """The backward of the stage, from its loss or from what the next one sent back."""
+        if self._stages[index].is_last:
+            torch.autograd.backward(self._scale(outputs[0]))
+            return
+        returned = [parcel.open() for parcel in self._returning.pop((index, i), [])]
+        pairs = [pair for pair in zip(outputs, returned, strict=False) if pair[0].requires_grad]
+        if pairs:
+            torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])

@@ -15,6 +15,7 @@ from pantheraml.models.state import get_state
 _CLASSES = {
     "ddp": ("ddp", "DDP"),
     "fsdp": ("fsdp", "FSDP"),
+    "pipeline": ("pipeline", "PipelineRanks"),
 }
 
 

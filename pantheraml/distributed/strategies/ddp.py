@@ -24,6 +24,8 @@ from transformers import TrainingArguments
 from pantheraml.config.multi_gpu import MultiGPUConfig
 from pantheraml.distributed.strategies.base import Strategy
 from pantheraml.distributed.strategies.held_reduction import count_launches
+from pantheraml.errors import ConfigError
+from pantheraml.models.split import is_split
 
 # Trained parameters up to so many bytes are reduced at once, at the end: less would not hide behind the backward.
 _ONE_BUCKET = 2**30
@@ -101,7 +103,17 @@ class DDP(Strategy):
     name = "ddp"
 
     def configure(self, accelerator: Any, args: TrainingArguments, model: nn.Module) -> None:
-        """One bucket for an adapter, no search for what is unused, gradients as views."""
+        """One bucket for an adapter, no search for what is unused, gradients as views.
+
+        Raises:
+            ConfigError: the model was loaded as a pipeline.
+        """
+        if self.name == DDP.name and is_split(model):
+            raise ConfigError(
+                got="The trainer's settings are those of ranks with a GPU each, and its model is on several GPUs.",
+                need="A model that is a pipeline of its rank is trained as one.",
+                fix="Pass the MultiGPUConfig of from_pretrained to the trainer, or none.",
+            )
         configure(accelerator, args, model, self.config)
 
     def describe(self) -> str:

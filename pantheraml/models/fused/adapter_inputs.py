@@ -99,7 +99,12 @@ class AdapterInputs:
 
     def _keys_of(self, x: Tensor) -> Tensor | None:
         """The keys of the rows of x (T, K), which begin at this part's first row."""
-        return None if self._keys is None else self._keys[self._first_row : self._first_row + x.shape[0]]
+        if self._keys is None:
+            return None
+        self._keys = self._keys.to(
+            x.device, non_blocking=True
+        )  # of a split model whose stages compute in turn
+        return self._keys[self._first_row : self._first_row + x.shape[0]]
 
 
 def transposed_product(left: Tensor, right: Tensor) -> Tensor:
