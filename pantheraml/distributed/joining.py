@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from pantheraml.config.combinations import REFUSED
 from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
 from pantheraml.devices.visible_gpus import visible_memory
-from pantheraml.distributed.process_group import get_world_size, group_size, setup_multi_gpu
+from pantheraml.distributed.process_group import get_world_size, group_size, settings_of_run, setup_multi_gpu
 from pantheraml.errors import ConfigError
 from pantheraml.launch.environment import LaunchEnvironment
 from pantheraml.launch.gpus import num_visible_gpus
@@ -91,7 +92,18 @@ def _as_rank(request: LoadRequest, config: MultiGPUConfig | None, is_split: bool
             need="Each rank has a GPU of its own, and this would put all of them on one.",
             fix="Leave device_map out; CUDA_VISIBLE_DEVICES says which GPUs are used.",
         )
-    return replace(request, is_alone=group_size() == 1)
+    return _for_deepspeed(replace(request, is_alone=group_size() == 1), config or settings_of_run())
+
+
+def _for_deepspeed(request: LoadRequest, config: MultiGPUConfig) -> LoadRequest:
+    """The request of a rank that DeepSpeed will train on."""
+    from pantheraml.models.zero3 import zero_stage_of
+
+    stage = zero_stage_of(config)
+    if stage == 3 and request.kernels == "auto":
+        say(f"fused parts: none. {REFUSED['deepspeed, zero_stage=3', 'fused kernels'].reason}")
+        request = replace(request, kernels="off")
+    return replace(request, zero_stage=stage)
 
 
 def _names_a_gpu(device_map: object) -> bool:

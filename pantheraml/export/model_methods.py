@@ -16,16 +16,19 @@ from pantheraml.distributed.process_group import is_first_of_group
 from pantheraml.export.adapter import save_adapter
 from pantheraml.export.hub import push_built, push_folder, push_merged
 from pantheraml.export.merge import save_merged
+from pantheraml.models.zero3 import whole_on_first
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def by_one_rank(method: Method) -> Method:
-    """``method`` on rank 0 alone: every rank has the whole model, and a script calls it on each of them."""
+    """``method`` on rank 0 alone, with the whole model; a script calls it on each of them."""
 
     @functools.wraps(method)
-    def save(*args: Any, **kwargs: Any) -> Any:
-        return method(*args, **kwargs) if is_first_of_group() else None
+    def save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        is_first = is_first_of_group()
+        with whole_on_first(model, is_first=is_first):
+            return method(model, *args, **kwargs) if is_first else None
 
     return cast(Method, save)
 

@@ -32,6 +32,7 @@ from pantheraml.models.patching import PatchSet
 from pantheraml.models.recorded_step import RecordedStep, Step, record_cuda_graph
 from pantheraml.models.split import is_split
 from pantheraml.models.state import get_state
+from pantheraml.models.zero3 import is_sharded
 
 # Lengths of caches are multiples of this, so that calls of similar lengths share one cache and one recording.
 LENGTH_STEP = 256
@@ -134,6 +135,8 @@ def why_not_recorded(model: PreTrainedModel, *, on_cpu: bool = False) -> str | N
         return "CUDA graphs need a GPU"
     if is_split(model):
         return "its layers are on several devices"
+    if is_sharded(model):
+        return "its weights are gathered from all ranks"
     missing = [name for name in _METHODS if not hasattr(model, name)]
     if missing:
         return f"this transformers has no {missing[0]}"

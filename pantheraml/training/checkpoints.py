@@ -133,7 +133,7 @@ class WholeCheckpoints(AsyncSaves):
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """TRL's."""
-        with self._raised_late():
+        with self._raised_late(), self._strategy.saving(self):
             super().save_model(*args, **kwargs)
 
     def _name_best(self, run: str, home: str, name: str) -> None:

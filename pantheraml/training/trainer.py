@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -35,6 +36,7 @@ from pantheraml.training.arguments import (
     resolve_max_length,
     set_recompute_argument,
     to_sft_config,
+    with_strategy,
     written_recompute,
 )
 from pantheraml.training.banner import (
@@ -187,14 +189,21 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
     def _join_run(self, config: SFTConfig) -> None:
         """Be one of the ranks of the run, as its settings say; ``config`` is changed in place."""
         join_ranks(config, group_size())
-        self._strategy = strategy_of(self._multi_gpu or settings_of_run(), group_size())
-        self._strategy.prepare(config)
+        settings = with_strategy(self._multi_gpu or settings_of_run(), config)
+        self._strategy = strategy_of(settings, group_size(), config)
         self._global_batch = resolve_global_batch(config, group_size())
+        self._strategy.prepare(config)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         """As the run's strategy wraps it, or else accelerate."""
         model = self._strategy.wrap(self.accelerator, model) if training else model
         return super()._wrap_model(model, training, *args, **kwargs)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers; the run's strategy sees what accelerate has made."""
+        found = super()._prepare_for_training(*args, **kwargs)
+        self._strategy.prepared(self.accelerator)
+        return found
 
     def _place_head(self, *, fused: bool) -> None:
         """Put our head where it covers the model, and one where TRL's cannot run."""
@@ -225,6 +234,8 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         self._check_rows()  # rows may have been masked since
         self._trackers.cover(self.callback_handler)  # some may have come since
         checkpoint = self.checkpoint_of(resume_from_checkpoint)
+        if isinstance(checkpoint, str):
+            self._strategy.check_checkpoint(Path(checkpoint))
         with self.going_on(checkpoint):
             return self._train(checkpoint, *args, **kwargs)
 
@@ -333,7 +344,8 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         """Evaluation whose loss is the sum over all label tokens divided by their number."""
         self._eval_sums = TokenSums()
         try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            with self._strategy.evaluating(self):
+                output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             sums = self._eval_sums.of_all_ranks()
         finally:
             self._eval_sums = None
