@@ -55,6 +55,12 @@ class FiniteSteps(PipelinedSteps):
         self._resumed = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers; the run's strategy sees what accelerate has made."""
+        found = super()._prepare_for_training(*args, **kwargs)
+        self._strategy.prepared(self.accelerator)
+        return found
+
     def _begin_record(self) -> None:
         self._record.forget()
         self._held = self._tainted = None

@@ -199,12 +199,6 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         model = self._strategy.wrap(self.accelerator, model) if training else model
         return super()._wrap_model(model, training, *args, **kwargs)
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers; the run's strategy sees what accelerate has made."""
-        found = super()._prepare_for_training(*args, **kwargs)
-        self._strategy.prepared(self.accelerator)
-        return found
-
     def _place_head(self, *, fused: bool) -> None:
         """Put our head where it covers the model, and one where TRL's cannot run."""
         # TRL puts its head on the model for good, and a later trainer does so again; so does this one.
