@@ -33,6 +33,10 @@ REFUSED: dict[tuple[str, str], Refusal] = {
         "ZeRO-3 gathers the weights of a layer when its modules are called, and fused layers do not call them.",
         'Pass use_multi_gpu=MultiGPUConfig(strategy="deepspeed", zero_stage=3) to from_pretrained, or kernels="off".',
     ),
+    ("deepspeed, zero_stage=0", "fp16"): Refusal(
+        "DeepSpeed's optimizer for float16 alone rounds what ZeRO's do not, and trains otherwise.",
+        "Write zero_stage=1, or bf16=True where the GPU has it.",
+    ),
     ("deepspeed", "on_non_finite=restore"): Refusal(
         "DeepSpeed's engine loads a checkpoint only before its first step.",
         'Write on_non_finite="skip", which leaves such steps out, or strategy="ddp".',

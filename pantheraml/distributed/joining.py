@@ -92,7 +92,12 @@ def _as_rank(request: LoadRequest, config: MultiGPUConfig | None, is_split: bool
             need="Each rank has a GPU of its own, and this would put all of them on one.",
             fix="Leave device_map out; CUDA_VISIBLE_DEVICES says which GPUs are used.",
         )
-    return _for_deepspeed(replace(request, is_alone=group_size() == 1), config or settings_of_run())
+    settings = config or settings_of_run()
+    if (
+        group_size() == 1 and settings.way == "deepspeed"
+    ):  # it trains without, unless something else started it
+        settings = MultiGPUConfig()
+    return _for_deepspeed(replace(request, is_alone=group_size() == 1), settings)
 
 
 def _for_deepspeed(request: LoadRequest, config: MultiGPUConfig) -> LoadRequest:

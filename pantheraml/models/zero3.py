@@ -16,14 +16,15 @@ from pantheraml.config.combinations import refusal
 from pantheraml.config.multi_gpu import MultiGPUConfig
 
 
-def zero_stage_of(config: MultiGPUConfig | None) -> int | None:
+def zero_stage_of(config: MultiGPUConfig) -> int | None:
     """The stage of ZeRO that will train what is loaded now; None where DeepSpeed will not, or nobody has said so yet.
 
     Args:
-        config: of the run; else what ``accelerate launch`` or training arguments made before have said.
+        config: of the run; where it leaves the strategy open, ``accelerate launch``, or training arguments that were
+            made before, may have said it.
     """
-    if config is not None and config.way == "deepspeed":
-        return config.zero_stage
+    if config.way != "auto":
+        return config.zero_stage if config.way == "deepspeed" else None
     from transformers.integrations.deepspeed import deepspeed_config
 
     given = deepspeed_config()

@@ -241,21 +241,29 @@ def test_what_is_not_finite_reaches_no_weights(folder, tmp_path, stage, policy):
             assert [rate for _, _, rate in logs] == pytest.approx([1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
 
 
-def bf16_run(folder, output, config):
-    trainer = build(folder, output, config, dict(load_in_16bit=True), bf16=True)
+def bf16_run(folder, output, config, load):
+    trainer = build(folder, output, config, load, bf16=True)
     trainer.train()
     dtypes = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}
     return logs_of(trainer), dtypes
 
 
 @pytest.mark.slow
-def test_bf16_keeps_trained_weights_in_float32(folder, tmp_path):
-    want, _ = run_ranks(2, bf16_run, folder, tmp_path, MultiGPUConfig(strategy="ddp"))[0]
-    for stage, tolerance in ((2, 1e-6), (3, 2e-3)):  # at 3 attention is torch's, which rounds otherwise
-        logs, dtypes = run_ranks(2, bf16_run, folder, tmp_path, zero(stage))[0]
-        assert dtypes == {"torch.float32"}
-        for mine, theirs in zip(logs, want, strict=True):
-            assert mine == pytest.approx(theirs, rel=tolerance)
+@pytest.mark.parametrize(
+    ("stage", "load", "tolerance"),
+    [
+        (1, dict(load_in_16bit=True), 1e-6),
+        (2, dict(load_in_4bit=True), 1e-6),
+        (2, dict(load_in_8bit=True), 1e-6),
+        (3, dict(load_in_16bit=True), 2e-3),  # attention is torch's, which rounds otherwise
+    ],
+)
+def test_bf16_keeps_trained_weights_in_float32(folder, tmp_path, stage, load, tolerance):
+    want, _ = run_ranks(2, bf16_run, folder, tmp_path, MultiGPUConfig(strategy="ddp"), load)[0]
+    logs, dtypes = run_ranks(2, bf16_run, folder, tmp_path, zero(stage), load)[0]
+    assert dtypes == {"torch.float32"}
+    for mine, theirs in zip(logs, want, strict=True):
+        assert mine == pytest.approx(theirs, rel=tolerance)
 
 
 def given_settings(folder, output, config, stage):
@@ -303,6 +311,10 @@ def test_what_cannot_be_is_refused_before_weights_load(folder, tmp_path):
     restoring = functools.partial(build, on_non_finite="restore", save_strategy="steps")
     refused = run_ranks(2, refusal_of, ConfigError, restoring, folder, tmp_path, zero(2))
     assert all('on_non_finite="skip"' in one for one in refused)
+    refused = run_ranks(
+        2, refusal_of, ConfigError, functools.partial(build, fp16=True), folder, tmp_path, zero(0)
+    )
+    assert all("zero_stage=1" in one for one in refused)
     assert (
         "one process" in refusal_of(ConfigError, build, folder, tmp_path, zero(2, cpu_offload=True)).lower()
     )

@@ -79,6 +79,8 @@ class DeepSpeed(Strategy):
         plugin: Any = args.deepspeed_plugin
         self._zero = plugin.hf_ds_config.config["zero_optimization"]
         self._agree()
+        if self.stage == 0 and args.fp16:
+            raise refusal("deepspeed, zero_stage=0", "fp16", "fp16=True and zero_stage=0 were given.")
         if self.stage == 3:
             # Without these, transformers saves adapters without weights, and float32 adapters on bf16 weights fail.
             self._zero["stage3_gather_16bit_weights_on_model_save"] = True
@@ -148,7 +150,7 @@ class DeepSpeed(Strategy):
     def loss_scale(self, accelerator: Any) -> torch.Tensor | None:
         """Of DeepSpeed's own scaler, in fp16."""
         engine = accelerator.deepspeed_engine_wrapped.engine
-        return torch.tensor(float(engine.loss_scale())) if engine.fp16_enabled() else None
+        return torch.tensor(float(engine.optimizer.loss_scale)) if engine.fp16_enabled() else None
 
     @contextmanager
     def evaluating(self, trainer: Any) -> Iterator[None]:
