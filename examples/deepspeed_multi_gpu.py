@@ -1,5 +1,6 @@
 """DeepSpeed's ZeRO on every GPU, in the order of a script that makes its arguments first.
 
+    python examples/deepspeed_multi_gpu.py
     accelerate launch --config_file examples/ds_config.yaml examples/deepspeed_multi_gpu.py
     torchrun --nproc_per_node=4 examples/deepspeed_multi_gpu.py --zero-stage 3
 
