@@ -178,6 +178,13 @@ def find_contradiction(settings: Any) -> Contradiction | None:
             "FSDP2 offloads weights, gradients and optimizer together.",
             'Write cpu_offload=True, or strategy="deepspeed" for the optimizer alone.',
         )
+    if settings.cpu_offload and way == "deepspeed" and settings.zero_stage == 0:
+        return Contradiction(
+            ("zero_stage", "cpu_offload"),
+            f'MultiGPUConfig(strategy="deepspeed", zero_stage=0, cpu_offload={settings.cpu_offload!r}) was given.',
+            "Stage 0 shards nothing, and only what is sharded is offloaded.",
+            "Write zero_stage=1 or more, or leave cpu_offload out.",
+        )
     return None
 
 

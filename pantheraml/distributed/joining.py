@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from pantheraml.config.combinations import REFUSED
 from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
 from pantheraml.config.pipeline_combinations import refuse_with_pipeline
 from pantheraml.devices.memory_limits import read_limits
@@ -108,8 +109,13 @@ def _as_rank(request: LoadRequest, config: MultiGPUConfig | None, is_split: bool
             need="Each rank has a GPU of its own, and this would put all of them on one.",
             fix="Leave device_map out; CUDA_VISIBLE_DEVICES says which GPUs are used.",
         )
-    request = replace(request, is_alone=group_size() == 1)
-    return _sharing(request, config) if config is not None and config.way == "fsdp" else request
+    settings = config or settings_of_run()
+    if (
+        group_size() == 1 and settings.way == "deepspeed"
+    ):  # it trains without, unless something else started it
+        settings = MultiGPUConfig()
+    request = _for_deepspeed(replace(request, is_alone=group_size() == 1), settings)
+    return _sharing(request, settings) if settings.way == "fsdp" else request
 
 
 def _sharing(request: LoadRequest, config: MultiGPUConfig) -> LoadRequest:
@@ -159,6 +165,17 @@ def _as_pipeline(request: LoadRequest, config: MultiGPUConfig) -> LoadRequest:
     found = gather_objects([limits[device.index] for device in devices])
     least = tuple(min(column) for column in zip(*found, strict=True))
     return replace(request, is_alone=is_alone, pipeline=PipelineDevices(devices, least))
+
+
+def _for_deepspeed(request: LoadRequest, config: MultiGPUConfig) -> LoadRequest:
+    """The request of a rank that DeepSpeed will train on."""
+    from pantheraml.models.zero3 import zero_stage_of
+
+    stage = zero_stage_of(config)
+    if stage == 3 and request.kernels == "auto":
+        say(f"fused parts: none. {REFUSED['deepspeed, zero_stage=3', 'fused kernels'].reason}")
+        request = replace(request, kernels="off")
+    return replace(request, zero_stage=stage)
 
 
 def _names_a_gpu(device_map: object) -> bool:

@@ -1,6 +1,7 @@
 """What models get as methods: each function takes the model first and saves whole folders or nothing.
 
-Scripts call them on every rank; rank 0 writes, and the others help to gather what ranks share out.
+Scripts call them on every rank; rank 0 writes and returns something, and the others help to gather what ranks share
+out.
 """
 
 from __future__ import annotations
@@ -13,27 +14,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from pantheraml.checkpoint.publish import publish_folder
-from pantheraml.distributed.process_group import is_first_of_group
 from pantheraml.export.adapter import save_adapter
 from pantheraml.export.hub import push_built, push_folder, push_merged
-from pantheraml.export.merge import gather_merged, save_merged
-from pantheraml.models.sharding import gathered_weights, is_sharded
+from pantheraml.export.merge import save_merged
+from pantheraml.export.one_rank import by_one_rank, merging_by_one_rank
 
 Processor = PreTrainedTokenizerBase | ProcessorMixin
 
 
-def _with_gathered(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """With the whole weights of a model that is trained in full, where ranks share them out."""
-    if isinstance(model, PeftModel) or not is_sharded(model) or "state_dict" in kwargs:
-        return kwargs
-    return {**kwargs, "state_dict": gathered_weights(model, keep=is_first_of_group())}
-
-
-def _help_merging(model: nn.Module, save_method: str, dtype: str | None) -> None:
-    if is_sharded(model):
-        gather_merged(model, save_method, dtype)
-
-
+@by_one_rank
 def save_pretrained(
     model: nn.Module,
     save_directory: str | Path,
@@ -64,9 +53,6 @@ def save_pretrained(
     Raises:
         SaveError: the disk or the hub failed; an older save is untouched.
     """
-    kwargs = _with_gathered(model, kwargs)
-    if not is_first_of_group():
-        return
     own_method: Any = type(model).save_pretrained  # pyright: ignore[reportAttributeAccessIssue]
     if not kwargs.get("is_main_process", True):
         # Other ranks take part in gathering weights but own no files.
@@ -91,6 +77,7 @@ def save_pretrained(
         )
 
 
+@merging_by_one_rank
 def save_pretrained_merged(
     model: nn.Module,
     save_directory: str | Path,
@@ -106,13 +93,7 @@ def save_pretrained_merged(
     commit_message: str | None = None,
     revision: str | None = None,
 ) -> None:
-    """Save the trained model for use in plain transformers; see ``save_merged`` and ``push_folder``.
-
-    Where ranks share out the weights, each of them has to call this.
-    """
-    if not is_first_of_group():
-        _help_merging(model, save_method, dtype)
-        return
+    """Save the trained model for use in plain transformers; see ``save_merged`` and ``push_folder``."""
     save_merged(model, save_directory, tokenizer, save_method, max_shard_size=max_shard_size, dtype=dtype)
     if push_to_hub:
         push_folder(
@@ -125,6 +106,7 @@ def save_pretrained_merged(
         )
 
 
+@merging_by_one_rank
 def push_to_hub_merged(
     model: nn.Module,
     repo_id: str,
@@ -132,17 +114,12 @@ def push_to_hub_merged(
     save_method: str = "merged_16bit",
     token: str | bool | None = None,
     **options: Any,
-) -> str | None:
-    """Upload the trained model for use in plain transformers; options and errors as ``push_merged``.
-
-    Where ranks share out the weights, each of them has to call this; the first one returns the address.
-    """
-    if not is_first_of_group():
-        _help_merging(model, save_method, options.get("dtype"))
-        return None
+) -> str:
+    """Upload the trained model for use in plain transformers; options and errors as ``push_merged``."""
     return push_merged(model, repo_id, tokenizer, save_method, token, **options)
 
 
+@by_one_rank
 def push_to_hub(
     model: nn.Module,
     repo_id: str,
@@ -153,7 +130,7 @@ def push_to_hub(
     commit_message: str | None = None,
     revision: str | None = None,
     **kwargs: Any,
-) -> str | None:
+) -> str:
     """Upload what ``save_pretrained`` saves (PEFT: the adapter).
 
     Args:
@@ -167,14 +144,11 @@ def push_to_hub(
         **kwargs: for the model's own ``save_pretrained``.
 
     Returns:
-        Address of the repository, on rank 0.
+        Address of the repository.
 
     Raises:
         SaveError: the disk or the hub failed; after a failed upload the files stay and the error says where.
     """
-    kwargs = _with_gathered(model, kwargs)
-    if not is_first_of_group():
-        return None
     return push_built(
         lambda folder: save_pretrained(model, folder, tokenizer, **kwargs),
         repo_id,

@@ -28,6 +28,7 @@ from pantheraml.models.saved_adapters import saved_vocabulary
 from pantheraml.models.source import ModelSource, resolve_source
 from pantheraml.models.state import ModelState, Recompute, set_state
 from pantheraml.models.tokenizer import check_vocabulary, load_tokenizer
+from pantheraml.models.zero3 import check_storage, loaded_whole
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,7 @@ class LoadRequest:
         is_alone: whether all visible GPUs are this process's; ranks have one each.
         sharding: how ranks share out the weights, if they do.
         pipeline: what the layers are split over, whatever the model's size; None leaves it to ``device_map``.
+        zero_stage: of DeepSpeed, if it will train the model.
     """
 
     model_name: str
@@ -68,6 +70,7 @@ class LoadRequest:
     num_labels: int | None
     sharding: Sharding | None = None
     pipeline: PipelineDevices | None = None
+    zero_stage: int | None = None
 
 
 def find_source(request: LoadRequest) -> ModelSource:
@@ -123,6 +126,7 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
     device = first_device(request.device_map)
     precision = choose_precision(request.flags, request.dtype, device, stored)
     check_precision(precision, device)
+    check_storage(precision.storage, request.zero_stage)
     check_dequantized(request.keep_dequantized, precision, request.kernels)
     place = find_place(
         _unplaced(request, config, precision),
@@ -216,7 +220,8 @@ def _load_base(
     devices = [place.device] if place.split is None else place.split.devices
     with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
         torch.manual_seed(request.random_state)
-        model = loading.load_model(source.folder, config, options)
+        with loaded_whole():
+            model = loading.load_model(source.folder, config, options)
         if place.split is not None:
             drop_hooks(model)
         rows = request.resize_model_vocab

@@ -33,6 +33,7 @@ from pantheraml.models.recorded_step import RecordedStep, Step, record_cuda_grap
 from pantheraml.models.sharding import is_sharded
 from pantheraml.models.split import is_split
 from pantheraml.models.state import get_state
+from pantheraml.models.zero3 import is_partitioned
 
 # Lengths of caches are multiples of this, so that calls of similar lengths share one cache and one recording.
 LENGTH_STEP = 256
@@ -135,7 +136,7 @@ def why_not_recorded(model: PreTrainedModel, *, on_cpu: bool = False) -> str | N
         return "CUDA graphs need a GPU"
     if is_split(model):
         return "its layers are on several devices"
-    if is_sharded(model):
+    if is_sharded(model) or is_partitioned(model):
         return "ranks share out its weights"
     missing = [name for name in _METHODS if not hasattr(model, name)]
     if missing:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
+from pantheraml.config.multi_gpu import MultiGPUConfig, Strategy
 from pantheraml.devices.inventory import is_bfloat16_supported, num_gpus
-from pantheraml.errors import ConfigError
+from pantheraml.errors import ConfigError, did_you_mean
 from pantheraml.training.non_finite import POLICIES, RESTORE
 
 
@@ -43,6 +44,7 @@ class PantheraMLTrainingArguments(SFTConfig):
             find out (transformers: replaced by the mean of the others).
         use_cpu: on where there is no CUDA GPU.
         dataloader_pin_memory: off where there is no GPU to copy to.
+        multi_gpu_strategy: as ``MultiGPUConfig.strategy``, for scripts that say it here; ``"auto"`` leaves it to that.
         bf16: None (with ``fp16`` unset) chooses by hardware: bf16 where the GPU has it, else fp16 on a GPU,
             float32 on a CPU (SFTConfig: bf16 everywhere).
     """
@@ -72,6 +74,9 @@ class PantheraMLTrainingArguments(SFTConfig):
     on_non_finite: str = field(
         default="stop", metadata={"help": "A loss or gradient that is not finite: stop, skip or restore."}
     )
+    multi_gpu_strategy: str = field(
+        default="auto", metadata={"help": "How the work is spread over GPUs, as in MultiGPUConfig."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Log losses that are not finite as what they are."}
     )
@@ -95,6 +100,12 @@ class PantheraMLTrainingArguments(SFTConfig):
                 fix="Leave it out to use learning_rate for embeddings too.",
             )
         super().__post_init__()
+        if self.multi_gpu_strategy not in get_args(Strategy):
+            raise ConfigError(
+                got=f"multi_gpu_strategy={self.multi_gpu_strategy!r} was given.",
+                need=f"It is one of {', '.join(map(repr, get_args(Strategy)))}.",
+                fix=did_you_mean(self.multi_gpu_strategy, get_args(Strategy)) or "Leave it out.",
+            )
         self._check_non_finite()
 
     def _check_non_finite(self) -> None:
@@ -160,6 +171,24 @@ def written_recompute(args: TrainingArguments | None) -> bool | None:
     if args is None or value == isinstance(args, SFTConfig):
         return None
     return value
+
+
+def with_strategy(settings: MultiGPUConfig, args: TrainingArguments) -> MultiGPUConfig:
+    """``settings`` with the strategy that ``args.multi_gpu_strategy`` says.
+
+    Raises:
+        ConfigError: another one is in ``settings``, or there is no such strategy.
+    """
+    wanted = getattr(args, "multi_gpu_strategy", "auto")
+    if wanted in ("auto", settings.way):
+        return settings
+    if settings.way != "auto":
+        raise ConfigError(
+            got=f"multi_gpu_strategy={wanted!r} and MultiGPUConfig(strategy={settings.way!r}) were given.",
+            need="A run has one strategy.",
+            fix="Keep one of them.",
+        )
+    return replace(settings, strategy=wanted)
 
 
 def set_recompute_argument(config: SFTConfig, on: bool) -> None:

@@ -23,6 +23,7 @@ from pantheraml.checkpoint.retention import retain
 from pantheraml.checkpoint.run_record import Totals
 from pantheraml.checkpoint.unfinished import Unfinished, publish, saving
 from pantheraml.distributed.process_group import broadcast_object
+from pantheraml.distributed.strategies.base import Strategy
 from pantheraml.errors import CheckpointError
 from pantheraml.log import say
 from pantheraml.training.agreeing import agreeing
@@ -37,6 +38,7 @@ AUTO = "auto"
 class WholeCheckpoints(AsyncSaves):
     """The part of the trainer that saves checkpoints, and says which one a run goes on with."""
 
+    _strategy: Strategy
     # The hidden folder that a checkpoint is written to now.
     _saving_in: str | None = None
     # What has failed of the checkpoint that is written now, to be raised when all ranks are past TRL's barriers.
@@ -133,7 +135,7 @@ class WholeCheckpoints(AsyncSaves):
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """TRL's."""
-        with self._raised_late():
+        with self._raised_late(), self._strategy.saving(self):
             super().save_model(*args, **kwargs)
 
     def _name_best(self, run: str, home: str, name: str) -> None:

@@ -56,6 +56,12 @@ class FiniteSteps(PipelinedSteps):
         self._resumed = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers; the run's strategy sees what accelerate has made."""
+        found = super()._prepare_for_training(*args, **kwargs)
+        self._strategy.prepared(self.accelerator)
+        return found
+
     def _begin_record(self) -> None:
         self._record.forget()
         self._held = self._tainted = None
@@ -65,7 +71,7 @@ class FiniteSteps(PipelinedSteps):
         self._returns: list[str] = []
         self._rows: list[int] = []  # of the pass at hand
         self._left_out = self._in_a_row = 0
-        self._must_look = False
+        self._must_look = self._schedule_is_due = False
 
     @property
     def _policy(self) -> str:
@@ -121,10 +127,16 @@ class FiniteSteps(PipelinedSteps):
 
     def _hold_back(self, norm: Tensor) -> None:
         """Let the optimizer leave out the step at hand unless ``norm`` is finite."""
-        step, scaler = self.state.global_step + 1, self.accelerator.scaler
+        step, scale = self.state.global_step + 1, self._strategy.loss_scale(self.accelerator)
         self._record.note(step, "norm", norm)
-        if scaler is not None:  # which leaves out such steps itself
-            self._record.note(step, "scale", scaler.scale(torch.ones((), device=norm.device)))
+        if scale is not None:
+            self._record.note(step, "scale", scale)
+        if self._strategy.takes_steps_itself:
+            self._must_look = self._must_look or not norm.isfinite()
+            is_left_out = self._must_look and self.accelerator.optimizer_step_was_skipped
+            self._schedule_is_due = is_left_out and scale is None
+            return
+        if scale is not None:  # a scaler leaves out such steps itself
             return
         bad = (norm * 0 != 0).float()
         if self._held is not None and self._policy != SKIP:
@@ -143,6 +155,9 @@ class FiniteSteps(PipelinedSteps):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """transformers', after a look at the steps so far wherever it waits for the device, or the run ends."""
         control = self.control
+        if self._schedule_is_due:  # transformers leaves out its step where the optimizer's was
+            self._schedule_is_due = False
+            cast(Any, self.lr_scheduler).step()
         if (
             self._must_look
             or control.should_log

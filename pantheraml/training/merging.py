@@ -19,6 +19,7 @@ from transformers.trainer_utils import RemoveColumnsCollator
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pantheraml.devices.memory import free_gpu_bytes
+from pantheraml.distributed.strategies.base import Strategy
 from pantheraml.errors import ConfigError
 from pantheraml.log import say_once
 from pantheraml.models.fused.attention import NAME
@@ -131,6 +132,7 @@ def _sent(numbers: Any, device: torch.device) -> Tensor:
 class MergedSteps(StepLoss):
     """The part of the trainer that merges micro-batches; ``merge_micro_batches`` of the arguments says whether."""
 
+    _strategy: Strategy
     _most_tokens = 0
     _operations_per_token: int | None = None
     _unmerged: Sequence[Batch] = ()  # the micro-batches of the step at hand, as they were
@@ -164,8 +166,8 @@ class MergedSteps(StepLoss):
             return "a data_collator was given"
         if state.split is not None:
             return "the model is split over several devices"
-        if state.sharding is not None:
-            return "ranks gather weights in every pass, and each has to take as many"
+        if self._strategy.talks_in_passes:
+            return "ranks wait for one another in every pass, and would have different numbers of them"
         if model.config._attn_implementation != NAME:
             return "attention is not PantheraML's"
         if self.args.device.type != "cuda" and not forced:

@@ -112,6 +112,8 @@ class RepeatedSteps(FiniteSteps):
 
     def prediction_step(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         """TRL's; a batch of evaluation that does not fit goes through the model in parts."""
+        if self._strategy.talks_in_passes:
+            return super().prediction_step(model, inputs, *args, **kwargs)
         forward: Any = HalvedForward(model, self._eval_limit)
         return super().prediction_step(forward, inputs, *args, **kwargs)
 

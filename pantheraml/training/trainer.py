@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -35,6 +36,7 @@ from pantheraml.training.arguments import (
     resolve_max_length,
     set_recompute_argument,
     to_sft_config,
+    with_strategy,
     written_recompute,
 )
 from pantheraml.training.banner import (
@@ -183,9 +185,10 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
     def _join_run(self, config: SFTConfig, model: nn.Module) -> None:
         """Be one of the ranks of the run, as its settings say; ``config`` is changed in place."""
         join_ranks(config, group_size())
-        self._strategy = strategy_of(self._multi_gpu or settings_of_run(), group_size(), model)
-        self._strategy.prepare(config)
+        settings = with_strategy(self._multi_gpu or settings_of_run(), config)
+        self._strategy = strategy_of(settings, group_size(), model, config)
         self._global_batch = resolve_global_batch(config, group_size())
+        self._strategy.prepare(config)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         """As the run's strategy wraps it, or else accelerate."""
@@ -221,6 +224,8 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         self._check_rows()  # rows may have been masked since
         self._trackers.cover(self.callback_handler)  # some may have come since
         checkpoint = self.checkpoint_of(resume_from_checkpoint)
+        if isinstance(checkpoint, str):
+            self._strategy.check_checkpoint(Path(checkpoint))
         with self.going_on(checkpoint):
             return self._train(checkpoint, *args, **kwargs)
 
@@ -329,7 +334,8 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         """Evaluation whose loss is the sum over all label tokens divided by their number."""
         self._eval_sums = TokenSums()
         try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            with self._strategy.evaluating(self):
+                output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             sums = self._eval_sums.of_all_ranks()
         finally:
             self._eval_sums = None

@@ -54,6 +54,7 @@ def test_what_cannot_be_is_said(settings, says):
         (dict(cpu_offload=True), "strategy='fsdp' and strategy='deepspeed'"),
         (dict(strategy="fsdp", cpu_offload="optimizer"), "Write cpu_offload=True"),
         (dict(strategy="fsdp", reduce_dtype="bfloat16"), "a setting of strategy='ddp'"),
+        (dict(strategy="deepspeed", zero_stage=0, cpu_offload=True), "Stage 0 shards nothing"),
     ],
 )
 def test_settings_of_another_strategy_are_refused(settings, says):

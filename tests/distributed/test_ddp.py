@@ -1,4 +1,4 @@
-"""In what dtype gradients are reduced."""
+"""Gradients are reduced, and in what dtype."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Gradients(TrainerCallback):
         self.found = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
-def train(folder, output, reduce_dtype):
+def train(folder, output, reduce_dtype, evaluate_first=False):
     """The gradients of one step, the same on all ranks."""
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=64, load_in_4bit=False, device_map="cpu"
@@ -38,8 +38,10 @@ def train(folder, output, reduce_dtype):
     )  # fmt: skip
     trainer = PantheraMLDistributedTrainer(
         model, args, train_dataset=rows(), tokenizer=tokenizer, callbacks=[seen := Gradients()],
-        multi_gpu_config=MultiGPUConfig(reduce_dtype=reduce_dtype),
+        multi_gpu_config=MultiGPUConfig(reduce_dtype=reduce_dtype), eval_dataset=rows(),
     )  # fmt: skip
+    if evaluate_first:
+        trainer.evaluate()
     trainer.train()
     return seen.found.numpy()
 
@@ -56,6 +58,14 @@ def test_lora_gradients_are_reduced_in_the_dtype_that_was_asked_for(tmp_path):
     assert not torch.equal(exact, exact.bfloat16().float())
     assert torch.equal(rounded, rounded.bfloat16().float()), "16 bits went over the wire"
     assert (rounded - exact).norm() < 0.01 * exact.norm()
+
+
+def test_evaluating_first_leaves_the_model_to_ddp(tmp_path):
+    """accelerate takes a model that was evaluated for prepared, and would not wrap it for training."""
+    folder = tiny.save_checkpoint(tmp_path / "model", "llama")
+    want = run_ranks(2, train, folder, tmp_path, None)[0]
+    for found in run_ranks(2, train, folder, tmp_path, None, True):
+        assert (found == want).all()
 
 
 def average(dtype):

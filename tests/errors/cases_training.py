@@ -52,6 +52,27 @@ def policy_for_losses_that_is_none(shop: Workshop) -> None:
 
 
 @case
+def misspelt_strategy(shop: Workshop) -> None:
+    shop.trainer(ROWS, arguments={"multi_gpu_strategy": "deepsped"})
+
+
+@case
+def offloading_in_one_process(shop: Workshop) -> None:
+    from pantheraml import MultiGPUConfig
+    from pantheraml.distributed.strategies.choose import strategy_of
+
+    strategy_of(MultiGPUConfig(strategy="deepspeed", cpu_offload=True), ranks=1)
+
+
+@case
+def two_strategies(shop: Workshop) -> None:
+    from pantheraml import MultiGPUConfig, PantheraMLTrainingArguments
+    from pantheraml.training.arguments import with_strategy
+
+    with_strategy(MultiGPUConfig(strategy="ddp"), PantheraMLTrainingArguments(multi_gpu_strategy="deepspeed"))
+
+
+@case
 def nothing_to_go_back_to(shop: Workshop) -> None:
     shop.trainer(ROWS, arguments={"on_non_finite": "restore", "save_strategy": "no"})
 

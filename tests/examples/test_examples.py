@@ -41,6 +41,7 @@ OWN = {
     "08_reward_model": ("outputs/quickstart/merged", "pairs.jsonl"),
     "09_save_merge_reload": ("outputs/quickstart/merged", None),
     "10_larger_than_a_gpu": ("outputs/quickstart/merged", "rows.jsonl"),
+    "deepspeed_multi_gpu": ("outputs/quickstart/merged", "rows.jsonl"),
     "multi_gpu_training": ("outputs/quickstart/merged", "rows.jsonl"),
 }
 FORMATS = {

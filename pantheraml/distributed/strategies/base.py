@@ -6,12 +6,17 @@ model is wrapped, when something is saved or loaded. What it does not decide, tr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
 
 from pantheraml.config.multi_gpu import MultiGPUConfig
+from pantheraml.errors import CheckpointError
 
 
 class Strategy:
@@ -19,12 +24,15 @@ class Strategy:
 
     Attributes:
         name: as in ``MultiGPUConfig.strategy``.
+        takes_steps_itself: whether the optimizer has taken its step when the norm of its gradient is asked for; it
+            then leaves out one that is not finite by itself.
 
     Args:
         config: of the run.
     """
 
     name: ClassVar[str] = "none"
+    takes_steps_itself: ClassVar[bool] = False
 
     def __init__(self, config: MultiGPUConfig) -> None:
         self.config = config
@@ -39,6 +47,53 @@ class Strategy:
         """The model as it is trained; one that is marked as prepared is left as it is by accelerate."""
         del accelerator
         return model
+
+    def prepared(self, accelerator: Any) -> None:
+        """accelerate has wrapped model and optimizer: training begins."""
+
+    @property
+    def talks_in_passes(self) -> bool:
+        """Whether ranks wait for one another in every pass, of which each of them then has as many."""
+        return False
+
+    def loss_scale(self, accelerator: Any) -> torch.Tensor | None:
+        """(): what losses are multiplied by in fp16, on the device; None where they are not."""
+        scaler = accelerator.scaler
+        return None if scaler is None else scaler.scale(torch.ones((), device=accelerator.device))
+
+    @contextmanager
+    def evaluating(self, trainer: Any) -> Iterator[None]:
+        """A block in which ``trainer`` evaluates.
+
+        Before training, transformers lets accelerate prepare the model for that alone; accelerate would then take it
+        for prepared in training, too, and leave it without DDP: ranks would train apart.
+        """
+        is_first = not trainer.accelerator._models
+        try:
+            yield
+        finally:
+            if is_first:
+                trainer.accelerator.free_memory()
+                vars(trainer.model).pop("_is_accelerate_prepared", None)
+
+    @contextmanager
+    def saving(self, trainer: Any) -> Iterator[None]:
+        """A block in which ``trainer`` saves its model: rank 0 has all of it."""
+        del trainer
+        yield
+
+    def check_checkpoint(self, folder: Path) -> None:
+        """Refuse a checkpoint that a run of this strategy cannot go on with.
+
+        Raises:
+            CheckpointError: it is of another one.
+        """
+        if list(folder.glob("global_step*")):
+            raise CheckpointError(
+                got=f"{folder} was saved by DeepSpeed.",
+                need="Its optimizer's state is read by DeepSpeed alone.",
+                fix='Go on with MultiGPUConfig(strategy="deepspeed"), or start a new run from its weights.',
+            )
 
     def describe(self) -> str:
         """How the work is spread, as a clause of the line that says who takes part."""

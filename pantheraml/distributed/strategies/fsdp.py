@@ -95,6 +95,11 @@ class FSDP(DDP):
         settings.register_comm_hook(wrapped)
         return wrapped
 
+    @property
+    def talks_in_passes(self) -> bool:
+        """Layers are gathered in every pass."""
+        return self._sharding is not None
+
     def describe(self) -> str:
         """As the banner says it."""
         if self._sharding is None:

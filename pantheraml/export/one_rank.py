@@ -1,0 +1,51 @@
+"""Saving by rank 0 of a model that a script saves on every rank: the others help to gather what ranks share out."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from peft import PeftModel
+from torch import nn
+
+from pantheraml.distributed.process_group import is_first_of_group
+from pantheraml.export.merge import gather_merged
+from pantheraml.models.sharding import gathered_weights, is_sharded
+from pantheraml.models.zero3 import whole_on_first
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def by_one_rank(method: Method) -> Method:
+    """``method`` on rank 0 alone, which takes the weights as ``state_dict`` where ranks share out trained ones."""
+
+    @functools.wraps(method)
+    def save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        is_first = is_first_of_group()
+        if is_sharded(model) and not isinstance(model, PeftModel) and "state_dict" not in kwargs:
+            kwargs["state_dict"] = gathered_weights(model, keep=is_first)
+        with whole_on_first(model, is_first=is_first):
+            return method(model, *args, **kwargs) if is_first else None
+
+    return cast(Method, save)
+
+
+def merging_by_one_rank(method: Method) -> Method:
+    """``method``, which reads weight by weight what is merged, on rank 0 alone."""
+
+    @functools.wraps(method)
+    def save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        is_first = is_first_of_group()
+        with whole_on_first(model, is_first=is_first):
+            if is_first:
+                return method(model, *args, **kwargs)
+        if is_sharded(model):
+            given = inspect.signature(method).bind(model, *args, **kwargs)
+            given.apply_defaults()
+            options = {**given.arguments, **given.arguments.get("options", {})}
+            gather_merged(model, options["save_method"], options.get("dtype"))
+        return None
+
+    return cast(Method, save)

@@ -1,0 +1,112 @@
+"""DeepSpeed's ZeRO on two GPUs: fused layers, bf16 by autocast, offloading, and the adapter that is saved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from pantheraml import (
+    FastLanguageModel,
+    MultiGPUConfig,
+    PantheraMLTrainer,
+    PantheraMLTrainingArguments,
+    notebook_launch,
+)
+from tests import tiny
+
+pytest.importorskip("deepspeed")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+LENGTH, STEPS = 256, 4
+WIDE = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=4, max_position_embeddings=LENGTH)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("wide"), "llama", **WIDE)
+
+
+def train(folder, output, config, load):
+    """Losses and gradient norms, the loss of an evaluation, and what was generated."""
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(5, 400, (LENGTH - 16 * (i % 4),), generator=generator).tolist() for i in range(40)]
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=LENGTH, use_multi_gpu=config, **load
+    )
+    if not load.get("full_finetuning"):
+        model = FastLanguageModel.get_peft_model(model, r=8)
+    args = PantheraMLTrainingArguments(
+        output_dir=str(output / "run"), max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        logging_steps=1, save_strategy="steps", save_steps=2, learning_rate=1e-3, report_to="none", disable_tqdm=True,
+        max_grad_norm=0.5,
+    )  # fmt: skip
+    data = Dataset.from_dict({"input_ids": rows})
+    trainer = PantheraMLTrainer(model, args, train_dataset=data, eval_dataset=data, tokenizer=tokenizer)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    model.save_pretrained(output / "adapter")
+    FastLanguageModel.for_inference(model)
+    ids = torch.tensor([[5, 6, 7]], device=trainer.args.device)
+    new = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False).tolist()
+    logs = [(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "grad_norm" in e]
+    assert type(trainer.model_wrapped).__name__ == (
+        "DeepSpeedEngine" if config.strategy == "deepspeed" else "DistributedDataParallel"
+    )
+    return logs, before, new
+
+
+LOADS = {
+    "bf16": dict(load_in_16bit=True),
+    "4bit": dict(load_in_4bit=True),
+    "full": dict(full_finetuning=True),
+}
+# What is loaded, stage, what is offloaded, and how near DDP's the figures are: at stage 3 layers are not fused.
+CASES = [
+    ("bf16", 0, False, 2e-3),
+    ("bf16", 2, False, 2e-3),
+    ("bf16", 2, "optimizer", 2e-3),
+    ("bf16", 3, False, 2e-2),
+    ("bf16", 3, True, 2e-2),
+    ("4bit", 2, False, 2e-3),
+    ("full", 2, False, 2e-2),
+    ("full", 3, True, 2e-2),
+]
+
+
+def train_all(folder, output):
+    """All cases in one start of the ranks, which takes longer than each of them."""
+    found = {}
+    for name, load in LOADS.items():
+        found[name] = train(folder, output / name, MultiGPUConfig(strategy="ddp"), load)
+    for name, stage, offload, _ in CASES:
+        config = MultiGPUConfig(strategy="deepspeed", zero_stage=stage, cpu_offload=offload)
+        found[name, stage, offload] = train(folder, output / f"{name}-{stage}-{offload}", config, LOADS[name])
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained")
+    return output, notebook_launch(train_all, folder, output, num_processes=2)
+
+
+@pytest.mark.parametrize(("name", "stage", "offload", "tolerance"), CASES)
+def test_the_training_is_that_of_ddp(trained, name, stage, offload, tolerance):
+    output, results = trained
+    (found, before, new), (want, want_before, _) = results[name, stage, offload], results[name]
+    assert before == pytest.approx(want_before, rel=tolerance)
+    assert len(new[0]) == 9
+    assert len(found) == STEPS
+    for mine, theirs in zip(found, want, strict=True):
+        assert mine == pytest.approx(theirs, rel=tolerance)
+    file = "adapter/model.safetensors" if name == "full" else "adapter/adapter_model.safetensors"
+    mine, theirs = load_file(output / f"{name}-{stage}-{offload}" / file), load_file(output / name / file)
+    assert mine.keys() == theirs.keys() and mine
+    for key, value in mine.items():
+        torch.testing.assert_close(value, theirs[key], rtol=0, atol=4e-3)
