@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, cast
 
 from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
 from pantheraml.devices.visible_gpus import visible_memory
-from pantheraml.distributed.process_group import get_world_size, group_size, setup_multi_gpu
+from pantheraml.config.tensor_combinations import refusal
+from pantheraml.distributed.data_ranks import tensor_group
+from pantheraml.distributed.process_group import (
+    get_world_size,
+    group_size,
+    settings_of_run,
+    setup_multi_gpu,
+)
 from pantheraml.errors import ConfigError
 from pantheraml.launch.environment import LaunchEnvironment
 from pantheraml.launch.gpus import num_visible_gpus
@@ -62,13 +69,13 @@ def join(
         return request
     may_split = is_automatic or (request.device_map is None and config.auto_device_map)
     why_not_rerun = LaunchEnvironment.detect().why_not_rerun
-    if why_not_rerun is not None and may_split and gpus > 1 and config.strategy == "auto":
+    if why_not_rerun is not None and may_split and gpus > 1 and config.way == "auto":
         say(
             f"{why_not_rerun}: the model is split over {gpus} GPUs instead. notebook_launch(fn) runs a function on a "
             "rank for each, which is faster where one GPU holds the model."
         )
         return replace(request, device_map="balanced")
-    if config.strategy == "auto" and may_split and gpus > 1 and not _fits_on_each(request):
+    if config.way == "auto" and may_split and gpus > 1 and not _fits_on_each(request):
         say(
             f"the model does not fit on each of {gpus} GPUs: it is split between them, and no ranks are started."
         )
@@ -84,14 +91,22 @@ def _as_rank(request: LoadRequest, config: MultiGPUConfig | None, is_split: bool
             need="A model is split between all GPUs by one process; each rank has a GPU of its own.",
             fix="Run python FILE for the split, or leave device_map out to copy the model to every GPU.",
         )
-    setup_multi_gpu(config_of(config))
+    config = setup_multi_gpu(config_of(config)) if config is not None else _settings()
     if get_world_size() > 1 and _names_a_gpu(request.device_map):
         raise ConfigError(
             got=f"device_map={request.device_map!r} was given to {get_world_size()} ranks.",
             need="Each rank has a GPU of its own, and this would put all of them on one.",
             fix="Leave device_map out; CUDA_VISIBLE_DEVICES says which GPUs are used.",
         )
-    return replace(request, is_alone=group_size() == 1)
+    if config.way == "tensor" and request.flags.full_finetuning:
+        raise refusal("full_finetuning", "full_finetuning=True and tensor_parallel were given together.")
+    return replace(request, is_alone=group_size() == 1, tensor_group=tensor_group(config))
+
+
+def _settings() -> MultiGPUConfig:
+    """Those of the run that this process is a rank of."""
+    setup_multi_gpu()
+    return settings_of_run()
 
 
 def _names_a_gpu(device_map: object) -> bool:

@@ -12,20 +12,25 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from pantheraml.checkpoint.publish import publish_folder
-from pantheraml.distributed.process_group import is_first_of_group
+from pantheraml.errors import SaveError
 from pantheraml.export.adapter import save_adapter
+from pantheraml.export.gathering import saved_together
 from pantheraml.export.hub import push_built, push_folder, push_merged
 from pantheraml.export.merge import save_merged
+from pantheraml.models.sharded_linear import tensor_group_of
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def by_one_rank(method: Method) -> Method:
-    """``method`` on rank 0 alone: every rank has the whole model, and a script calls it on each of them."""
+    """``method`` on rank 0 alone, of a model that every rank has: a script calls it on each of them.
+
+    Where layers are cut between ranks, those of rank 0's group give it their parts of weights that it asks for.
+    """
 
     @functools.wraps(method)
-    def save(*args: Any, **kwargs: Any) -> Any:
-        return method(*args, **kwargs) if is_first_of_group() else None
+    def save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return saved_together(model, lambda: method(model, *args, **kwargs))
 
     return cast(Method, save)
 
@@ -71,6 +76,12 @@ def save_pretrained(
         return
     if isinstance(model, PeftModel):
         save_adapter(model, save_directory, tokenizer, **kwargs)
+    elif tensor_group_of(model) is not None:
+        raise SaveError(
+            got="save_pretrained was called on a model without an adapter, whose layers are cut between ranks.",
+            need="transformers' own method would write the part that one rank has.",
+            fix="Use save_pretrained_merged, which asks all ranks for their parts.",
+        )
     else:
         size = sum(weight.nbytes for weight in model.parameters())
         with publish_folder(save_directory, size) as build:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 # Tokens computed at a time in a layer that does not keep everything: wide enough for full speed.
@@ -67,6 +67,11 @@ class ActivationSizes:
         norms = 2 if self.has_head_norms else 1
         projected = attended + ((self.queries + 2 * self.keys) * norms + 64 + hidden) * size
         return Kept(numbers * size, projected, attended, hidden * size)
+
+    def cut(self, ranks: int) -> ActivationSizes:
+        """Those of one of ``ranks`` that compute each layer together."""
+        names = ("inner", "heads", "queries", "keys")
+        return replace(self, **{name: getattr(self, name) // ranks for name in names})
 
     def layer_passing(self, tokens: int) -> int:
         """Bytes that come and go while one layer is computed for ``tokens``."""

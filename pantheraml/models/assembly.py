@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from pantheraml.kernels.attention.backend import AttentionCall
+    from pantheraml.models.tensor_group import TensorGroup
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class LoadRequest:
 
     Attributes:
         is_alone: whether all visible GPUs are this process's; ranks have one each.
+        tensor_group: the ranks that compute each layer together with this one.
     """
 
     model_name: str
@@ -62,6 +64,7 @@ class LoadRequest:
     kernels: str
     attn_implementation: str | None
     num_labels: int | None
+    tensor_group: TensorGroup | None = None
 
 
 def find_source(request: LoadRequest) -> ModelSource:
@@ -153,7 +156,11 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
     watch(model.base_model, state)
     if request.kernels == "auto":
         apply_fused_parts(
-            model, state.family, state.patches, keep_attention=request.attn_implementation is not None
+            model,
+            state.family,
+            state.patches,
+            keep_attention=request.attn_implementation is not None,
+            is_cut=request.tensor_group is not None,
         )
         _say_patches(state.patches)
     return model, tokenizer, state
@@ -191,8 +198,9 @@ def _load_base(
     trust = request.trust_remote_code
     num_labels = loading.choose_num_labels(request.num_labels, config, source.adapter)
     options = loading.LoadOptions(
-        place.device_map, precision, request.attn_implementation, num_labels, trust, place.limits
-    )
+        place.device_map, precision, request.attn_implementation, num_labels, trust, place.limits,
+        request.tensor_group,
+    )  # fmt: skip
     devices = [place.device] if place.split is None else place.split.devices
     with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
         torch.manual_seed(request.random_state)

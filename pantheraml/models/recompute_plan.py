@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pantheraml.devices.memory import GIB
 from pantheraml.models.activation_sizes import TILE, ActivationSizes, Kept, activation_sizes
+from pantheraml.models.sharded_linear import tensor_group_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,12 +82,13 @@ def _sizes_of(model: Any) -> ActivationSizes:
     """What activations of ``model`` (or its backbone) take, as it is now."""
     from pantheraml.models.fused import FusedDecoderLayer
 
+    group = tensor_group_of(model)
     return activation_sizes(
         model.config,
         model.dtype.itemsize,
         is_fused=any(isinstance(module, FusedDecoderLayer) for module in model.modules()),
         has_head_norms=any(name.endswith("self_attn.q_norm") for name, _ in model.named_modules()),
-    )
+    ).cut(1 if group is None else group.size)
 
 
 def kept_per_token(model: Any) -> Kept:

@@ -17,6 +17,7 @@ from trl import SFTConfig
 from pantheraml.data.masking import check_labels
 from pantheraml.data.preview import describe_sample
 from pantheraml.devices.memory import forget_peak, format_memory_stats, get_memory_stats, gpu_memory
+from pantheraml.distributed.data_ranks import data_ranks
 from pantheraml.distributed.process_group import gather_objects, group_size, settings_of_run
 from pantheraml.distributed.strategies.choose import strategy_of
 from pantheraml.errors import DataError
@@ -134,7 +135,7 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
                     eval_dataset, processing_class, config.dataset_text_field, "evaluation"
                 )
 
-        self._join_run(config)
+        self._join_run(config, model)
         state = get_state(model)
         written = written_recompute(args)
         if state is not None:
@@ -184,12 +185,13 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         self.plan_merging()
         return predict_memory(model, self.args, longest, self._most_tokens)
 
-    def _join_run(self, config: SFTConfig) -> None:
-        """Be one of the ranks of the run, as its settings say; ``config`` is changed in place."""
+    def _join_run(self, config: SFTConfig, model: nn.Module) -> None:
+        """Be one of the ranks that train ``model``, as the run's settings say; ``config`` is changed in place."""
         join_ranks(config, group_size())
+        self._data_ranks = data_ranks(model)
         self._strategy = strategy_of(self._multi_gpu or settings_of_run(), group_size())
         self._strategy.prepare(config)
-        self._global_batch = resolve_global_batch(config, group_size())
+        self._global_batch = resolve_global_batch(config, self._data_ranks.size)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         """As the run's strategy wraps it, or else accelerate."""

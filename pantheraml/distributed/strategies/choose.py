@@ -10,6 +10,7 @@ from pantheraml.distributed.strategies.base import Strategy
 # Where each is; imported when it is chosen, since some need libraries that others do not.
 _CLASSES = {
     "ddp": ("ddp", "DDP"),
+    "tensor": ("tensor", "Tensor"),
 }
 
 

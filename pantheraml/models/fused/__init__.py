@@ -31,7 +31,12 @@ __all__ = [
 
 
 def apply_fused_parts(
-    model: PreTrainedModel, family: ModelFamily | None, patches: PatchSet, *, keep_attention: bool = False
+    model: PreTrainedModel,
+    family: ModelFamily | None,
+    patches: PatchSet,
+    *,
+    keep_attention: bool = False,
+    is_cut: bool = False,
 ) -> PatchSet:
     """Swap in everything that fits ``model``; what does not is recorded in ``patches`` with the reason.
 
@@ -40,6 +45,7 @@ def apply_fused_parts(
         family: its family, or None for an unknown architecture, which is left as it is.
         patches: the ledger.
         keep_attention: the user named an attention implementation, which stays.
+        is_cut: its layers are cut between ranks.
 
     Returns:
         ``patches``.
@@ -48,7 +54,10 @@ def apply_fused_parts(
         patches.skip(type(model).__name__, f"no family describes {model.config.model_type!r}")
         return patches
     apply_norms(model, family, patches)
-    apply_layers(model, family, patches)
+    if is_cut:
+        patches.skip("layers", "each is cut between ranks, whose sums come in the middle of what is fused")
+    else:
+        apply_layers(model, family, patches)
     apply_experts(model, family, patches)
     apply_loss(model, patches)
     if keep_attention:
