@@ -35,8 +35,21 @@ REFUSED = {
         'Write bias="none" and lora_bias=False, or strategy="ddp" or strategy="fsdp".',
     ),
     ("tensor", "modules_to_save"): (
-        "Modules whose layers are cut cannot be trained in full; the embedding and the head are whole.",
-        "Leave them to target_modules, which adapts them by LoRA.",
+        "Modules whose layers are cut, or that are given a part of the heads, cannot be trained in full; the embedding, "
+        "the head and the norms between layers can.",
+        "Leave layers to target_modules, which adapts them by LoRA, and the others out.",
+    ),
+    ("tensor", "target_parameters"): (
+        "PEFT computes such weights whole, and each rank has a part of them.",
+        "Name the layers in target_modules instead.",
+    ),
+    ("tensor", "another strategy"): (
+        "The layers of the model were cut when it was loaded, and only ranks that compute them together train it.",
+        "Pass the config that from_pretrained got, or none.",
+    ),
+    ("tensor", "whole model"): (
+        "Layers are cut between ranks when the model is loaded.",
+        "Pass use_multi_gpu=MultiGPUConfig(tensor_parallel=2), for example, to from_pretrained.",
     ),
     ("tensor", "device_map"): (
         "Each rank has one GPU, which its part of every layer goes to.",

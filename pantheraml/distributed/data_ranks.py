@@ -5,12 +5,13 @@ With degree D, ranks 0 to D - 1 are a group, the next D another; the groups shar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import torch.distributed as dist
 
 from pantheraml.config.multi_gpu import MultiGPUConfig
+from pantheraml.config.tensor_combinations import refusal
 from pantheraml.distributed.process_group import get_rank, group_size
 from pantheraml.errors import ConfigError
 from pantheraml.launch.environment import LaunchEnvironment
@@ -49,6 +50,28 @@ def data_ranks(model: nn.Module) -> DataRanks:
     together = 1 if group is None else group.size
     index, place = divmod(get_rank(), together)
     return DataRanks(group_size() // together, index, place == 0)
+
+
+def config_for(model: nn.Module, config: MultiGPUConfig) -> MultiGPUConfig:
+    """The settings with which several ranks train ``model``: the strategy follows from how it was loaded.
+
+    Raises:
+        ConfigError: ``config`` asks for another one.
+    """
+    from pantheraml.models.sharded_linear import tensor_group_of
+
+    group = tensor_group_of(model)
+    if group is None:
+        if config.way == "tensor" and group_size() > 1:
+            raise refusal("whole model", "A trainer was to compute layers together of a model that every rank has whole.")
+        return config
+    if config.way == "auto":
+        return replace(config, tensor_parallel=group.size)
+    degree = group_size() if isinstance(config.tensor_parallel, bool) else config.tensor_parallel
+    if config.way != "tensor" or degree != group.size:
+        asked = f"tensor_parallel={degree}" if config.way == "tensor" else f"strategy={config.way!r}"
+        raise refusal("another strategy", f"{asked} was given for a model of tensor_parallel={group.size}.")
+    return config
 
 
 def tensor_group(config: MultiGPUConfig) -> TensorGroup | None:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from pantheraml.distributed.process_group import get_rank
+from pantheraml.distributed.process_group import is_first_of_group
 from pantheraml.models.sharded_linear import ShardedLinear, tensor_group_of
 from pantheraml.models.tensor_group import TensorGroup
 
@@ -29,8 +29,8 @@ def saved_together(model: nn.Module, save: Callable[[], Result]) -> Result | Non
     """
     group = tensor_group_of(model)
     if group is None or group.first != 0:
-        return save() if get_rank() == 0 else None
-    if get_rank() != 0:
+        return save() if is_first_of_group() else None
+    if not is_first_of_group():
         _serve(model, group)
         return None
     try:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from pantheraml.checkpoint.publish import publish_folder
+from pantheraml.distributed.process_group import is_first_of_group
 from pantheraml.errors import SaveError
 from pantheraml.export.adapter import save_adapter
 from pantheraml.export.gathering import saved_together
@@ -23,10 +24,17 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def by_one_rank(method: Method) -> Method:
-    """``method`` on rank 0 alone, of a model that every rank has: a script calls it on each of them.
+    """``method`` on rank 0 alone, which has what it saves: a script calls it on each rank."""
 
-    Where layers are cut between ranks, those of rank 0's group give it their parts of weights that it asks for.
-    """
+    @functools.wraps(method)
+    def save(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs) if is_first_of_group() else None
+
+    return cast(Method, save)
+
+
+def by_one_for_all(method: Method) -> Method:
+    """``method`` on rank 0 alone; where layers are cut between ranks, the others give it their parts of weights."""
 
     @functools.wraps(method)
     def save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -99,7 +107,7 @@ def save_pretrained(
         )
 
 
-@by_one_rank
+@by_one_for_all
 def save_pretrained_merged(
     model: nn.Module,
     save_directory: str | Path,
@@ -128,7 +136,7 @@ def save_pretrained_merged(
         )
 
 
-@by_one_rank
+@by_one_for_all
 def push_to_hub_merged(
     model: nn.Module,
     repo_id: str,

@@ -171,6 +171,9 @@ def check_adapter_settings(model: nn.Module, settings: dict[str, Any]) -> None:
     Args:
         model: the base model.
         settings: of ``get_peft_model``, or of a saved adapter.
+
+    Raises:
+        ConfigError: something that does.
     """
     group = tensor_group_of(model)
     if group is None:
@@ -180,7 +183,8 @@ def check_adapter_settings(model: nn.Module, settings: dict[str, Any]) -> None:
         "use_dora": settings.get("use_dora"),
         "init_lora_weights": isinstance(start, str) and start not in ("gaussian", "orthogonal"),
         "bias": settings.get("bias", "none") != "none" or settings.get("lora_bias"),
-        "modules_to_save": _whole_but_cut(model, settings.get("modules_to_save") or ()),
+        "modules_to_save": _sees_parts(model, settings.get("modules_to_save") or ()),
+        "target_parameters": settings.get("target_parameters"),
     }
     for feature, is_given in given.items():
         if is_given:
@@ -190,10 +194,10 @@ def check_adapter_settings(model: nn.Module, settings: dict[str, Any]) -> None:
             )
 
 
-def _whole_but_cut(model: nn.Module, names: Any) -> bool:
-    """Whether one of the modules with these last names has a layer that is cut."""
+def _sees_parts(model: Any, names: Any) -> bool:
+    """Whether one of the modules with these last names has a layer that is cut, or is given what such a one gave."""
     return any(
-        tensor_group_of(module) is not None
+        tensor_group_of(module) is not None or model.tp_plan.get(_generic(path)) == _WHOLE
         for path, module in model.named_modules()
         if path.rpartition(".")[2] in names
     )

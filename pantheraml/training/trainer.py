@@ -17,7 +17,7 @@ from trl import SFTConfig
 from pantheraml.data.masking import check_labels
 from pantheraml.data.preview import describe_sample
 from pantheraml.devices.memory import forget_peak, format_memory_stats, get_memory_stats, gpu_memory
-from pantheraml.distributed.data_ranks import data_ranks
+from pantheraml.distributed.data_ranks import config_for, data_ranks
 from pantheraml.distributed.process_group import gather_objects, group_size, settings_of_run
 from pantheraml.distributed.strategies.choose import strategy_of
 from pantheraml.errors import DataError
@@ -189,7 +189,8 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         """Be one of the ranks that train ``model``, as the run's settings say; ``config`` is changed in place."""
         join_ranks(config, group_size())
         self._data_ranks = data_ranks(model)
-        self._strategy = strategy_of(self._multi_gpu or settings_of_run(), group_size())
+        settings = config_for(model, self._multi_gpu or settings_of_run())
+        self._strategy = strategy_of(settings, group_size())
         self._strategy.prepare(config)
         self._global_batch = resolve_global_batch(config, self._data_ranks.size)
 

@@ -15,7 +15,6 @@ from transformers import TrainingArguments
 
 from pantheraml.distributed.process_group import group_size
 from pantheraml.distributed.strategies.ddp import DDP
-from pantheraml.errors import ConfigError
 from pantheraml.models.sharded_linear import ShardedLinear, tensor_group_of
 
 
@@ -26,19 +25,9 @@ class Tensor(DDP):
     _degree = 1
 
     def configure(self, accelerator: Any, args: TrainingArguments, model: nn.Module) -> None:
-        """As for DDP, which leaves the parts of layers alone: they differ from rank to rank.
-
-        Raises:
-            ConfigError: the model is whole on every rank.
-        """
+        """As for DDP, which leaves the parts of layers alone: they differ from rank to rank."""
         group = tensor_group_of(model)
-        if group is None:
-            raise ConfigError(
-                got='strategy="tensor" was given to a trainer whose model is whole on every rank.',
-                need="Layers are cut when the model is loaded.",
-                fix="Pass use_multi_gpu=MultiGPUConfig(tensor_parallel=2), for example, to from_pretrained.",
-            )
-        self._degree = group.size
+        self._degree = 1 if group is None else group.size
         super().configure(accelerator, args, model)
         parts = [
             f"{path}.{name}"
