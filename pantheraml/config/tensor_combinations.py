@@ -35,8 +35,8 @@ REFUSED = {
         'Write bias="none" and lora_bias=False, or strategy="ddp" or strategy="fsdp".',
     ),
     ("tensor", "modules_to_save"): (
-        "Modules whose layers are cut, or that are given a part of the heads, cannot be trained in full; the embedding, "
-        "the head and the norms between layers can.",
+        "Modules whose layers are cut, or that are given a part of the heads, cannot be trained in full; the "
+        "embedding, the head and the norms between layers can.",
         "Leave layers to target_modules, which adapts them by LoRA, and the others out.",
     ),
     ("tensor", "target_parameters"): (

@@ -63,7 +63,7 @@ def config_for(model: nn.Module, config: MultiGPUConfig) -> MultiGPUConfig:
     group = tensor_group_of(model)
     if group is None:
         if config.way == "tensor" and group_size() > 1:
-            raise refusal("whole model", "A trainer was to compute layers together of a model that every rank has whole.")
+            raise refusal("whole model", 'strategy="tensor" was given for a model that every rank has whole.')
         return config
     if config.way == "auto":
         return replace(config, tensor_parallel=group.size)
@@ -114,5 +114,7 @@ def _check(degree: int, ranks: int) -> None:
         got=f"tensor_parallel={degree} was given to {ranks} rank{'s' if ranks > 1 else ''}, {here} on this machine.",
         need="Ranks that compute each layer together are on one machine, and all groups have as many: the degree "
         f"divides both numbers, and is one of {names} here.",
-        fix=f"Write tensor_parallel={valid[-1]}." if valid[-1] > 1 else "Leave tensor_parallel out, or add GPUs.",
+        fix=f"Write tensor_parallel={valid[-1]}."
+        if valid[-1] > 1
+        else "Leave tensor_parallel out, or add GPUs.",
     )

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
-from pantheraml.devices.visible_gpus import visible_memory
 from pantheraml.config.tensor_combinations import refusal
+from pantheraml.devices.visible_gpus import visible_memory
 from pantheraml.distributed.data_ranks import tensor_group
 from pantheraml.distributed.process_group import (
     get_world_size,
@@ -91,22 +91,17 @@ def _as_rank(request: LoadRequest, config: MultiGPUConfig | None, is_split: bool
             need="A model is split between all GPUs by one process; each rank has a GPU of its own.",
             fix="Run python FILE for the split, or leave device_map out to copy the model to every GPU.",
         )
-    config = setup_multi_gpu(config_of(config)) if config is not None else _settings()
+    setup_multi_gpu(config_of(config))
     if get_world_size() > 1 and _names_a_gpu(request.device_map):
         raise ConfigError(
             got=f"device_map={request.device_map!r} was given to {get_world_size()} ranks.",
             need="Each rank has a GPU of its own, and this would put all of them on one.",
             fix="Leave device_map out; CUDA_VISIBLE_DEVICES says which GPUs are used.",
         )
+    config = settings_of_run() if config is None else config
     if config.way == "tensor" and request.flags.full_finetuning:
         raise refusal("full_finetuning", "full_finetuning=True and tensor_parallel were given together.")
     return replace(request, is_alone=group_size() == 1, tensor_group=tensor_group(config))
-
-
-def _settings() -> MultiGPUConfig:
-    """Those of the run that this process is a rank of."""
-    setup_multi_gpu()
-    return settings_of_run()
 
 
 def _names_a_gpu(device_map: object) -> bool:

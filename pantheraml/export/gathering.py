@@ -1,8 +1,8 @@
 """Saving a model whose layers are cut between ranks: the first rank writes, and asks the others for their parts.
 
-    first rank    says the name of a weight; has the whole of it
-    its group     waits for names, and gives its parts, until the first rank is done or has failed
-    other groups  have the same parts, and nothing to do
+first rank    says the name of a weight; has the whole of it
+its group     waits for names, and gives its parts, until the first rank is done or has failed
+other groups  have the same parts, and nothing to do
 """
 
 from __future__ import annotations

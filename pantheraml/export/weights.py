@@ -85,8 +85,10 @@ class Weight:
 
     @torch.no_grad()
     def _values_on(self, device: torch.device) -> torch.Tensor:
-        is_cut = isinstance(self.module, ShardedLinear)
-        value = whole(self.module, self.attribute) if is_cut else stored_values(self.module, self.tensor)
+        if isinstance(self.module, ShardedLinear):
+            value = whole(self.module, self.attribute)
+        else:
+            value = stored_values(self.module, self.tensor)
         if self.adapters:
             value = value.to(device, torch.float32, copy=True)
             with torch.autocast(device.type, enabled=False):

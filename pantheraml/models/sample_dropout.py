@@ -89,9 +89,7 @@ class SampleDropout(nn.Dropout):
         keys = current_keys(input.numel() // input.shape[-1])
         if keys is None:
             return super().forward(input)
-        found: Tensor = _Masked.apply(
-            input, self.p, keys.seed_of(self.number), keys.keys, self.first_column
-        )
+        found: Tensor = _Masked.apply(input, self.p, keys.seed_of(self.number), keys.keys, self.first_column)
         return found
 
 

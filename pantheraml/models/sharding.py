@@ -62,7 +62,7 @@ class Sharding:
         mesh = DeviceMesh.from_group(self.group.process_group, device_type)
         build, layers, group = self.kind.__init__, self.layers, self.group
 
-        def __init__(model: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        def __init__(model: Any, *args: Any, **kwargs: Any) -> None:
             build(model, *args, **kwargs)
             for number, (path, cut) in enumerate(layers.items()):
                 parent, _, name = path.rpartition(".")
@@ -108,7 +108,9 @@ def plan_sharding(
         ConfigError: it cannot be cut, or not between so many ranks.
     """
     if precision.storage != "plain":
-        raise refusal("quantised weights", f"tensor_parallel={group.size} was given for {precision.storage} weights.")
+        raise refusal(
+            "quantised weights", f"tensor_parallel={group.size} was given for {precision.storage} weights."
+        )
     with torch.device("meta"):
         skeleton = auto.from_config(config, trust_remote_code=trust_remote_code)
     what = f"tensor_parallel={group.size} was given for a {config.model_type} model"
@@ -117,14 +119,20 @@ def plan_sharding(
         raise refusal("experts", f"{what}, a mixture of experts.")
     other = sorted({*plan.values()} - {*_KINDS, _WHOLE})
     if not plan or other:
-        found = f"whose plan joins what ranks computed ({', '.join(other)})" if other else "which has no plan for it"
+        found = (
+            f"whose plan joins what ranks computed ({', '.join(other)})"
+            if other
+            else "which has no plan for it"
+        )
         raise refusal("no plan", f"{what}, {found}.")
     layers = {
         path: _KINDS[style]
         for path, module in skeleton.named_modules()
         if isinstance(module, nn.Linear) and (style := plan.get(_generic(path))) in _KINDS
     }
-    _check_degree(group.size, config, [skeleton.get_submodule(path) for path in layers], list(layers.values()))
+    _check_degree(
+        group.size, config, [skeleton.get_submodule(path) for path in layers], list(layers.values())
+    )
     return Sharding(type(skeleton), layers, group)
 
 
@@ -138,7 +146,9 @@ def _num_experts(config: PretrainedConfig) -> int:
     return getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
 
 
-def _check_degree(degree: int, config: PretrainedConfig, linears: list[Any], kinds: list[type[ShardedLinear]]) -> None:
+def _check_degree(
+    degree: int, config: PretrainedConfig, linears: list[Any], kinds: list[type[ShardedLinear]]
+) -> None:
     """Refuse a degree that does not divide heads and widths, and name those that do."""
     text = config.get_text_config()
     heads = text.num_attention_heads

@@ -181,9 +181,13 @@ def refusals(folders):
         "modules_to_save": ["self_attn"], "target_parameters": ["q_proj.weight"],
     }.items():  # fmt: skip
         refused(name, lambda setting={name: setting}: FastLanguageModel.get_peft_model(model, **setting))
-    refused("save", lambda: model.save_pretrained(folders["plain"] / "again"), SaveError) if not is_second() else None
+    refused(
+        "save", lambda: model.save_pretrained(folders["plain"] / "again"), SaveError
+    ) if not is_second() else None
     model = FastLanguageModel.get_peft_model(model, r=4, modules_to_save=["lm_head"])
-    args = PantheraMLTrainingArguments(output_dir=str(folders["plain"] / "run"), report_to="none", max_steps=1)
+    args = PantheraMLTrainingArguments(
+        output_dir=str(folders["plain"] / "run"), report_to="none", max_steps=1
+    )
     given = dict(args=args, train_dataset=rows(), tokenizer=tokenizer)
     ddp = MultiGPUConfig(strategy="ddp")
     refused("ddp", lambda: PantheraMLDistributedTrainer(model, multi_gpu_config=ddp, **given))
@@ -200,9 +204,10 @@ def is_second():
 
 
 def test_what_cannot_be_combined_is_refused_with_the_nearest_that_works(tmp_path):
+    odd = dict(num_attention_heads=6, num_key_value_heads=3, hidden_size=96)
     folders = {
         "plain": tiny.save_checkpoint(tmp_path / "plain", "llama"),
-        "heads": tiny.save_checkpoint(tmp_path / "heads", "llama", num_attention_heads=6, num_key_value_heads=3, hidden_size=96),
+        "heads": tiny.save_checkpoint(tmp_path / "heads", "llama", **odd),
         "mixtral": tiny.save_checkpoint(tmp_path / "mixtral", "mixtral"),
         "phi3": tiny.save_checkpoint(tmp_path / "phi3", "phi3"),
     }  # fmt: skip
