@@ -381,8 +381,11 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; packed 4-bit weights count as the values they hold."""
-    trainable = total = 0
+    """(trainable, all) parameters; packed 4-bit weights count as the values they hold, layers that are cut as whole."""
+    from pantheraml.models.sharded_linear import ShardedLinear
+
+    trainable = 0
+    total = sum(module.count_elsewhere() for module in model.modules() if isinstance(module, ShardedLinear))
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         count = state.shape.numel() if state is not None else parameter.numel()

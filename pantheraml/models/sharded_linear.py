@@ -52,6 +52,11 @@ class ShardedLinear(nn.Linear):
         shape = (self.out_features, self.in_features)
         return torch.Size(shape if name == "weight" else shape[:1])
 
+    def count_elsewhere(self) -> int:
+        """Numbers of the whole layer that other ranks have."""
+        cut = sum(value.numel() for name, value in self.named_parameters(recurse=False) if self.is_cut(name))
+        return (self.group.size - 1) * cut
+
     @torch.no_grad()
     def gathered(self, name: str) -> Tensor:
         """The parameter ``name`` of the whole layer; every rank of the group calls this."""

@@ -27,6 +27,7 @@ from torch.utils.data import (
     SequentialSampler,
     get_worker_info,
 )
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
@@ -323,6 +324,10 @@ class RankedRows(SFTTrainer):
             collator, first_row(dataset), numbered=is_training, keyed=is_training and self._keyed
         )
         return self._loader(stream, filled, batch_size=None)
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Rows of a step, however they are cut and whoever shares them."""
+        return self._global_batch.rows
 
     def _batch_of(self, batch_size: int, is_training: bool) -> GlobalBatch:
         """How rows are cut: those of a training step, or of one batch on each rank."""

@@ -15,6 +15,8 @@ from pantheraml import (
     PantheraMLTrainingArguments,
 )
 from pantheraml.errors import ConfigError, SaveError
+from pantheraml.models.adapters import count_parameters
+from pantheraml.training.telemetry import operations_per_token
 from tests import tiny
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_parity import rows
@@ -29,10 +31,10 @@ def load(folder, degree):
     )
 
 
-def train(folder, output, degree, resume=None, save=True, **settings):
+def train(folder, output, degree, resume=None, save=True, targets="all-linear", **settings):
     """8 rows a step with dropout; what is logged, an evaluation, and some tokens."""
     model, tokenizer = load(folder, degree)
-    model = FastLanguageModel.get_peft_model(model, r=4, lora_dropout=0.3, target_modules="all-linear")
+    model = FastLanguageModel.get_peft_model(model, r=4, lora_dropout=0.3, target_modules=targets)
     args = PantheraMLTrainingArguments(
         output_dir=str(output / "run"),
         **{
@@ -63,6 +65,7 @@ def train(folder, output, degree, resume=None, save=True, **settings):
         "eval": [figures["eval_loss"], figures["eval_mean_token_accuracy"]],
         "tokens": tokens,
         "held": sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        "counted": (count_parameters(model), operations_per_token(model)),
     }
 
 
@@ -71,6 +74,7 @@ def assert_same(found, wanted, tolerance=1e-5):
         assert mine == pytest.approx(theirs, rel=tolerance)
     assert found["eval"] == pytest.approx(wanted["eval"], rel=tolerance)
     assert found["tokens"] == wanted["tokens"]
+    assert found["counted"] == wanted["counted"]
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +143,13 @@ def test_a_run_goes_on_with_any_number_of_ranks(folder, one, two, tmp_path, rank
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text"])
 def test_families(family, tmp_path):
+    """Without recompute; for llama the head and the embedding are trained in full, too."""
     folder = tiny.save_checkpoint(tmp_path / "model", family)
     settings = dict(gradient_checkpointing=False, learning_rate=1e-3)
+    if family == "llama":
+        settings["targets"] = ["q_proj", "down_proj", "embed_tokens", "lm_head"]
     wanted = train(folder, tmp_path, 1, None, False, **settings)
     for found in run_ranks(2, train_with, folder, tmp_path, settings):
         assert_same(found, wanted)
