@@ -103,7 +103,6 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
     Raises:
         ConfigError, ModelLoadError, NotYetError, HardwareError: as ``from_pretrained`` says.
     """
-    from pantheraml.models.fused import apply_fused_parts
     from pantheraml.models.fused.early_attention import tried_beside
     from pantheraml.models.split import carry_between
 
@@ -154,16 +153,24 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
         state.split = place.split
         carry_between(model, state.family, place.split)
     watch(model.base_model, state)
-    if request.kernels == "auto":
-        apply_fused_parts(
-            model,
-            state.family,
-            state.patches,
-            keep_attention=request.attn_implementation is not None,
-            is_cut=request.tensor_group is not None,
-        )
-        _say_patches(state.patches)
+    _fuse(request, model, state)
     return model, tokenizer, state
+
+
+def _fuse(request: LoadRequest, model: PreTrainedModel, state: ModelState) -> None:
+    """Swap in the parts that are fused, and say which."""
+    from pantheraml.models.fused import apply_fused_parts
+
+    if request.kernels != "auto":
+        return
+    apply_fused_parts(
+        model,
+        state.family,
+        state.patches,
+        keep_attention=request.attn_implementation is not None,
+        is_cut=request.tensor_group is not None,
+    )
+    _say_patches(state.patches)
 
 
 def _coming_calls(

@@ -165,6 +165,8 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
                 formatting_func=formatting_func,
                 **kwargs,
             )
+        # TRL divides by it the tokens that it counts on all ranks.
+        self._tp_size = max(1, self.args.world_size // self._data_ranks.size)
         self._strategy.configure(self.accelerator, config, cast(nn.Module, self.model))
         self._place_head(fused=state is not None and state.kernels == "auto")
         ledger = PatchSet() if state is None else state.patches

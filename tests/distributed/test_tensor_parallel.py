@@ -145,11 +145,13 @@ def test_a_run_goes_on_with_any_number_of_ranks(folder, one, two, tmp_path, rank
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text"])
 def test_families(family, tmp_path):
-    """Without recompute; for llama the head and the embedding are trained in full, too."""
+    """Without recompute; for llama head and embedding are trained in full, too, for qwen2 the loss is TRL's own."""
     folder = tiny.save_checkpoint(tmp_path / "model", family)
     settings = dict(gradient_checkpointing=False, learning_rate=1e-3)
     if family == "llama":
         settings["targets"] = ["q_proj", "down_proj", "embed_tokens", "lm_head"]
+    if family == "qwen2":
+        settings["loss_type"] = "dft"
     wanted = train(folder, tmp_path, 1, None, False, **settings)
     for found in run_ranks(2, train_with, folder, tmp_path, settings):
         assert_same(found, wanted)
