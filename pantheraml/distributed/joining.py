@@ -56,6 +56,10 @@ def join(
         return request
     gpus = num_visible_gpus() or 0
     is_split = names_several(request.device_map, gpus)
+    if is_split and config is not None and config.way == "tensor":
+        raise refusal(
+            "device_map", f"device_map={request.device_map!r} and tensor_parallel were given together."
+        )
     if LaunchEnvironment.detect().is_rank:
         return _as_rank(request, config, is_split)
     if config is None:

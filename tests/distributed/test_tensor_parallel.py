@@ -182,6 +182,7 @@ def refusals(folders):
     refused("ranks", lambda: get("plain", degree=4))
     refused("4bit", lambda: get("plain", load_in_4bit=True))
     refused("full", lambda: get("plain", full_finetuning=True))
+    refused("map", lambda: get("plain", device_map={"model": 0, "lm_head": 1}))
     refused("experts", lambda: get("mixtral"))
     refused("gathered", lambda: get("phi3"))
     model, tokenizer = get("plain", degree=True)
@@ -228,6 +229,7 @@ def test_what_cannot_be_combined_is_refused_with_the_nearest_that_works(tmp_path
     assert "2 ranks" in said["ranks"] and "Write tensor_parallel=2." in said["ranks"]
     assert "load_in_16bit=True" in said["4bit"]
     assert 'strategy="fsdp"' in said["full"] and 'strategy="fsdp"' in said["experts"]
+    assert "Leave device_map out." in said["map"]
     assert "colwise_gather_output" in said["gathered"]
     assert "lora_bias=True" in said["lora_bias"] and "bias='all'" in said["bias"]
     assert "save_pretrained_merged" in said["save"]
