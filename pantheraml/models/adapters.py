@@ -188,7 +188,7 @@ def build_lora_config(model: PreTrainedModel, family: ModelFamily | None, **sett
     """
     from peft import LoraConfig, TaskType
 
-    from pantheraml.models.sharding import check_adapter_settings
+    from pantheraml.models.tensor_plan import check_adapter_settings
 
     known = {field.name for field in fields(LoraConfig)}
     for name, value in settings.items():
@@ -338,7 +338,7 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> 
     import torch
     from peft import get_peft_model
 
-    from pantheraml.models.sharding import share_factors
+    from pantheraml.models.tensor_plan import share_factors
     from pantheraml.models.state import patches_of
 
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from pantheraml.models.sharding import Sharding
+    from pantheraml.models.tensor_plan import Sharding
     from pantheraml.models.tensor_group import TensorGroup
 
 
@@ -180,7 +180,7 @@ def load_model(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
 
 def _sharding(kind: Any, config: PretrainedConfig, options: LoadOptions) -> Sharding | None:
     """How the model is cut between ranks, if it is."""
-    from pantheraml.models.sharding import plan_sharding
+    from pantheraml.models.tensor_plan import plan_sharding
 
     if options.tensor_group is None:
         return None

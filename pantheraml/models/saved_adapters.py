@@ -26,7 +26,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
-    from pantheraml.models.sharding import check_adapter_settings, share_factors
+    from pantheraml.models.tensor_plan import check_adapter_settings, share_factors
 
     vocabulary = _vocabulary_keys(model)
     check_adapter_settings(model, read_json(folder / "adapter_config.json"))

@@ -1,6 +1,6 @@
 """Groups of neighbouring ranks compute each layer together; each group has rows of its own.
 
-The layers are cut when the model is loaded (``models/sharding.py``). What is trained, an adapter, is whole on every
+The layers are cut when the model is loaded (``models/tensor_plan.py``). What is trained, an adapter, is whole on every
 rank: its gradient there is such that the mean over all ranks is that of one process, which is what DDP computes. So
 saving, clipping, the optimizer and resuming on any number of ranks are those of DDP.
 """
