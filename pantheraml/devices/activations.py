@@ -76,6 +76,11 @@ class ActivationSizes:
     rank: int = 16
     is_trained: bool = False
 
+    def cut(self, ranks: int) -> ActivationSizes:
+        """Those of one of ``ranks`` that compute each layer together."""
+        names = ("inner", "heads", "queries", "keys")
+        return replace(self, **{name: getattr(self, name) // ranks for name in names})
+
     @property
     def computed(self) -> int:
         """c."""

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, cast
 from pantheraml.config.combinations import REFUSED
 from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
 from pantheraml.config.pipeline_combinations import refuse_with_pipeline
+from pantheraml.config.tensor_combinations import refusal
 from pantheraml.devices.memory_limits import read_limits
 from pantheraml.devices.visible_gpus import visible_memory
+from pantheraml.distributed.data_ranks import tensor_group
 from pantheraml.distributed.process_group import (
     gather_objects,
     get_world_size,
@@ -63,6 +65,10 @@ def join(
         return request
     gpus = num_visible_gpus() or 0
     is_split = names_several(request.device_map, gpus)
+    if is_split and config is not None and config.way == "tensor":
+        raise refusal(
+            "device_map", f"device_map={request.device_map!r} and tensor_parallel were given together."
+        )
     if LaunchEnvironment.detect().is_rank:
         return _as_rank(request, config, is_split)
     if config is None:
@@ -76,7 +82,7 @@ def join(
         return request
     may_split = is_automatic or (request.device_map is None and config.auto_device_map)
     why_not_rerun = LaunchEnvironment.detect().why_not_rerun
-    if why_not_rerun is not None and may_split and gpus > 1 and config.strategy == "auto":
+    if why_not_rerun is not None and may_split and gpus > 1 and config.way == "auto":
         say(
             f"{why_not_rerun}: the model is split over {gpus} GPUs instead. notebook_launch(fn) runs a function on a "
             "rank for each, which is faster where one GPU holds the model."
@@ -114,7 +120,10 @@ def _as_rank(request: LoadRequest, config: MultiGPUConfig | None, is_split: bool
         group_size() == 1 and settings.way == "deepspeed"
     ):  # it trains without, unless something else started it
         settings = MultiGPUConfig()
+    if settings.way == "tensor" and request.flags.full_finetuning:
+        raise refusal("full_finetuning", "full_finetuning=True and tensor_parallel were given together.")
     request = _for_deepspeed(replace(request, is_alone=group_size() == 1), settings)
+    request = replace(request, tensor_group=tensor_group(settings))
     return _sharing(request, settings) if settings.way == "fsdp" else request
 
 

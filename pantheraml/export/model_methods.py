@@ -14,10 +14,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from pantheraml.checkpoint.publish import publish_folder
+from pantheraml.errors import SaveError
 from pantheraml.export.adapter import save_adapter
 from pantheraml.export.hub import push_built, push_folder, push_merged
 from pantheraml.export.merge import save_merged
 from pantheraml.export.one_rank import by_one_rank, merging_by_one_rank
+from pantheraml.models.sharded_linear import tensor_group_of
 
 Processor = PreTrainedTokenizerBase | ProcessorMixin
 
@@ -60,6 +62,12 @@ def save_pretrained(
         return
     if isinstance(model, PeftModel):
         save_adapter(model, save_directory, tokenizer, **kwargs)
+    elif tensor_group_of(model) is not None:
+        raise SaveError(
+            got="save_pretrained was called on a model without an adapter, whose layers are cut between ranks.",
+            need="transformers' own method would write the part that one rank has.",
+            fix="Use save_pretrained_merged, which asks all ranks for their parts.",
+        )
     else:
         size = sum(weight.nbytes for weight in model.parameters())
         with publish_folder(save_directory, size) as build:

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from pantheraml.distributed.process_group import is_first_of_group
+from pantheraml.export.gathering import saved_together
 from pantheraml.export.merge import gather_merged
 from pantheraml.models.sharding import gathered_weights, is_sharded
 from pantheraml.models.zero3 import whole_on_first
@@ -39,9 +40,8 @@ def merging_by_one_rank(method: Method) -> Method:
     def save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         is_first = is_first_of_group()
         with whole_on_first(model, is_first=is_first):
-            if is_first:
-                return method(model, *args, **kwargs)
-        if is_sharded(model):
+            if is_first or not is_sharded(model):
+                return saved_together(model, lambda: method(model, *args, **kwargs))
             given = inspect.signature(method).bind(model, *args, **kwargs)
             given.apply_defaults()
             options = {**given.arguments, **given.arguments.get("options", {})}

@@ -22,9 +22,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from pantheraml.errors import AdapterError, ModelLoadError
+from pantheraml.export.gathering import whole
 from pantheraml.export.lora import AdapterLayer, add_adapter, check_mergeable
 from pantheraml.export.quantized import is_4bit, is_8bit, is_fp8, is_turned, stored_values
 from pantheraml.models.fp8 import Fp8Linear
+from pantheraml.models.sharded_linear import ShardedLinear
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,8 @@ class Weight:
     @property
     def shape(self) -> torch.Size:
         """Shape in the plain model."""
+        if isinstance(self.module, ShardedLinear):
+            return self.module.whole_shape(self.attribute)
         shape = self.tensor.quant_state.shape if is_4bit(self.tensor) else self.tensor.shape
         return torch.Size(reversed(shape) if is_turned(self.module, self.tensor) else shape)
 
@@ -84,7 +88,10 @@ class Weight:
 
     @torch.no_grad()
     def _values_on(self, device: torch.device) -> torch.Tensor:
-        value = stored_values(self.module, self.tensor)
+        if isinstance(self.module, ShardedLinear):
+            value = whole(self.module, self.attribute)
+        else:
+            value = stored_values(self.module, self.tensor)
         if self.adapters:
             value = value.to(device, torch.float32, copy=True)
             with torch.autocast(device.type, enabled=False):

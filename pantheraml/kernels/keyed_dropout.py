@@ -13,6 +13,8 @@ Shapes: x and out (T, N), stride 1 along a row. Instead of its number in x a row
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,25 +30,26 @@ _BLOCKS = {"BLOCK_M": 4, "LANES": _LANES, "ROUNDS": _ROUNDS, "num_warps": 4}
 
 @jit
 def _drop_kernel(
-    x_ptr, out_ptr, keys_ptr, x_stride, out_stride, rows, cols, seed, first_row, threshold, scale,
+    x_ptr, out_ptr, keys_ptr, x_stride, out_stride, rows, cols, seed, first_row, first_column, threshold, scale,
     KEYED: tl.constexpr, ADD: tl.constexpr, BLOCK_M: tl.constexpr, LANES: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     here = row < rows
     key = tl.load(keys_ptr + row, mask=here, other=0) if KEYED else row.to(tl.int64) + first_row
     zero = tl.zeros((BLOCK_M, LANES), dtype=tl.uint32)
-    counter = zero + (tl.program_id(1) * LANES + tl.arange(0, LANES)).to(tl.uint32)[None, :]
+    group = first_column // (LANES * 8) + tl.program_id(1)
+    counter = zero + (group * LANES + tl.arange(0, LANES)).to(tl.uint32)[None, :]
     low = zero + (key & 0xFFFFFFFF).to(tl.uint32)[:, None]
     high = zero + (key >> 32).to(tl.uint32)[:, None]
     w0, w1, w2, w3 = tl.philox(seed, counter, low, high, zero, ROUNDS)
 
-    start = tl.program_id(1) * (LANES * 8)
+    start = group * (LANES * 8) - first_column
     row = row.to(tl.int64)[:, None]  # rows x cols can pass 2^31
     for part in tl.static_range(8):
         word = w0 if part < 2 else (w1 if part < 4 else (w2 if part < 6 else w3))
         kept = ((word >> (16 * (part % 2))) & 0xFFFF).to(tl.int32) >= threshold
         col = start + part * LANES + tl.arange(0, LANES)[None, :]
-        there = here[:, None] & (col < cols)
+        there = here[:, None] & (col >= 0) & (col < cols)
         y = tl.load(x_ptr + row * x_stride + col, mask=there, other=0.0).to(tl.float32)
         y = tl.where(kept, y * scale, 0.0)
         at = out_ptr + row * out_stride + col
@@ -56,15 +59,16 @@ def _drop_kernel(
 
 
 def triton_drop(
-    out: Tensor, x: Tensor, p: float, seed: int, first_row: int, keys: Tensor | None, add: bool
+    out: Tensor, x: Tensor, p: float, seed: int, first: Sequence[int], keys: Tensor | None, add: bool
 ) -> None:
     """The operator by Triton."""
     rows, cols = x.shape
     if x.numel() == 0:
         return
-    grid = (-(-rows // _BLOCKS["BLOCK_M"]), -(-cols // (_LANES * _PER)))
+    (first_row, first_column), group = first, _LANES * _PER
+    grid = (-(-rows // _BLOCKS["BLOCK_M"]), -(-(first_column + cols) // group) - first_column // group)
     _drop_kernel[grid](
-        x, out, x if keys is None else keys, x.stride(0), out.stride(0), rows, cols, seed, first_row,
+        x, out, x if keys is None else keys, x.stride(0), out.stride(0), rows, cols, seed, first_row, first_column,
         *_threshold_and_scale(p), KEYED=keys is not None, ADD=add, **_BLOCKS,
         enable_fp_fusion=False,  # the sum is rounded as in plain PyTorch
     )  # fmt: skip
@@ -101,11 +105,12 @@ def kept_values(keys: Tensor, cols: int, p: float, seed: int) -> Tensor:
 
 
 def _eager_drop(
-    out: Tensor, x: Tensor, p: float, seed: int, first_row: int, keys: Tensor | None, add: bool
+    out: Tensor, x: Tensor, p: float, seed: int, first: Sequence[int], keys: Tensor | None, add: bool
 ) -> None:
     """The operator in plain PyTorch, with the same mask, rounded once as the kernel does."""
+    first_row, first_column = first
     keys = torch.arange(first_row, first_row + x.shape[0], device=x.device) if keys is None else keys
-    kept = kept_values(keys, x.shape[1], p, seed)
+    kept = kept_values(keys, first_column + x.shape[1], p, seed)[:, first_column:]
     y = x.to(torch.promote_types(x.dtype, torch.float32)) * _threshold_and_scale(p)[1]
     y = torch.where(kept, y, 0.0)
     out.copy_(out + y if add else y)
@@ -113,20 +118,24 @@ def _eager_drop(
 
 @torch.library.custom_op("pantheraml::keyed_dropout", mutates_args=("out",))
 def _keyed_dropout(
-    out: Tensor, x: Tensor, p: float, seed: int, first_row: int, keys: Tensor | None, add: bool
+    out: Tensor, x: Tensor, p: float, seed: int, first: Sequence[int], keys: Tensor | None, add: bool
 ) -> None:
-    """Write ``dropped`` to out, or add it with ``add``."""
-    _eager_drop(out, x, p, seed, first_row, keys, add)
+    """Write ``dropped`` to out, or add it with ``add``; ``first`` are the numbers of the first row and column."""
+    _eager_drop(out, x, p, seed, first, keys, add)
 
 
 @_keyed_dropout.register_kernel("cuda")
-def _(out: Tensor, x: Tensor, p: float, seed: int, first_row: int, keys: Tensor | None, add: bool) -> None:
+def _(
+    out: Tensor, x: Tensor, p: float, seed: int, first: Sequence[int], keys: Tensor | None, add: bool
+) -> None:
     with launching_on(out):
-        triton_drop(out, x, p, seed, first_row, keys, add)
+        triton_drop(out, x, p, seed, first, keys, add)
 
 
 @_keyed_dropout.register_fake
-def _(out: Tensor, x: Tensor, p: float, seed: int, first_row: int, keys: Tensor | None, add: bool) -> None:
+def _(
+    out: Tensor, x: Tensor, p: float, seed: int, first: Sequence[int], keys: Tensor | None, add: bool
+) -> None:
     return None
 
 
@@ -137,6 +146,7 @@ def dropped(
     first_row: int = 0,
     *,
     keys: Tensor | None = None,
+    first_column: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
     """``x`` with a share ``p`` of its values set to 0 and the others divided by ``1 - p``, without a gradient.
@@ -147,13 +157,14 @@ def dropped(
         seed: of 64 bits; the masks of different seeds are independent.
         first_row: the number of the first row, from 0: x may be a part of something longer.
         keys: (T,) int64, contiguous: the rows' numbers, if they do not follow ``first_row``.
+        first_column: the number of the first column, likewise.
         out: (T, N) to be filled, stride 1 along a row; x itself is fine. None makes one.
 
     Returns:
         ``out``.
     """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    _launch(out, x, p, seed, first_row, keys, False)
+    _launch(out, x, p, seed, (first_row, first_column), keys, False)
     return out
 
 
@@ -161,19 +172,19 @@ def add_dropped(
     total: Tensor, x: Tensor, p: float, seed: int, first_row: int = 0, *, keys: Tensor | None = None
 ) -> Tensor:
     """``total += dropped(x, …)``, summed in float32, rounded once; arguments as ``dropped``; returns total (T, N)."""
-    _launch(total, x, p, seed, first_row, keys, True)
+    _launch(total, x, p, seed, (first_row, 0), keys, True)
     return total
 
 
 @torch.no_grad()
 def _launch(
-    out: Tensor, x: Tensor, p: float, seed: int, first_row: int, keys: Tensor | None, add: bool
+    out: Tensor, x: Tensor, p: float, seed: int, first: Sequence[int], keys: Tensor | None, add: bool
 ) -> None:
     if not runs_triton(x):
-        _eager_drop(out, x, p, seed, first_row, keys, add)
+        _eager_drop(out, x, p, seed, first, keys, add)
         return
     with launching_on(x):
-        triton_drop(out, x, p, seed, first_row, keys, add)
+        triton_drop(out, x, p, seed, first, keys, add)
 
 
 def draw_seeds(count: int) -> list[int]:

@@ -188,6 +188,8 @@ def build_lora_config(model: PreTrainedModel, family: ModelFamily | None, **sett
     """
     from peft import LoraConfig, TaskType
 
+    from pantheraml.models.tensor_plan import check_adapter_settings
+
     known = {field.name for field in fields(LoraConfig)}
     for name, value in settings.items():
         if name not in known:
@@ -203,6 +205,7 @@ def build_lora_config(model: PreTrainedModel, family: ModelFamily | None, **sett
         _check_experts(settings)
     _settle_loftq(model, settings)
     _check_fp8(model, settings)
+    check_adapter_settings(model, settings)
     whole = [*(settings.pop("modules_to_save", None) or []), *targets.whole]
     beside = {name.rpartition(".")[2] for name, _ in model.named_modules() if _is_beside(name, family)}
     if family is not None and isinstance(targets.modules, list) and beside & {*targets.modules}:
@@ -335,15 +338,20 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> 
     import torch
     from peft import get_peft_model
 
+    from pantheraml.models.state import patches_of
+    from pantheraml.models.tensor_plan import share_factors
+
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
             # PEFT 0.21 asks transformers 5.23 for the older of two names of one property.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             torch.manual_seed(seed)
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError, KeyError, ImportError) as error:
         raise _refused(error, vars(config)) from error
+    share_factors(adapted, patches_of(model))
+    return adapted
 
 
 def _refused(error: Exception, settings: dict[str, Any]) -> AdapterError:
@@ -373,8 +381,11 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; packed 4-bit weights count as the values they hold."""
-    trainable = total = 0
+    """(trainable, all) parameters; packed 4-bit weights count as the values they hold, layers that are cut as whole."""
+    from pantheraml.models.sharded_linear import ShardedLinear
+
+    trainable = 0
+    total = sum(module.count_elsewhere() for module in model.modules() if isinstance(module, ShardedLinear))
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         count = state.shape.numel() if state is not None else parameter.numel()

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from pantheraml.kernels.attention.backend import AttentionCall
     from pantheraml.models.sharding import Sharding
+    from pantheraml.models.tensor_group import TensorGroup
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class LoadRequest:
         sharding: how ranks share out the weights, if they do.
         pipeline: what the layers are split over, whatever the model's size; None leaves it to ``device_map``.
         zero_stage: of DeepSpeed, if it will train the model.
+        tensor_group: the ranks that compute each layer together with this one.
     """
 
     model_name: str
@@ -71,6 +73,7 @@ class LoadRequest:
     sharding: Sharding | None = None
     pipeline: PipelineDevices | None = None
     zero_stage: int | None = None
+    tensor_group: TensorGroup | None = None
 
 
 def find_source(request: LoadRequest) -> ModelSource:
@@ -109,7 +112,6 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
     Raises:
         ConfigError, ModelLoadError, NotYetError, HardwareError: as ``from_pretrained`` says.
     """
-    from pantheraml.models.fused import apply_fused_parts
     from pantheraml.models.fused.early_attention import tried_beside
     from pantheraml.models.split import carry_between
 
@@ -162,21 +164,30 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
         state.split = place.split
         carry_between(model, state.family, place.split)
     watch(model.base_model, state)
-    if request.kernels == "auto":
-        apply_fused_parts(
-            model,
-            state.family,
-            state.patches,
-            keep_attention=request.attn_implementation is not None,
-            device=place.device,
-        )
-        _say_patches(state.patches)
+    _fuse(request, model, state, place.device)
     if request.sharding is not None:
         from pantheraml.models.sharding import shard_model
 
         state.sharding = request.sharding
         shard_model(model, request.sharding, precision.dtype if precision.storage == "plain" else None)
     return model, tokenizer, state
+
+
+def _fuse(request: LoadRequest, model: PreTrainedModel, state: ModelState, device: torch.device) -> None:
+    """Swap in the parts that are fused on ``device``, and say which."""
+    from pantheraml.models.fused import apply_fused_parts
+
+    if request.kernels != "auto":
+        return
+    apply_fused_parts(
+        model,
+        state.family,
+        state.patches,
+        keep_attention=request.attn_implementation is not None,
+        device=device,
+        is_cut=request.tensor_group is not None,
+    )
+    _say_patches(state.patches)
 
 
 def _coming_calls(
@@ -215,8 +226,9 @@ def _load_base(
         # Into a mapped file: ranks share its memory, and read what they keep.
         device_map, precision = {"": "cpu"}, as_stored(precision, config)
     options = loading.LoadOptions(
-        device_map, precision, request.attn_implementation, num_labels, trust, place.limits
-    )
+        device_map, precision, request.attn_implementation, num_labels, trust, place.limits,
+        request.tensor_group,
+    )  # fmt: skip
     devices = [place.device] if place.split is None else place.split.devices
     with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
         torch.manual_seed(request.random_state)

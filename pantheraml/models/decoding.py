@@ -30,6 +30,7 @@ from pantheraml.models.fused.decoder_layer import FusedDecoderLayer
 from pantheraml.models.fused.decoding_layer import apply_decoding_layers
 from pantheraml.models.patching import PatchSet
 from pantheraml.models.recorded_step import RecordedStep, Step, record_cuda_graph
+from pantheraml.models.sharded_linear import tensor_group_of
 from pantheraml.models.sharding import is_sharded
 from pantheraml.models.split import is_split
 from pantheraml.models.state import get_state
@@ -138,6 +139,8 @@ def why_not_recorded(model: PreTrainedModel, *, on_cpu: bool = False) -> str | N
         return "its layers are on several devices"
     if is_sharded(model) or is_partitioned(model):
         return "ranks share out its weights"
+    if tensor_group_of(model) is not None:
+        return "its layers are cut between ranks"
     missing = [name for name in _METHODS if not hasattr(model, name)]
     if missing:
         return f"this transformers has no {missing[0]}"

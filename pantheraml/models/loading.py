@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from pantheraml.models.tensor_group import TensorGroup
+    from pantheraml.models.tensor_plan import Sharding
+
 
 # The new layer of transformers' sequence classifiers.
 _HEADS = ("score.weight", "classifier.weight")
@@ -32,6 +35,7 @@ class LoadOptions:
         num_labels: build a sequence classifier with that many labels instead of a language model.
         trust_remote_code: run the folder's own Python code.
         max_memory: bytes of each GPU, where transformers is to place the layers by itself.
+        tensor_group: ranks that compute each layer together, if this one is one of them.
     """
 
     device_map: str | dict[str, Any]
@@ -40,6 +44,7 @@ class LoadOptions:
     num_labels: int | None = None
     trust_remote_code: bool = False
     max_memory: Mapping[int, int] | None = None
+    tensor_group: TensorGroup | None = None
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -150,6 +155,9 @@ def load_model(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
         kind = AutoModelForSequenceClassification
         # Beside a config, an argument of that name would reach the model's own class.
         config.num_labels = options.num_labels
+    sharding = _sharding(kind, config, options)
+    if sharding is not None:
+        kind = sharding.loading_class(_device_type(options.device_map))
     try:
         loaded: Any = kind.from_pretrained(folder, output_loading_info=True, **kwargs)
         model, report = loaded
@@ -159,6 +167,8 @@ def load_model(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
         raise _explain_load(folder, config, options, error) from error
     new_head = options.num_labels is not None and _stored_num_labels(config, None) is None
     _check_report(folder, report, _odd_layers(model), new_head=new_head)
+    if sharding is not None:
+        sharding.settle(model)
     if stored is not None:
         _cast_plain(model, options.precision.dtype)
     if options.precision.storage == "4bit":
@@ -166,6 +176,22 @@ def load_model(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
     if options.precision.storage == "fp8":
         _settle_fp8(model)
     return model
+
+
+def _sharding(kind: Any, config: PretrainedConfig, options: LoadOptions) -> Sharding | None:
+    """How the model is cut between ranks, if it is."""
+    from pantheraml.models.tensor_plan import plan_sharding
+
+    if options.tensor_group is None:
+        return None
+    trust = options.trust_remote_code
+    return plan_sharding(kind, config, options.precision, options.tensor_group, trust_remote_code=trust)
+
+
+def _device_type(device_map: str | dict[str, Any]) -> str:
+    """``"cuda"`` or ``"cpu"``, of a map to one device."""
+    place = device_map if isinstance(device_map, str) else next(iter(device_map.values()))
+    return str(place).partition(":")[0]
 
 
 def _settle_fp8(model: PreTrainedModel) -> None:

@@ -32,6 +32,7 @@ from pantheraml.models.recompute_plan import (
     plan_unpacked,
     unpacked_bytes,
 )
+from pantheraml.models.sharded_linear import tensor_group_of
 from pantheraml.models.sharding import gathered_bytes, local
 
 if TYPE_CHECKING:
@@ -175,6 +176,8 @@ def _free_bytes(model: Any, section: Section, is_new: bool) -> int:
     """What may be taken now: the optimizer's share is kept before the first step, unpacked layers may go."""
     device = section.device
     free = free_gpu_bytes(device) if device.type == "cuda" else psutil.virtual_memory().available
+    group = tensor_group_of(model)
+    free = free if group is None else group.least(free)  # what is computed again is so by all of them
     held = sum(unpacked_bytes(layer) for layer in _fused(section.layers) if layer.reader.keeps_unpacked)
     return free + held - gathered_bytes(model) - (optimizer_bytes(model, device) if is_new else 0)
 
@@ -183,7 +186,9 @@ def _plan_recompute(
     model: Any, state: ModelState, section: Section, tokens: int, is_new: bool
 ) -> RecomputePlan:
     policy, total = state.recompute, len(section.layers)
+    group = tensor_group_of(model)
     host = psutil.virtual_memory().available
+    host = host if group is None else group.least(host)
     if policy in ("offload", "unsloth"):
         if section.device.type == "cpu":
             return RecomputePlan(tokens, total)

@@ -15,6 +15,7 @@ from pantheraml.devices.memory import GIB
 from pantheraml.devices.peak_memory import WORKSPACE_BYTES
 from pantheraml.models.activation_sizes import TILE, ActivationSizes, Kept, activation_sizes
 from pantheraml.models.families import find_family
+from pantheraml.models.sharded_linear import tensor_group_of
 from pantheraml.models.stack_memory import margin_bytes
 from pantheraml.models.stack_memory import unpacked_bytes as shared_buffers
 
@@ -91,6 +92,7 @@ def sizes_of(model: Any) -> ActivationSizes:
     if first is not None and first.requires_grad:
         # The trainer computes in 16 bits on GPUs, whatever masters are in.
         trained_in = min(first.itemsize, 2) if first.device.type == "cuda" else first.itemsize
+    group = tensor_group_of(model)
     return activation_sizes(
         model.config,
         model.dtype.itemsize,
@@ -99,7 +101,7 @@ def sizes_of(model: Any) -> ActivationSizes:
         has_post_norms=family is not None and "sandwich_norm" in family.deviations,
         rank=_rank_of(model),
         trained_in=trained_in,
-    )
+    ).cut(1 if group is None else group.size)
 
 
 def _rank_of(model: nn.Module) -> int:

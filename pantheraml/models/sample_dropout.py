@@ -75,11 +75,12 @@ class SampleDropout(nn.Dropout):
     Args:
         p: the share that is dropped.
         number: of the adapter in the model.
+        first_column: of the input, where that is a part of a longer one.
     """
 
-    def __init__(self, p: float, number: int) -> None:
+    def __init__(self, p: float, number: int, first_column: int = 0) -> None:
         super().__init__(p)
-        self.number = number
+        self.number, self.first_column = number, first_column
 
     def forward(self, input: Tensor) -> Tensor:
         """x (..., K), a row for each token."""
@@ -89,7 +90,7 @@ class SampleDropout(nn.Dropout):
         if keys is None:
             return super().forward(input)
         on_device = keys.keys.to(input.device, non_blocking=True)
-        found: Tensor = _Masked.apply(input, self.p, keys.seed_of(self.number), on_device)
+        found: Tensor = _Masked.apply(input, self.p, keys.seed_of(self.number), on_device, self.first_column)
         return found
 
 
@@ -97,16 +98,17 @@ class _Masked(torch.autograd.Function):
     """x (..., K) under a mask; its gradient is under the same one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, seed: int, keys: Tensor) -> Tensor:
-        """Keys (T,) for x as (T, K)."""
-        ctx.mask = p, seed, keys
-        return dropped(x.reshape(-1, x.shape[-1]), p, seed, keys=keys).view(x.shape)
+    def forward(ctx: Any, x: Tensor, p: float, seed: int, keys: Tensor, column: int) -> Tensor:
+        """Keys (T,) for x as (T, K), whose first column is number ``column``."""
+        ctx.mask = p, seed, keys, column
+        return dropped(x.reshape(-1, x.shape[-1]), p, seed, keys=keys, first_column=column).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The gradient of x."""
-        p, seed, keys = ctx.mask
-        return dropped(dy.reshape(-1, dy.shape[-1]), p, seed, keys=keys).view(dy.shape), None, None, None
+        p, seed, keys, column = ctx.mask
+        dx = dropped(dy.reshape(-1, dy.shape[-1]), p, seed, keys=keys, first_column=column)
+        return dx.view(dy.shape), None, None, None, None
 
 
 def follow_samples(model: nn.Module, patches: PatchSet) -> bool:
@@ -125,6 +127,7 @@ def follow_samples(model: nn.Module, patches: PatchSet) -> bool:
         for name, dropout in list(layer.lora_dropout.items()):
             found = found or getattr(dropout, "p", 0.0) > 0
             if type(dropout) is nn.Dropout:
-                new = SampleDropout(dropout.p, number)
+                first = getattr(layer.get_base_layer(), "first_input", 0)
+                new = SampleDropout(dropout.p, number, first)
                 patches.replace(model, f"{path}.lora_dropout.{name}", new, "masks follow from the sample")
     return found

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pantheraml.errors import AdapterError, first_line
+from pantheraml.models.source import read_json
+from pantheraml.models.state import patches_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -24,7 +26,10 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
+    from pantheraml.models.tensor_plan import check_adapter_settings, share_factors
+
     vocabulary = _vocabulary_keys(model)
+    check_adapter_settings(model, read_json(folder / "adapter_config.json"))
     try:
         with warnings.catch_warnings():  # what it warns of is an error below
             warnings.filterwarnings("ignore", "Found missing adapter keys")
@@ -38,6 +43,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     odd = sorted((expected - stored) | (stored - expected - vocabulary))
     if odd:
         raise _foreign(folder, model, f"{len(odd)} of its weights do not match, first {odd[0]}")
+    share_factors(wrapped, patches_of(model))
     return wrapped
 
 

@@ -77,3 +77,9 @@ def get_state(model: nn.Module) -> ModelState | None:
     """The state of a model loaded by PantheraML (also through wrappers), or None for any other model."""
     state = getattr(model, _ATTRIBUTE, None)
     return state if isinstance(state, ModelState) else None
+
+
+def patches_of(model: nn.Module) -> PatchSet:
+    """The ledger of ``model``, or a new one for a model that was not loaded by PantheraML."""
+    state = get_state(model)
+    return PatchSet() if state is None else state.patches

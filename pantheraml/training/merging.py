@@ -26,6 +26,7 @@ from pantheraml.models.fused.attention import NAME
 from pantheraml.models.packed_rows import documents_mix
 from pantheraml.models.recompute import optimizer_bytes
 from pantheraml.models.recompute_plan import most_tokens
+from pantheraml.models.sharded_linear import tensor_group_of
 from pantheraml.models.state import get_state
 from pantheraml.training.rank_batches import LABEL_AT
 from pantheraml.training.router_balance import Groups
@@ -185,6 +186,8 @@ class MergedSteps(StepLoss):
         if self.args.device.type != "cuda":
             return MOST_TOKENS
         free = free_gpu_bytes(self.args.device) - optimizer_bytes(model)
+        group = tensor_group_of(model)
+        free = free if group is None else group.least(free)
         room = min(MOST_TOKENS, most_tokens(model, free))
         say_once(f"micro-batches of a step are merged up to {room} tokens, without padding.")
         return room

@@ -27,9 +27,11 @@ from torch.utils.data import (
     SequentialSampler,
     get_worker_info,
 )
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
+from pantheraml.distributed.data_ranks import DataRanks
 from pantheraml.distributed.process_group import gather_objects
 from pantheraml.errors import DataError
 from pantheraml.log import say_once
@@ -230,6 +232,8 @@ class RankedRows(SFTTrainer):
     """The part of the trainer that gives each rank its rows, in an order that does not depend on how many there are."""
 
     _global_batch: GlobalBatch
+    # Who has rows of its own; ranks that compute layers together have the same.
+    _data_ranks = DataRanks()
     # Whether dropout follows the samples, so that tokens need keys.
     _keyed = False
     # Of a stream: the epoch and the rows of it that are done where the run goes on.
@@ -296,7 +300,7 @@ class RankedRows(SFTTrainer):
             dataset,
             SequentialSampler(dataset) if sampler is None else sampler,
             batch,
-            rank=self.args.process_index,
+            rank=self._data_ranks.index,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             drop_last=is_training and self.args.dataloader_drop_last,
         )
@@ -311,7 +315,7 @@ class RankedRows(SFTTrainer):
         stream = RankStream(
             dataset,
             self._batch_of(batch_size, is_training),
-            rank=self.args.process_index,
+            rank=self._data_ranks.index,
             drop_last=is_training and self.args.dataloader_drop_last,
             start=self._start if is_training else (0, 0),
             numbered=is_training,
@@ -321,9 +325,13 @@ class RankedRows(SFTTrainer):
         )
         return self._loader(stream, filled, batch_size=None)
 
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Rows of a step, however they are cut and whoever shares them."""
+        return self._global_batch.rows
+
     def _batch_of(self, batch_size: int, is_training: bool) -> GlobalBatch:
         """How rows are cut: those of a training step, or of one batch on each rank."""
-        ranks = self.args.world_size
+        ranks = self._data_ranks.size
         return self._global_batch if is_training else GlobalBatch(batch_size * ranks, batch_size, ranks)
 
     def _loader(self, dataset: Any, collator: FilledCollator, **batches: Any) -> DataLoader[Any]:

@@ -22,6 +22,7 @@ from pantheraml.errors import PantheraMLError
 from pantheraml.kernels.utils import clear_gpu_cache
 from pantheraml.log import say
 from pantheraml.models.less_memory import next_resort, restored_afterwards
+from pantheraml.models.sharded_linear import tensor_group_of
 from pantheraml.models.state import get_state
 from pantheraml.training.evaluation_memory import HalvedForward
 from pantheraml.training.finite_steps import FiniteSteps
@@ -112,7 +113,7 @@ class RepeatedSteps(FiniteSteps):
 
     def prediction_step(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         """TRL's; a batch of evaluation that does not fit goes through the model in parts."""
-        if self._strategy.talks_in_passes:
+        if self._strategy.talks_in_passes or tensor_group_of(cast(nn.Module, self.model)) is not None:
             return super().prediction_step(model, inputs, *args, **kwargs)
         forward: Any = HalvedForward(model, self._eval_limit)
         return super().prediction_step(forward, inputs, *args, **kwargs)
@@ -129,7 +130,9 @@ class RepeatedSteps(FiniteSteps):
             is_known = self.accelerator.distributed_type in (
                 DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU
             )  # fmt: skip
-            self._reduction = reduction_of(model) if is_possible and is_known else None
+            # A rank that fails within a layer leaves those waiting that compute it together with it.
+            is_alone = tensor_group_of(model) is None
+            self._reduction = reduction_of(model) if is_possible and is_known and is_alone else None
             self._may_cut = is_plain
         return self._reduction is not None
 

@@ -40,12 +40,14 @@ class StepLoss(StoppableRuns):
         mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
         tokens = mask.sum() if mask is not None else ids.numel() if ids is not None else 0
         tokens = tokens * output.label_mask.any()  # the row without labels of a rank that has run out of rows
+        tokens = tokens * self._data_ranks.is_counted
         balance = self._balance(output, inputs) if self.aux_loss_enabled else None
         self._figures.add(
             output.log_probs, output.entropy, output.is_top1, output.label_mask, tokens, balance
         )
         loss = -output.log_probs.sum() / torch.as_tensor(labels).clamp(min=1)
-        # Label tokens, and micro-batches, are those of all ranks, whose gradients are averaged.
+        # Label tokens, and micro-batches, are those of all ranks, whose gradients are averaged; where ranks share rows,
+        # they are counted by each.
         together = num_items_in_batch is not None and self.args.average_tokens_across_devices
         ranks = self.args.world_size if together else 1
         loss = loss * ranks

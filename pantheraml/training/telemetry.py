@@ -28,21 +28,27 @@ from pantheraml.devices.peaks import peak_tflops
 from pantheraml.distributed.process_group import gather_objects, is_main_process
 from pantheraml.errors import first_line
 from pantheraml.log import say_once, show
+from pantheraml.models.sharded_linear import ShardedLinear
 from pantheraml.training.telemetry_lines import Stats, draw_lines, plain_line
 
 
 def operations_per_token(model: nn.Module) -> int:
     """Floating-point operations of a training step for one token: products with weights alone, without attention's own.
 
-    Two for each number of a weight forward, two for the gradient of its input, and two more where it is trained.
+    Two for each number of a weight forward, two for the gradient of its input, and two more where it is trained. What
+    is cut between ranks counts whole.
     """
     total = 0
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, nn.Embedding) or not isinstance(weight, torch.Tensor) or weight.dim() < 2:
+        weight = module._parameters.get(
+            "weight"
+        )  # a layer's own: PEFT's wrappers have their base layer's, too
+        if isinstance(module, nn.Embedding) or weight is None or weight.dim() < 2:
             continue
         state = getattr(weight, "quant_state", None)
         numbers = weight.numel() if state is None else math.prod(state.shape)
+        if isinstance(module, ShardedLinear):
+            numbers *= module.group.size
         total += numbers * (6 if weight.requires_grad else 4)
     return total
 

@@ -18,6 +18,7 @@ from trl import SFTConfig
 from pantheraml.data.masking import check_labels
 from pantheraml.data.preview import describe_sample
 from pantheraml.devices.memory import forget_peak, format_memory_stats, get_memory_stats, gpu_memory
+from pantheraml.distributed.data_ranks import config_for, data_ranks
 from pantheraml.distributed.process_group import gather_objects, group_size, settings_of_run
 from pantheraml.distributed.strategies.choose import strategy_of
 from pantheraml.errors import DataError
@@ -163,6 +164,8 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
                 formatting_func=formatting_func,
                 **kwargs,
             )
+        # TRL divides by it the tokens that it counts on all ranks.
+        self._tp_size = max(1, self.args.world_size // self._data_ranks.size)
         self._strategy.configure(self.accelerator, config, cast(nn.Module, self.model))
         self._place_head(fused=state is not None and state.kernels == "auto")
         ledger = PatchSet() if state is None else state.patches
@@ -183,11 +186,12 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         return predict_memory(model, self.args, longest, self._most_tokens)
 
     def _join_run(self, config: SFTConfig, model: nn.Module) -> None:
-        """Be one of the ranks of the run, as its settings say; ``config`` is changed in place."""
+        """Be one of the ranks that train ``model``, as the run's settings say; ``config`` is changed in place."""
         join_ranks(config, group_size())
-        settings = with_strategy(self._multi_gpu or settings_of_run(), config)
+        self._data_ranks = data_ranks(model)
+        settings = with_strategy(config_for(model, self._multi_gpu or settings_of_run()), config)
         self._strategy = strategy_of(settings, group_size(), model, config)
-        self._global_batch = resolve_global_batch(config, group_size())
+        self._global_batch = resolve_global_batch(config, self._data_ranks.size)
         self._strategy.prepare(config)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> nn.Module:

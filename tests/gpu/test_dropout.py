@@ -34,6 +34,13 @@ def test_the_kernel_equals_plain_pytorch_bit_by_bit(shape, p, dtype, first_row):
     assert torch.equal(whole[:, shape[1] :], beside)
 
 
+@pytest.mark.parametrize("first", [7, 2048, 7168])
+def test_a_part_of_the_columns(first):
+    x, _, _ = make((130, 2500), torch.bfloat16, "cuda")
+    kept = kept_values(torch.arange(130), first + 2500, 0.3, SEED)[:, first:].cuda()
+    assert torch.equal(dropped(x, 0.3, SEED, first_column=first), expected(x, kept, 0.3))
+
+
 def test_more_than_2_to_the_31_values():
     rows, cols = 2**17 + 3, 2**14 + 8
     x = torch.ones(rows, cols, dtype=torch.bfloat16, device="cuda")
@@ -46,7 +53,7 @@ def test_more_than_2_to_the_31_values():
 
 def test_the_operator():
     x, total, _ = make((33, 300), torch.bfloat16, "cuda")
-    arguments = (total.clone(), x.clone(), 0.25, SEED, 3, None, True)
+    arguments = (total.clone(), x.clone(), 0.25, SEED, (3, 0), None, True)
     torch.library.opcheck(torch.ops.pantheraml.keyed_dropout, arguments)
     torch.ops.pantheraml.keyed_dropout(*arguments)
     assert torch.equal(arguments[0], add_dropped(total, x, 0.25, SEED, 3))

@@ -31,6 +31,14 @@ def test_rows_with_keys_of_their_own():
     assert torch.equal(kept[6], kept[7]) and not torch.equal(kept[0], kept[3])
 
 
+@pytest.mark.parametrize("first", [7, 2048, 2100])
+@pytest.mark.parametrize("cols", [33, 2500])
+def test_a_part_of_the_columns(first, cols):
+    x, _, _ = make((5, cols), torch.float32)
+    kept = kept_values(torch.arange(5), first + cols, 0.5, SEED)[:, first:]
+    assert torch.equal(dropped(x, 0.5, SEED, first_column=first), expected(x, kept, 0.5))
+
+
 def test_rows_past_2_to_the_31():
     # Rows 2^26 elements apart, so the last one starts past 2^31, in memory that is mostly never touched.
     rows, stride = 2**5 + 2, 2**26

@@ -150,7 +150,7 @@ def test_dropping_compiles(capability, dtype, add, keyed):
     blocks, warps = split(keyed_dropout._BLOCKS)
     types = {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "keys_ptr": "*i64" if keyed else f"*{dtype}"}
     types |= dict.fromkeys(("x_stride", "out_stride", "seed", "first_row"), "i64")
-    types |= dict.fromkeys(("rows", "cols", "threshold"), "i32") | {"scale": "fp32"}
+    types |= dict.fromkeys(("rows", "cols", "threshold", "first_column"), "i32") | {"scale": "fp32"}
     constants = {"KEYED": keyed, "ADD": add, **blocks}
     compiled = compile_for(keyed_dropout._drop_kernel, types, constants, capability, warps)
     assert f"sm_{capability}" in compiled.asm["ptx"] and compiled.asm["cubin"]

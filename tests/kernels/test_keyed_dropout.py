@@ -91,11 +91,18 @@ def test_seeds_repeat_with_torchs_generator_and_differ_otherwise():
     assert all(seed % 2 and 2**62 < seed < 2**63 for seed in first)
 
 
+@pytest.mark.parametrize("first", [0, 7, 2048, 2100])
+def test_a_part_of_the_columns(first):
+    x, _, _ = make((5, 33), torch.float32)
+    kept = kept_values(torch.arange(5), first + 33, 0.5, SEED)[:, first:]
+    assert torch.equal(dropped(x, 0.5, SEED, first_column=first), expected(x, kept, 0.5))
+
+
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("keys", [None, torch.arange(9)])
 def test_opcheck(keys, add):
     x, total, _ = make((9, 40), torch.float32)
-    arguments = (total.clone(), x.clone(), 0.25, SEED, 0, keys, add)
+    arguments = (total.clone(), x.clone(), 0.25, SEED, (0, 0), keys, add)
     torch.library.opcheck(torch.ops.pantheraml.keyed_dropout, arguments)
     torch.ops.pantheraml.keyed_dropout(*arguments)
     kept = kept_values(torch.arange(9), 40, 0.25, SEED)

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
@@ -30,6 +31,15 @@ class Model(nn.Module):
         self.frozen = nn.Linear(8, 16).requires_grad_(False)
         self.trained = nn.Linear(16, 4)
         self.norm = nn.LayerNorm(4)
+
+
+def test_layers_of_adapters_count_once():
+    model = tiny.build_model("llama")
+    numbers = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    assert operations_per_token(model) == 6 * numbers
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    factors = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert operations_per_token(adapted) == 4 * numbers + 6 * factors
 
 
 def test_operations_of_a_step():

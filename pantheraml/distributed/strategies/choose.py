@@ -19,6 +19,7 @@ _CLASSES = {
     "fsdp": ("fsdp", "FSDP"),
     "deepspeed": ("deepspeed", "DeepSpeed"),
     "pipeline": ("pipeline", "PipelineRanks"),
+    "tensor": ("tensor", "Tensor"),
 }
 
 

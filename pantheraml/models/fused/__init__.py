@@ -38,6 +38,7 @@ def apply_fused_parts(
     *,
     keep_attention: bool = False,
     device: torch.device | None = None,
+    is_cut: bool = False,
 ) -> PatchSet:
     """Swap in everything that fits ``model``; what does not is recorded in ``patches`` with the reason.
 
@@ -47,6 +48,7 @@ def apply_fused_parts(
         patches: the ledger.
         keep_attention: the user named an attention implementation, which stays.
         device: where the model is going to be, if it is not there yet.
+        is_cut: its layers are cut between ranks.
 
     Returns:
         ``patches``.
@@ -55,7 +57,10 @@ def apply_fused_parts(
         patches.skip(type(model).__name__, f"no family describes {model.config.model_type!r}")
         return patches
     apply_norms(model, family, patches, device=device)
-    apply_layers(model, family, patches, device=device)
+    if is_cut:
+        patches.skip("layers", "each is cut between ranks, whose sums come in the middle of what is fused")
+    else:
+        apply_layers(model, family, patches, device=device)
     apply_experts(model, family, patches, device=device)
     apply_loss(model, patches, device=device)
     if keep_attention:
