@@ -33,8 +33,9 @@ class MultiGPUConfig:
         backend: how ranks talk: ``"nccl"`` between GPUs, ``"gloo"`` between CPUs (and what ``"nccl"`` means where ranks
             have no GPU), ``"mpi"`` where torch was built with it.
         timeout_minutes: how long a collective may wait for a rank before the run ends.
-        auto_device_map: split a model that does not fit on one GPU between all of them, instead of copying it to each;
-            in the place of a ``device_map`` of None.
+        auto_device_map: split a model that does not fit on one GPU between all of them where ranks cannot share out its
+            weights: those in 8 bits, and programs that cannot be started again; in the place of a ``device_map`` of
+            None.
         tensor_parallel: how many GPUs compute each layer together; True is all of them.
         pipeline_parallel: how many GPUs have the layers of one model between them; True is all of them. Each rank is
             such a pipeline, with rows of its own.

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, cast
 
 import torch.distributed as dist
 
+from pantheraml.config.combinations import refusal
 from pantheraml.config.multi_gpu import MultiGPUConfig
-from pantheraml.config.tensor_combinations import refusal
 from pantheraml.distributed.process_group import get_rank, group_size
 from pantheraml.errors import ConfigError
 from pantheraml.launch.environment import LaunchEnvironment
@@ -63,14 +63,18 @@ def config_for(model: nn.Module, config: MultiGPUConfig) -> MultiGPUConfig:
     group = tensor_group_of(model)
     if group is None:
         if config.way == "tensor" and group_size() > 1:
-            raise refusal("whole model", 'strategy="tensor" was given for a model that every rank has whole.')
+            raise refusal(
+                "tensor", "whole model", 'strategy="tensor" was given for a model that every rank has whole.'
+            )
         return config
     if config.way == "auto":
         return replace(config, tensor_parallel=group.size)
     degree = group_size() if isinstance(config.tensor_parallel, bool) else config.tensor_parallel
     if config.way != "tensor" or degree != group.size:
         asked = f"tensor_parallel={degree}" if config.way == "tensor" else f"strategy={config.way!r}"
-        raise refusal("another strategy", f"{asked} was given for a model of tensor_parallel={group.size}.")
+        raise refusal(
+            "tensor", "another strategy", f"{asked} was given for a model of tensor_parallel={group.size}."
+        )
     return config
 
 

@@ -7,10 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from pantheraml.config.combinations import REFUSED
+from pantheraml.config.combinations import REFUSED, refusal
 from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
-from pantheraml.config.pipeline_combinations import refuse_with_pipeline
-from pantheraml.config.tensor_combinations import refusal
 from pantheraml.devices.memory_limits import read_limits
 from pantheraml.devices.visible_gpus import visible_memory
 from pantheraml.distributed.data_ranks import tensor_group
@@ -67,7 +65,9 @@ def join(
     is_split = names_several(request.device_map, gpus)
     if is_split and config is not None and config.way == "tensor":
         raise refusal(
-            "device_map", f"device_map={request.device_map!r} and tensor_parallel were given together."
+            "tensor",
+            "device_map",
+            f"device_map={request.device_map!r} and tensor_parallel were given together.",
         )
     if LaunchEnvironment.detect().is_rank:
         return _as_rank(request, config, is_split)
@@ -88,16 +88,24 @@ def join(
             "rank for each, which is faster where one GPU holds the model."
         )
         return replace(request, device_map="balanced")
-    if config.way == "auto" and may_split and gpus > 1 and not _fits_on_each(request):
-        if request.flags.load_in_8bit:
-            say(
-                f"the model does not fit on each of {gpus} GPUs, and ranks do not share out 8-bit weights: it is split "
-                "between the GPUs, and no ranks are started."
-            )
+    if config.way == "auto" and gpus > 1 and not _fits_on_each(request):
+        why = _why_split(request, config, asked=is_automatic)
+        if why is not None:
+            say(f"{why}: it is split between {gpus} GPUs, and no ranks are started.")
             return replace(request, device_map="auto")
-        say(f"the model does not fit on each of {gpus} GPUs: ranks share out its weights (FSDP2).")
-        config = replace(config, strategy="fsdp")
+        if not request.flags.load_in_8bit:
+            say(f"the model does not fit on each of {gpus} GPUs: ranks share out its weights (FSDP2).")
+            config = replace(config, strategy="fsdp")
     return _as_rank(request, config, False)
+
+
+def _why_split(request: LoadRequest, config: MultiGPUConfig, *, asked: bool) -> str | None:
+    """Why a model that no GPU holds is split by layers, as a clause; None: ranks share out its weights instead."""
+    if asked:
+        return 'the model does not fit on each GPU, and device_map="auto" was asked for'
+    if request.flags.load_in_8bit and config.auto_device_map:
+        return "the model does not fit on each GPU, and ranks do not share out 8-bit weights"
+    return None
 
 
 def _as_rank(request: LoadRequest, config: MultiGPUConfig | None, is_split: bool) -> LoadRequest:
@@ -115,29 +123,35 @@ def _as_rank(request: LoadRequest, config: MultiGPUConfig | None, is_split: bool
             need="Each rank has a GPU of its own, and this would put all of them on one.",
             fix="Leave device_map out; CUDA_VISIBLE_DEVICES says which GPUs are used.",
         )
-    settings = config or settings_of_run()
-    if (
-        group_size() == 1 and settings.way == "deepspeed"
-    ):  # it trains without, unless something else started it
+    settings, is_alone = config or settings_of_run(), group_size() == 1
+    if is_alone and settings.way == "deepspeed":  # it trains without, unless something else started it
         settings = MultiGPUConfig()
     if settings.way == "tensor" and request.flags.full_finetuning:
-        raise refusal("full_finetuning", "full_finetuning=True and tensor_parallel were given together.")
-    request = _for_deepspeed(replace(request, is_alone=group_size() == 1), settings)
+        raise refusal(
+            "tensor", "full_finetuning", "full_finetuning=True and tensor_parallel were given together."
+        )
+    request = _for_deepspeed(replace(request, is_alone=is_alone), settings)
     request = replace(request, tensor_group=tensor_group(settings))
-    return _sharing(request, settings) if settings.way == "fsdp" else request
+    return _sharing(request, settings)
 
 
 def _sharing(request: LoadRequest, config: MultiGPUConfig) -> LoadRequest:
-    """The request of a rank whose weights are shared out, if they are: what fits everywhere is only read there."""
-    full = request.flags.full_finetuning
-    is_needed = full or (not _fits_on_each(request) if config.shard_frozen is None else config.shard_frozen)
-    if group_size() == 1 or not is_needed:
+    """The request of a rank whose weights are shared out, if they are: all that is trained, what is frozen by need."""
+    full, eight_bit = request.flags.full_finetuning, request.flags.load_in_8bit
+    is_open = config.way == "auto" and request.zero_stage is None and not eight_bit
+    if group_size() == 1 or not (is_open or config.way == "fsdp"):
         return request
-    if request.flags.load_in_8bit:
-        raise ConfigError(
-            got="load_in_8bit=True was given with strategy='fsdp'.",
-            need="The scales of 8-bit weights are made anew in every product, and they are not shared out.",
-            fix='Use load_in_4bit=True, or device_map="balanced" to split the model by layers.',
+    if config.way == "fsdp" and (full or config.shard_frozen is not None):
+        is_needed = full or bool(config.shard_frozen)
+    else:
+        is_needed = not _fits_on_each(request)
+    if not is_needed:
+        return request
+    if eight_bit:
+        raise refusal("fsdp", "8-bit", "load_in_8bit=True was given with strategy='fsdp'.")
+    if request.keep_dequantized:
+        raise refusal(
+            "fsdp", "keep_dequantized", "keep_dequantized=True was given for weights that ranks share out."
         )
     from pantheraml.distributed.strategies.fsdp import sharding_of
 
@@ -147,7 +161,9 @@ def _sharing(request: LoadRequest, config: MultiGPUConfig) -> LoadRequest:
 def _as_pipeline(request: LoadRequest, config: MultiGPUConfig) -> LoadRequest:
     """The request of a process that is a whole pipeline, be it one of several ranks or the only one."""
     if request.num_labels is not None:
-        refuse_with_pipeline("num_labels", request.num_labels)
+        raise refusal(
+            "pipeline", "num_labels", f"A pipeline and num_labels={request.num_labels} were asked for."
+        )
     setup_multi_gpu(config)
     devices = rank_devices()
     on_cpu = devices[0].type == "cpu"
@@ -210,6 +226,8 @@ def _fits_on_each(request: LoadRequest) -> bool:
     """Whether each GPU can train the whole model; small checkpoints are not looked at more closely, which takes
     seconds.
     """
+    if not visible_memory():  # of the host, nobody knows what ranks may take
+        return True
     folder = Path(request.model_name)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     is_plain = not request.flags.full_finetuning and request.max_memory is None

@@ -188,7 +188,7 @@ def build_lora_config(model: PreTrainedModel, family: ModelFamily | None, **sett
     """
     from peft import LoraConfig, TaskType
 
-    from pantheraml.models.tensor_plan import check_adapter_settings
+    from pantheraml.models import sharding, tensor_plan
 
     known = {field.name for field in fields(LoraConfig)}
     for name, value in settings.items():
@@ -205,7 +205,9 @@ def build_lora_config(model: PreTrainedModel, family: ModelFamily | None, **sett
         _check_experts(settings)
     _settle_loftq(model, settings)
     _check_fp8(model, settings)
-    check_adapter_settings(model, settings)
+    tensor_plan.check_adapter_settings(model, settings)
+    experts = settings.get("target_parameters") or targets.parameters
+    sharding.check_adapter_settings(model, {**settings, "target_parameters": experts})
     whole = [*(settings.pop("modules_to_save", None) or []), *targets.whole]
     beside = {name.rpartition(".")[2] for name, _ in model.named_modules() if _is_beside(name, family)}
     if family is not None and isinstance(targets.modules, list) and beside & {*targets.modules}:

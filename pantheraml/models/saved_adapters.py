@@ -26,10 +26,13 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
+    from pantheraml.models import sharding
     from pantheraml.models.tensor_plan import check_adapter_settings, share_factors
 
     vocabulary = _vocabulary_keys(model)
-    check_adapter_settings(model, read_json(folder / "adapter_config.json"))
+    settings = read_json(folder / "adapter_config.json")
+    check_adapter_settings(model, settings)
+    sharding.check_adapter_settings(model, settings)
     try:
         with warnings.catch_warnings():  # what it warns of is an error below
             warnings.filterwarnings("ignore", "Found missing adapter keys")

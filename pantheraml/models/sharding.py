@@ -28,6 +28,8 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from pantheraml.config.combinations import refusal
+
 
 @dataclass(frozen=True)
 class Sharding:
@@ -95,6 +97,34 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 def is_sharded(model: nn.Module) -> bool:
     """Whether ranks share out weights of ``model``."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def check_adapter_settings(model: nn.Module, settings: dict[str, Any]) -> None:
+    """Refuse, for a model whose weights ranks share out, what an adapter needs whole ones for.
+
+    Args:
+        model: the base model.
+        settings: of ``get_peft_model``, or of a saved adapter.
+
+    Raises:
+        ConfigError: something that does.
+    """
+    if not is_sharded(model):
+        return
+    start, copied = settings.get("init_lora_weights", True), settings.get("modules_to_save") or ()
+    given = {
+        "use_dora": settings.get("use_dora"),
+        "init_lora_weights": isinstance(start, str) and start not in ("gaussian", "orthogonal"),
+        "modules_to_save": any(
+            path.rpartition(".")[2] in copied and is_sharded(module) for path, module in model.named_modules()
+        ),
+        "target_parameters": settings.get("target_parameters"),
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise refusal(
+                "fsdp", name, f"{name}={settings[name]!r} was given for weights that ranks share out."
+            )
 
 
 def whole(tensor: Tensor) -> Tensor:

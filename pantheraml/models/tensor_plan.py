@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from pantheraml.config.tensor_combinations import refusal
+from pantheraml.config.combinations import refusal
 from pantheraml.errors import ConfigError
 from pantheraml.models.sharded_linear import (
     ColumnLinear,
@@ -109,14 +109,16 @@ def plan_sharding(
     """
     if precision.storage != "plain":
         raise refusal(
-            "quantised weights", f"tensor_parallel={group.size} was given for {precision.storage} weights."
+            "tensor",
+            "quantised weights",
+            f"tensor_parallel={group.size} was given for {precision.storage} weights.",
         )
     with torch.device("meta"):
         skeleton = auto.from_config(config, trust_remote_code=trust_remote_code)
     what = f"tensor_parallel={group.size} was given for a {config.model_type} model"
     plan: dict[str, str] = {name: style for name, style in skeleton.tp_plan.items() if "*" in name}
     if any(".experts" in name for name in plan) or _num_experts(config):
-        raise refusal("experts", f"{what}, a mixture of experts.")
+        raise refusal("tensor", "experts", f"{what}, a mixture of experts.")
     other = sorted({*plan.values()} - {*_KINDS, _WHOLE})
     if not plan or other:
         found = (
@@ -124,7 +126,7 @@ def plan_sharding(
             if other
             else "which has no plan for it"
         )
-        raise refusal("no plan", f"{what}, {found}.")
+        raise refusal("tensor", "no plan", f"{what}, {found}.")
     layers = {
         path: _KINDS[style]
         for path, module in skeleton.named_modules()
@@ -200,7 +202,9 @@ def check_adapter_settings(model: nn.Module, settings: dict[str, Any]) -> None:
         if is_given:
             name = "lora_bias" if feature == "bias" and settings.get("bias", "none") == "none" else feature
             raise refusal(
-                feature, f"{name}={settings[name]!r} was given to ranks that compute each layer together."
+                "tensor",
+                feature,
+                f"{name}={settings[name]!r} was given to ranks that compute each layer together.",
             )
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pantheraml import FastLanguageModel, MultiGPUConfig, PantheraMLTrainer, PantheraMLTrainingArguments
+from pantheraml.errors import ConfigError
 from pantheraml.models.sharding import is_sharded, local
 from tests import tiny
 from tests.distributed.ranks import run_ranks
@@ -139,3 +140,55 @@ def test_saved_whole_and_gone_on_with_by_any_number_of_ranks(folder, tmp_path, k
     for ranks, config in ((2, SHARED), (2, MultiGPUConfig(strategy="ddp")), (1, None)):
         after = run_ranks(ranks, go_on, folder, tmp_path / "run", kind, config)[0]
         np.testing.assert_allclose(after, found[0]["figures"], rtol=3e-6)
+
+
+def refused(folder, load, adapter):
+    model, _ = FastLanguageModel.from_pretrained(str(folder), max_seq_length=64, use_multi_gpu=SHARED, **load)
+    try:
+        FastLanguageModel.get_peft_model(model, r=4, **adapter)
+    except ConfigError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "instead"),
+    [
+        (dict(use_dora=True), "Drop use_dora=True"),
+        (dict(init_lora_weights="pissa"), "Leave init_lora_weights out"),
+        (dict(modules_to_save=["up_proj"]), "Leave layers to target_modules"),
+    ],
+)
+def test_adapters_that_need_whole_weights_are_refused(folder, adapter, instead):
+    for said in run_ranks(2, refused, folder, LOADS["lora"], adapter):
+        assert "was given for weights that ranks share out" in said and instead in said
+
+
+def load_8_bit(folder):
+    with pytest.raises(ConfigError, match="The scales of 8-bit weights"):
+        FastLanguageModel.from_pretrained(str(folder), use_multi_gpu=SHARED, load_in_8bit=True)
+    with pytest.raises(ConfigError, match=r"shard_size=3\) was given to 2 ranks.*Write one of 1, 2"):
+        FastLanguageModel.from_pretrained(
+            str(folder), use_multi_gpu=MultiGPUConfig(strategy="fsdp", shard_size=3), full_finetuning=True
+        )
+    with pytest.raises(ConfigError, match="keep_dequantized=True was given"):
+        FastLanguageModel.from_pretrained(
+            str(folder), use_multi_gpu=SHARED, load_in_4bit=True, keep_dequantized=True
+        )
+
+
+def test_what_cannot_be_shared_out_is_refused(folder):
+    run_ranks(2, load_8_bit, folder)
+
+
+def two_copies(folder, output):
+    config = MultiGPUConfig(strategy="fsdp", shard_size=2)
+    trainer, _ = trainer_of(folder, output, "full", config, 2, 1)
+    trainer.train()
+    return {"figures": figures(trainer), "said": trainer._strategy.describe()}
+
+
+def test_copies_that_are_shared_out_each(folder, tmp_path):
+    found = run_ranks(4, two_copies, folder, tmp_path)
+    assert "2 copies of 2 ranks each" in found[0]["said"]
+    expected = alone(folder, tmp_path, "full")
+    np.testing.assert_allclose(found[0]["figures"], expected["figures"], rtol=2e-6, atol=2e-6)

@@ -7,11 +7,14 @@ import torch
 
 from pantheraml.config.multi_gpu import MultiGPUConfig
 from pantheraml.distributed import joining
+from pantheraml.distributed.strategies import fsdp
 from pantheraml.errors import ConfigError
 from pantheraml.launch.environment import LaunchEnvironment
 from pantheraml.models.assembly import LoadRequest
 from pantheraml.models.placement import PipelineDevices
 from pantheraml.models.precision import PrecisionFlags
+
+PLAIN = PrecisionFlags(False, False, False, False, False)
 
 
 class StartsRanks(Exception):
@@ -42,9 +45,9 @@ def machine(monkeypatch):
 
 @pytest.fixture
 def request_for(llama):
-    def build(device_map=None, max_memory=None):
+    def build(device_map=None, max_memory=None, flags=PLAIN):
         return LoadRequest(
-            str(llama), 64, None, PrecisionFlags(False, False, False, False, False), None, device_map, max_memory,
+            str(llama), 64, None, flags, None, device_map, max_memory,
             True, None, True, False, "auto", False, None, None, 0, "auto", None, None,
         )  # fmt: skip
 
@@ -66,20 +69,32 @@ def test_a_copy_on_each_where_it_fits(machine, request_for, device_map, use_mult
 
 @pytest.mark.parametrize(
     ("device_map", "use_multi_gpu", "automatic"),
-    [(None, True, False), ("auto", True, False), (None, BOTH, True)],
+    [("auto", True, False), (None, BOTH, True)],
 )
-def test_a_split_where_it_does_not(machine, request_for, device_map, use_multi_gpu, automatic):
+def test_a_split_where_it_does_not_and_a_map_was_asked_for(
+    machine, request_for, device_map, use_multi_gpu, automatic
+):
     machine(4, fits=False)
     found = joining.join(request_for(device_map), use_multi_gpu, automatic)
     assert found.device_map == "auto" and found.is_alone
 
 
-def test_without_auto_device_map_every_rank_tries(machine, request_for):
+def test_else_ranks_share_out_the_weights(machine, request_for, caplog):
+    caplog.set_level("INFO", "pantheraml")
     machine(4, fits=False)
     with pytest.raises(StartsRanks):
-        joining.join(request_for(), BOTH, False)
-    with pytest.raises(StartsRanks):
-        joining.join(request_for(), MultiGPUConfig(strategy="ddp"), False)
+        joining.join(request_for(), True, False)
+    assert "ranks share out its weights (FSDP2)" in caplog.text
+
+
+def test_8_bit_weights_are_split_or_every_rank_tries(machine, request_for):
+    machine(4, fits=False)
+    eight_bit = PrecisionFlags(load_in_8bit=True)
+    found = joining.join(request_for(flags=eight_bit), True, False)
+    assert found.device_map == "auto" and found.is_alone
+    for config in (BOTH, MultiGPUConfig(strategy="ddp")):
+        with pytest.raises(StartsRanks):
+            joining.join(request_for(flags=eight_bit), config, False)
 
 
 @pytest.mark.parametrize("use_multi_gpu", [True, None, False])
@@ -96,8 +111,26 @@ def test_one_gpu_needs_no_ranks(machine, request_for):
     assert joining.join(request_for(), None, True).device_map == "auto"
 
 
-def test_a_rank_keeps_to_its_gpu(machine, request_for):
+def test_ranks_share_out_what_none_of_them_holds(machine, request_for, monkeypatch):
+    asked = []
+    monkeypatch.setattr(fsdp, "sharding_of", lambda config, trained: asked.append(trained))
     machine(4, fits=False, kind="torchrun", world_size=4)
+    joining.join(request_for(), None, False)
+    full = PrecisionFlags(False, False, False, False, True)
+    joining.join(request_for(flags=full), None, False)
+    assert asked == [False, True]
+    joining.join(request_for(), MultiGPUConfig(strategy="fsdp", shard_frozen=False), False)
+    joining.join(request_for(flags=PrecisionFlags(load_in_8bit=True)), None, False)
+    joining.join(request_for(), MultiGPUConfig(strategy="ddp"), False)
+    machine(4, kind="torchrun", world_size=4)
+    joining.join(request_for(), MultiGPUConfig(strategy="fsdp"), False)
+    assert len(asked) == 2
+    joining.join(request_for(flags=full), MultiGPUConfig(strategy="fsdp"), False)
+    assert asked[2:] == [True]
+
+
+def test_a_rank_keeps_to_its_gpu(machine, request_for):
+    machine(4, kind="torchrun", world_size=4)
     assert not joining.join(request_for(), True, False).is_alone
     assert not joining.join(request_for("auto"), None, False).is_alone
     with pytest.raises(ConfigError, match="A model is split between all GPUs by one process"):

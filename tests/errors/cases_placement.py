@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from pantheraml.config.combinations import refusal
 from pantheraml.config.multi_gpu import MultiGPUConfig
-from pantheraml.config.pipeline_combinations import refuse_with_pipeline
 from pantheraml.devices.device_map import place
 from pantheraml.devices.map_names import read_device_map
 from pantheraml.devices.memory_limits import read_limits
@@ -138,4 +138,4 @@ def more_ranks_than_pipelines(shop: Workshop) -> None:
 
 @case
 def pipeline_of_a_classifier(shop: Workshop) -> None:
-    refuse_with_pipeline("num_labels", 2)
+    raise refusal("pipeline", "num_labels", "A pipeline and num_labels=2 were asked for.")

@@ -58,10 +58,12 @@ def misspelt_strategy(shop: Workshop) -> None:
 
 @case
 def offloading_in_one_process(shop: Workshop) -> None:
+    from torch import nn
+
     from pantheraml import MultiGPUConfig
     from pantheraml.distributed.strategies.choose import strategy_of
 
-    strategy_of(MultiGPUConfig(strategy="deepspeed", cpu_offload=True), ranks=1)
+    strategy_of(MultiGPUConfig(strategy="deepspeed", cpu_offload=True), 1, nn.Module())
 
 
 @case

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, TrainingArguments
 
+from pantheraml.config.combinations import refusal
 from pantheraml.config.multi_gpu import MultiGPUConfig
 from pantheraml.devices.inventory import is_bfloat16_supported
 from pantheraml.distributed.process_group import group_size, rank_device
@@ -115,10 +116,7 @@ def _check_precision(args: TrainingArguments, sharding: Sharding) -> None:
     computes = sharding.compute_dtype or torch.float32
     asked = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
     if asked != computes:
-        raise ConfigError(
-            got=f"The arguments ask for {str(asked).removeprefix('torch.')}, and the weights are gathered in "
-            f"{str(computes).removeprefix('torch.')}.",
-            need="Weights that are trained in full and shared out are computed with in bfloat16 where the GPU has it, "
-            "and in float32 elsewhere.",
-            fix="Leave bf16 and fp16 out of the arguments, or train by strategy='ddp'.",
+        words = [str(one).removeprefix("torch.") for one in (asked, computes)]
+        raise refusal(
+            "fsdp", "fp16", f"The arguments ask for {words[0]}, and the weights are gathered in {words[1]}."
         )

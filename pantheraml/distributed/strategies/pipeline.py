@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
-from pantheraml.config.pipeline_combinations import refuse_with_pipeline
+from pantheraml.config.combinations import refusal
 from pantheraml.distributed.process_group import rank_devices
 from pantheraml.distributed.strategies.ddp import DDP, averaging_in
 from pantheraml.errors import ConfigError
@@ -33,7 +33,7 @@ class PipelineRanks(DDP):
             ConfigError: arguments that a pipeline cannot be combined with.
         """
         if args.torch_compile:
-            refuse_with_pipeline("torch_compile", args.torch_compile)
+            raise refusal("pipeline", "torch_compile", "A pipeline and torch_compile=True were asked for.")
         device = rank_devices()[0]
         if device.type == "cuda" and args.distributed_state is not None:
             args.distributed_state.local_process_index = device.index
