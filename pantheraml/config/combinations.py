@@ -24,6 +24,14 @@ _ZERO3_QUANTISED = Refusal(
     "Write zero_stage=2, which keeps frozen weights whole on each rank, or load_in_16bit=True.",
 )
 
+_CUT_QUANTISED = Refusal(
+    "Packed weights are cut into blocks that do not follow rows and columns, so ranks cannot have a part each.",
+    'Write load_in_16bit=True, or strategy="ddp" for a quantised copy on every GPU.',
+)
+
+# Features by ``Precision.storage``.
+STORED = {"4bit": "4-bit", "8bit": "8-bit", "fp8": "FP8"}
+
 # (what spreads the work, feature) -> why not.
 REFUSED: dict[tuple[str, str], Refusal] = {
     ("fsdp", "8-bit"): Refusal(
@@ -82,6 +90,10 @@ REFUSED: dict[tuple[str, str], Refusal] = {
         "DeepSpeed's engine loads a checkpoint only before its first step.",
         'Write on_non_finite="skip", which leaves such steps out, or strategy="ddp".',
     ),
+    ("deepspeed", "merge_micro_batches"): Refusal(
+        "At stages 2 and 3 ranks wait for one another in every pass, and would have different numbers of them.",
+        "Raise per_device_train_batch_size, so that a pass has more tokens.",
+    ),
     ("deepspeed", "async_save"): Refusal(
         "each rank has a part of the state, and DeepSpeed writes it.",
         'Write strategy="ddp", or leave it out.',
@@ -98,9 +110,16 @@ REFUSED: dict[tuple[str, str], Refusal] = {
         "One process without ranks is trained without DeepSpeed's engine.",
         "Start it by accelerate launch --use_deepspeed --num_processes 1, or leave cpu_offload out.",
     ),
-    ("tensor", "quantised weights"): Refusal(
-        "Packed weights are cut into blocks that do not follow rows and columns, so ranks cannot have a part each.",
-        'Write load_in_16bit=True, or strategy="ddp" for a quantised copy on every GPU.',
+    ("tensor", "4-bit"): _CUT_QUANTISED,
+    ("tensor", "8-bit"): _CUT_QUANTISED,
+    ("tensor", "FP8"): _CUT_QUANTISED,
+    ("tensor", "fused kernels"): Refusal(
+        "Ranks add their parts of a layer up in the middle of what is fused.",
+        "The norms, the attention, the head and the loss are the fused ones.",
+    ),
+    ("tensor", "out-of-memory repeats"): Refusal(
+        "Ranks add their parts of a layer up in every pass, and one that has failed gives none.",
+        "Lower per_device_train_batch_size, where memory runs out.",
     ),
     ("tensor", "full_finetuning"): Refusal(
         "What is trained with it are adapters, which every rank has whole; the parts of the layers are frozen.",

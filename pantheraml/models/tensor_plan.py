@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from pantheraml.config.combinations import refusal
+from pantheraml.config.combinations import STORED, refusal
 from pantheraml.errors import ConfigError
 from pantheraml.models.sharded_linear import (
     ColumnLinear,
@@ -110,7 +110,7 @@ def plan_sharding(
     if precision.storage != "plain":
         raise refusal(
             "tensor",
-            "quantised weights",
+            STORED[precision.storage],
             f"tensor_parallel={group.size} was given for {precision.storage} weights.",
         )
     with torch.device("meta"):

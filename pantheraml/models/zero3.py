@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from pantheraml.config.combinations import refusal
+from pantheraml.config.combinations import STORED, refusal
 from pantheraml.config.multi_gpu import MultiGPUConfig
 
 
@@ -49,7 +49,7 @@ def check_storage(storage: str, zero_stage: int | None) -> None:
     Raises:
         ConfigError: they cannot be sharded.
     """
-    feature = {"4bit": "4-bit", "8bit": "8-bit", "fp8": "FP8"}.get(storage)
+    feature = STORED.get(storage)
     if zero_stage == 3 and feature is not None:
         raise refusal(
             "deepspeed, zero_stage=3", feature, f"{feature} weights and zero_stage=3 were given together."

@@ -10,8 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pantheraml import FastLanguageModel, MultiGPUConfig, PantheraMLTrainer, PantheraMLTrainingArguments
+from pantheraml.distributed.strategies.fsdp import sharding_of
 from pantheraml.errors import ConfigError
-from pantheraml.models.sharding import is_sharded, local
+from pantheraml.models.fused.decoder_layer import FusedDecoderLayer, apply_layers
+from pantheraml.models.sharding import is_sharded, local, shard_model
+from pantheraml.models.state import get_state
 from tests import tiny
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_parity import rows
@@ -73,8 +76,9 @@ def alone(folder, output, kind):
     return run_ranks(1, train, folder, output, kind, None, 8, 1)[0]
 
 
-@pytest.mark.parametrize("kind", LOADS)
-@pytest.mark.parametrize("layout", [(4, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("lora", (2, 2)), ("qlora", (4, 1)), ("full", (4, 1)), ("full", (2, 2))]
+)
 def test_equals_one_process(folder, tmp_path, kind, layout):
     found = run_ranks(2, train, folder, tmp_path, kind, SHARED, *layout)
     expected = alone(folder, tmp_path, kind)
@@ -137,7 +141,8 @@ def test_saved_whole_and_gone_on_with_by_any_number_of_ranks(folder, tmp_path, k
     )
     with torch.no_grad():
         np.testing.assert_allclose(saved.eval()(input_ids=ids).logits, found[0]["logits"], atol=1e-5)
-    for ranks, config in ((2, SHARED), (2, MultiGPUConfig(strategy="ddp")), (1, None)):
+    copied = (2, MultiGPUConfig(strategy="ddp")), (1, None)
+    for ranks, config in ((2, SHARED), *(copied if kind == "full" else ())):
         after = run_ranks(ranks, go_on, folder, tmp_path / "run", kind, config)[0]
         np.testing.assert_allclose(after, found[0]["figures"], rtol=3e-6)
 
@@ -187,8 +192,47 @@ def two_copies(folder, output):
     return {"figures": figures(trainer), "said": trainer._strategy.describe()}
 
 
+@pytest.mark.slow
 def test_copies_that_are_shared_out_each(folder, tmp_path):
     found = run_ranks(4, two_copies, folder, tmp_path)
     assert "2 copies of 2 ranks each" in found[0]["said"]
     expected = alone(folder, tmp_path, "full")
     np.testing.assert_allclose(found[0]["figures"], expected["figures"], rtol=2e-6, atol=2e-6)
+
+
+def train_fused(folder, output, shares_out):
+    """Fused layers, as on a GPU, beside weights that are there only while a layer is computed."""
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=64, load_in_4bit=False, use_multi_gpu=MultiGPUConfig()
+    )
+    state = get_state(model)
+    apply_layers(model, state.family, state.patches, on_cpu=True)
+    if shares_out:
+        state.sharding = sharding_of(SHARED, trained=False)
+        shard_model(model, state.sharding)
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    args = PantheraMLTrainingArguments(
+        output_dir=str(output), per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1, max_steps=4,
+        report_to="none", disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = PantheraMLTrainer(model, args, train_dataset=rows(), tokenizer=tokenizer)
+    trainer.train()
+    layer = next(module for module in model.modules() if isinstance(module, FusedDecoderLayer))
+    return figures(trainer), layer.reader.is_passing
+
+
+def test_fused_layers_compute_from_what_is_gathered(folder, tmp_path):
+    shared, is_passing = run_ranks(2, train_fused, folder, tmp_path, True)[0]
+    copied, _ = run_ranks(2, train_fused, folder, tmp_path, False)[0]
+    assert is_passing
+    np.testing.assert_allclose(shared, copied, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "full"])
+def test_layers_kept_in_host_memory(folder, tmp_path, kind):
+    config = MultiGPUConfig(strategy="fsdp", shard_frozen=True, cpu_offload=True)
+    found = run_ranks(2, train, folder, tmp_path, kind, config, 4, 1)
+    np.testing.assert_allclose(
+        found[0]["figures"], alone(folder, tmp_path, kind)["figures"], rtol=2e-6, atol=2e-6
+    )
+    assert "kept in host memory" in found[0]["said"]

@@ -91,7 +91,7 @@ class AttentionAndMLP(torch.autograd.Function):
         y, *kept = halves.tail(flat, heads, middle, part, torch.empty_like(flat))
         ctx.middle, ctx.part = middle, part
         ctx.save_for_backward(heads, *kept)
-        return y.view(x.shape)
+        return halves.shaped(y, x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]

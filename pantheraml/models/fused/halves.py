@@ -230,3 +230,8 @@ def tail_backward(
     dx, dattended, o = project_out_backward(dh, dy[:, : s.shape[1]], (s, raw_o, t_o), attended, middle, h)
     gate_up_factors = part.gate_up.factor_gradients(wide, inner, s if h is None else h, t)
     return dx, dattended, [*o, *gate_up_factors, *down]
+
+
+def shaped(out: Tensor, like: Tensor) -> Tensor:
+    """``out`` in the shape of ``like``, in the same memory and yet no view: FSDP2 hangs hooks on a layer's output."""
+    return torch.ops.aten._unsafe_view(out, like.shape)

@@ -84,7 +84,7 @@ class FusedLayer(torch.autograd.Function):
         if layer.keep == "all":
             tail = halves.tail(flat, _by_token(attended), layer.middle, layer.mlp, out)[1:]
             ctx.save_for_backward(flat, attended, *kept, *heads, *tail)
-            return out.view(x.shape)
+            return halves.shaped(out, x)
         saved: tuple[Tensor, ...] = (flat,) if layer.keep == "input" else (flat, attended, *kept)
         if layer.keep == "projected":
             ctx.has_heads = [part is not None for part in heads]
@@ -103,7 +103,7 @@ class FusedLayer(torch.autograd.Function):
             ctx.stored = layer.store.put(*saved)
             saved = ()
         ctx.save_for_backward(raw, *saved)
-        return out.view(x.shape)
+        return halves.shaped(out, x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
