@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import PRECISIONS
+from benchmarks.scaling_run import LOADS
 from benchmarks.shapes import add_model_options, model_of
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +66,7 @@ def run_once(way: str, ranks: int, gpus: str, options: argparse.Namespace, model
         words += [f"--model={model}", f"--output={folder}", f"--precision={options.precision}"]
         words += [f"--seq={options.seq}", f"--batch={options.batch}", f"--steps={options.steps}"]
         words += [f"--num-processes={ranks}", f"--telemetry={options.telemetry}"]
+        words += [f"--recompute={options.recompute}", f"--config={options.config if ranks > 1 else '{}'}"]
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -142,7 +143,11 @@ def main() -> int:
     add_model_options(parser)
     parser.add_argument("--gpus", default="1,2", help="numbers of ranks, with commas")
     parser.add_argument("--ways", default="python", help=f"of {', '.join(WAYS)}, with commas")
-    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
+    parser.add_argument("--precision", choices=LOADS, default="bf16", help="full: all weights, no adapter")
+    parser.add_argument("--recompute", choices=("auto", "true", "false", "offload"), default="auto")
+    parser.add_argument(
+        "--config", default="{}", help='fields of MultiGPUConfig, as JSON: {"strategy": "fsdp"}'
+    )
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=4, help="rows of a micro-batch on each rank")
     parser.add_argument("--steps", type=int, default=15)

@@ -17,12 +17,17 @@ from typing import Any
 
 from benchmarks.cases import PRECISIONS
 
+LOADS = {**PRECISIONS, "full": dict(full_finetuning=True)}
+RECOMPUTE = {"true": True, "false": False}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", required=True, help="model folder or hub id")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
+    parser.add_argument("--precision", choices=LOADS, default="bf16", help="full: all weights, no adapter")
+    parser.add_argument("--recompute", choices=("auto", "true", "false", "offload"), default="auto")
+    parser.add_argument("--config", type=json.loads, default={}, help="fields of MultiGPUConfig, as JSON")
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=4, help="rows of a micro-batch on each rank")
     parser.add_argument("--steps", type=int, default=15)
@@ -42,7 +47,9 @@ def main() -> None:
     from pantheraml import MultiGPUConfig, get_world_size, is_main_process, setup_multi_gpu
 
     config = setup_multi_gpu(
-        None if "RANK" in os.environ else MultiGPUConfig(num_processes=options.num_processes)
+        MultiGPUConfig(**options.config)
+        if "RANK" in os.environ
+        else MultiGPUConfig(num_processes=options.num_processes, **options.config)
     )
     note("rank")
     import torch
@@ -65,9 +72,14 @@ def main() -> None:
     before, loading = host_share(), time.perf_counter()
     with HostWatch() as host:
         model, tokenizer = FastLanguageModel.from_pretrained(
-            options.model, max_seq_length=options.seq, **PRECISIONS[options.precision]
+            options.model,
+            max_seq_length=options.seq,
+            use_multi_gpu=config,
+            use_gradient_checkpointing=RECOMPUTE.get(options.recompute, options.recompute),
+            **LOADS[options.precision],
         )
-    model = FastLanguageModel.get_peft_model(model, r=16)
+    if options.precision != "full":
+        model = FastLanguageModel.get_peft_model(model, r=16)
     load_s = time.perf_counter() - loading
     note("model")
     ranks, warm = get_world_size(), max(1, options.steps // 3)
@@ -127,13 +139,16 @@ def main() -> None:
     uuids, shares = gather_objects(uuid), gather_objects((before, host.seen, host_share()))
     if is_main_process():
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-        tokens = (options.steps - warm) * options.batch * options.seq * ranks
+        # Ranks that compute layers together share their rows.
+        tokens = (options.steps - warm) * trainer.get_total_train_batch_size(trainer.args) * options.seq
         by_gpu = processes_by_gpu([uuid for uuid in uuids if uuid], open_nvml())
         first, watched, last = zip(*shares, strict=True)
         # Of all ranks together: before loading, at most while loading, at the end.
         host_gib = [sum(first), peak_together(watched), sum(last)] if None not in first else None
         result = {
             "ranks": ranks,
+            "config": options.config,
+            "spread": trainer._strategy.describe(),
             "host_gib": host_gib,
             "gpu_processes_gib": list(by_gpu.values()),
             "own_gpu_only": stays_at_home(by_gpu),
