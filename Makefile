@@ -45,7 +45,8 @@ coverage: $(VENV)/installed
 	$(BIN)/python -m pytest $(SPREAD) --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 # Processes, threads, files, downloads and arithmetic of ours, in which these libraries have no part.
-SAME := $(patsubst %,tests/distributed/test_%.py,settings process_group schedule agreement watchdog sample_dropout) \
+SAME := $(patsubst %,tests/distributed/test_%.py,settings process_group schedule agreement watchdog sample_dropout \
+	joining deepspeed pipeline_ranks) \
 	tests/models/test_hub_download.py \
 	tests/models/test_weight_sizes.py tests/training/test_prepared_once.py tests/training/test_terminal.py \
 	tests/data/test_sources.py tests/export/test_hub.py

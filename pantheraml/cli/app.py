@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
@@ -200,7 +200,8 @@ def plan(
         options = planning.PlanOptions(
             model, gpus, method, seq, batch, optim, strategy, recompute, rank, offload
         )
-        request, choice = planning.plan_of(options)
+        with redirect_stdout(sys.stderr):  # some libraries log there as they are loaded
+            request, choice = planning.plan_of(options)
         if as_json:
             print(planning.as_json(options, request, choice))
         else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
+
 from pantheraml.doctor.examination import examine
 from pantheraml.doctor.finding import is_healthy
 from pantheraml.doctor.report import print_table, to_json
@@ -19,7 +22,8 @@ def run_doctor(*, quick: bool = False, as_json: bool = False) -> bool:
     """
     from rich.console import Console
 
-    with Console(stderr=True).status("Checking", spinner="line") as status:
+    # Some libraries log to standard output as they are loaded.
+    with Console(stderr=True).status("Checking", spinner="line") as status, redirect_stdout(sys.stderr):
         findings = examine(quick=quick, begin=lambda name: status.update(f"Checking: {name}"))
     if as_json:
         print(to_json(findings))

@@ -133,7 +133,8 @@ def stage_sizes(parts: ModelParts, layout: Layout, work: Work, stage: Stage, rec
     whole, again = sizes.kept.all, sizes.kept.attended
     head = sizes.head_passing(work.tokens) if stage.has_head else 0
     # Buckets of DDP and ZeRO, and the sums of several micro-batches, outlive a backward.
-    keeps = layout.strategy in ("ddp", "deepspeed") or work.micro_batches > 1
+    keeps = layout.strategy != "none" and not (layout.strategy == "fsdp" and parts.full_finetuning)
+    keeps = keeps or work.micro_batches > 1
     return replace(
         states,
         keeps_gradients=keeps,
@@ -174,15 +175,15 @@ def _states(parts: ModelParts, layout: Layout, work: Work, stage: Stage) -> Step
     """Weights, what is trained, gradients and moments, and what is gathered."""
     here = (*stage.layers, *stage.ends)
     full, tensor = parts.full_finetuning, layout.tensor
-    frozen = 0 if full else sum(part.weights for part in here)
-    # Half of an adapter's numbers belong to the side of a weight that is not cut.
-    numbers = sum(part.trainable for part in here)
-    numbers = numbers // tensor if full else (numbers + numbers // tensor) // 2
+    # Embedding, norm and head are whole on every rank, and so are adapters.
+    frozen_layers = 0 if full else sum(part.weights for part in stage.layers)
+    frozen_ends = 0 if full else sum(part.weights for part in stage.ends)
+    numbers = sum(part.trainable for part in here) // (tensor if full else 1)
     layers, room = len(stage.layers), work.room
-    frozen, beside = frozen // tensor, parts.beside(layers, room) // tensor
+    frozen, beside = frozen_layers // tensor + frozen_ends, parts.beside(layers, room) // tensor
     if layout.is_sharded and layout.shard_frozen:
         # Stacks and twins are made anew of what was gathered, for a layer at a time; 4-bit buffers always were.
-        frozen = frozen // layout.shard
+        frozen = frozen_layers // layout.shard + frozen_ends
         if parts.storage != "4bit" and beside:
             beside = (parts.beside(1, 0) + max(part.weights for part in stage.layers)) // tensor
     states = _deepspeed_states if layout.strategy == "deepspeed" else _plain_states
@@ -213,7 +214,8 @@ def _states(parts: ModelParts, layout: Layout, work: Work, stage: Stage) -> Step
 
 def _plain_states(parts: ModelParts, layout: Layout, optim: str, numbers: int) -> tuple[int, int, int]:
     """Trainable, gradients and optimizer of ``numbers`` that are trained."""
-    share = -(-numbers // layout.shard) if layout.strategy == "fsdp" else numbers
+    is_shared_out = layout.strategy == "fsdp" and parts.full_finetuning
+    share = -(-numbers // layout.shard) if is_shared_out else numbers
     size = parts.trained_size
     return share * size, share * size, share * moment_bytes(optim, size)
 
@@ -228,7 +230,10 @@ def _deepspeed_states(parts: ModelParts, layout: Layout, optim: str, numbers: in
 
 
 def _gathered(parts: ModelParts, layout: Layout, stage: Stage) -> tuple[int, int]:
-    """Bytes that are gathered, or wait to be sent, around a layer and around the head."""
+    """Bytes that are gathered, or wait to be sent, around a layer and around the head.
+
+    Beside an adapter, layers alone are. What FSDP2 trains in full and is in no layer is gathered once a step.
+    """
     sizes, full = sizes_of(parts), parts.full_finetuning
     if layout.strategy == "deepspeed" and layout.zero_stage in (1, 2):
         return 2 * _HALF * sizes.hidden**2, 0
@@ -243,6 +248,14 @@ def _gathered(parts: ModelParts, layout: Layout, stage: Stage) -> tuple[int, int
         return part.trainable * ((_HALF if full else parts.trained_size) + _REDUCED)
 
     layer = max(stage.layers, key=size)
+    if not full and layout.strategy == "fsdp":
+        return (
+            _GATHERED * layer.weights * layout.shard_frozen,
+            _GATHERED * layer.weights * layout.shard_frozen,
+        )
+    if layout.strategy == "fsdp":
+        ends = sum(size(part) for part in stage.ends)
+        return _GATHERED * size(layer) + reduced(layer) + ends, size(layer) + ends
     head = parts.embedding if parts.tied else parts.head
     return _GATHERED * size(layer) + reduced(layer), size(head) + size(layer)
 

@@ -87,7 +87,7 @@ def command(folder: Path, words: list[str], **variables: str) -> tuple[int, str,
 @pytest.mark.parametrize(
     ("words", "variables"),
     [
-        ([CONSOLE_SCRIPT, "train", "run.yaml"], {}),
+        pytest.param([CONSOLE_SCRIPT, "train", "run.yaml"], {}, marks=pytest.mark.slow),
         ([sys.executable, "-m", "pantheraml.train"], {"CONFIG_PATH": "run.yaml"}),
         pytest.param(
             [*TORCHRUN, "-m", "pantheraml.train", "--config", "run.yaml", "multi_gpu=null"],

@@ -107,7 +107,9 @@ def test_sharding_divides_what_is_trained(shard):
         layout = Layout("fsdp", data=shard, shard=shard, shard_frozen=True)
         sharded = estimate(parts, layout, work)[0]
         for name in ("trainable", "optimizer", "gradients"):
-            assert getattr(sharded, name) == pytest.approx(getattr(one, name) / shard, abs=4 * 3)
+            # An adapter is whole on every rank.
+            by = shard if parts.full_finetuning else 1
+            assert getattr(sharded, name) == pytest.approx(getattr(one, name) / by, abs=4 * 3)
         replicated = estimate(parts, replace(layout, shard_frozen=False), work)[0]
         if method != "full":
             assert sharded.weights < replicated.weights
@@ -185,7 +187,8 @@ def test_a_pipeline_has_every_part_once_and_as_much_in_flight_as_the_split_plann
 def test_tensor_parallel_cuts_heads_and_mlp_but_not_the_residual_stream():
     parts = llama()
     one, two = (estimate(parts, Layout("tensor", tensor=degree), Work(8192))[0] for degree in (1, 2))
-    assert one.weights / 2 == pytest.approx(two.weights, rel=1e-6)
+    ends = parts.embedding.weights + parts.head.weights  # whole on every rank
+    assert (one.weights - ends) / 2 + ends == pytest.approx(two.weights, rel=1e-3)
     assert one.activations / 2 < two.activations < 0.65 * one.activations
 
 

@@ -30,7 +30,7 @@ def backend():
     return dist.get_backend(), get_world_size()
 
 
-@pytest.mark.parametrize("name", ["gloo", "nccl"])
+@pytest.mark.parametrize("name", [pytest.param("gloo", marks=pytest.mark.slow), "nccl"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nccl is what it says where there are GPUs")
 def test_backend_and_num_processes(name):
     assert notebook_launch(backend, config=MultiGPUConfig(backend=name, num_processes=2)) == ("gloo", 2)

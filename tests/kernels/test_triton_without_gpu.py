@@ -31,7 +31,14 @@ def interpret(path, seconds=290):
     return done.stdout
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in HERE.glob("interpreted_*.py")))
+# Of half a minute and more; what they put together is interpreted alone in the others.
+SLOW = {"interpreted_layers.py"}
+FILES = sorted(path.name for path in HERE.glob("interpreted_*.py"))
+
+
+@pytest.mark.parametrize(
+    "file", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FILES]
+)
 def test_interpreted(file):
     assert "skipped" not in interpret(HERE / file)
 

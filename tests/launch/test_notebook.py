@@ -110,6 +110,7 @@ for ranks in (1, 2):
 """
 
 
+@pytest.mark.slow
 def test_the_trainer_gives_the_same_numbers_on_any_number_of_ranks(tmp_path):
     """With rows and arguments that were made in the notebook, for a process that is no rank."""
     model = tiny.save_checkpoint(tmp_path / "model", "llama")

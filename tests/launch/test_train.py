@@ -50,7 +50,7 @@ def train(model, output, ranks, launcher, *more):
         (2, [], []),
         pytest.param(4, [], ["early"], marks=pytest.mark.slow),
         (2, TORCHRUN, []),
-        (2, ACCELERATE, []),
+        pytest.param(2, ACCELERATE, [], marks=pytest.mark.slow),
     ],
     ids=["python", "python, arguments first", "torchrun", "accelerate"],
 )
