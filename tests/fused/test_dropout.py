@@ -68,11 +68,9 @@ def test_the_same_whatever_is_kept_in_however_many_tiles(family, recorder):
             layer.tile = tile
             layer.store = HostStore(torch.device(DEVICE)) if stored else None
         found.append(seeded(model))
-    assert_equal(
-        found[0], reference(recorder, model, family), tolerance=3e-5
-    )  # as CPUs differ in their rounding
+    assert_equal(found[0], reference(recorder, model, family))
     for one in found[1:]:
-        assert_equal(one, found[0], tolerance=2e-6)
+        assert_equal(one, found[0], tolerance=5e-6)  # CPUs differ in their rounding
 
 
 @pytest.mark.parametrize("outer", [False, True])
