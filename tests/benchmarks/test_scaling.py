@@ -23,6 +23,7 @@ from tests.devices.test_nvml import stand_in  # noqa: F401
 from tests.distributed.ranks import run_ranks
 
 
+@pytest.mark.slow
 def test_two_ranks_and_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     model = tiny.save_checkpoint(tmp_path / "model", "llama")

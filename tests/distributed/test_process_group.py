@@ -122,6 +122,7 @@ for _ in range(30):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="shares one CPU between the ranks")
+@pytest.mark.slow
 def test_ranks_leave_in_peace_right_after_they_talked():
     """A thread of gloo's that still held tensors aborted one run of three when Python ended; here, four runs."""
     for _ in range(4):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
+
 from pantheraml import (
     FastLanguageModel,
     MultiGPUConfig,
@@ -43,6 +45,7 @@ def train(folder, rows, output):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_tokenising_may_take_longer_than_a_collective(llama, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"number": {number}}}\n' for number in range(12)))
