@@ -47,11 +47,9 @@ coverage: $(VENV)/installed
 # Processes, threads, files, downloads and arithmetic of ours, in which these libraries have no part.
 SAME := $(patsubst %,tests/distributed/test_%.py,settings process_group schedule agreement watchdog sample_dropout \
 	joining deepspeed pipeline_ranks) \
-	tests/models/test_hub_download.py \
-	tests/models/test_weight_sizes.py tests/training/test_prepared_once.py tests/training/test_terminal.py \
-	tests/data/test_sources.py tests/export/test_hub.py
+	tests/training/test_prepared_once.py tests/training/test_terminal.py tests/export/test_hub.py
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest $(SPREAD) $(addprefix --ignore=,$(SAME)) tests/families tests/fused tests/training tests/distributed tests/models tests/data tests/export tests/facade
+	$(OLDEST)/bin/python -m pytest $(SPREAD) $(addprefix --ignore=,$(SAME)) tests/families tests/fused tests/training tests/distributed tests/export tests/facade
 
 # What CI leaves out, since it takes long: more ranks, more ways to start them, a queue.
 test-slow: $(VENV)/installed

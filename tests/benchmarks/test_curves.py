@@ -42,6 +42,7 @@ def test_layouts_are_compared_with_the_first():
     assert "code 3" in lines[4]
 
 
+@pytest.mark.slow
 def test_soak(model, tmp_path, monkeypatch, capsys):
     file = tmp_path / "soak.json"
     words = ["--minutes", "0.02", "--every", "0", "--save-steps", "2", "--workers", "0", "--most", "1e9"]

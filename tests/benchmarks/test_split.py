@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from benchmarks import split
 from tests import tiny
 
 
+@pytest.mark.slow
 def test_one_device(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     model = tiny.save_checkpoint(tmp_path / "model", "llama")

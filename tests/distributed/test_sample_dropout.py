@@ -74,7 +74,9 @@ def test_ranks_and_cuts_drop_the_same(folder, tmp_path, one, ranks, settings):
         assert_same(found, one(rows)[0])
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_streams_drop_the_same(folder, tmp_path, one, ranks):
     for found in run_ranks(ranks, train_with, folder, tmp_path, stream, {}):
         assert_same(found, one(stream)[0])

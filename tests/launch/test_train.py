@@ -49,7 +49,7 @@ def train(model, output, ranks, launcher, *more):
     [
         (2, [], []),
         pytest.param(4, [], ["early"], marks=pytest.mark.slow),
-        (2, TORCHRUN, []),
+        pytest.param(2, TORCHRUN, [], marks=pytest.mark.slow),
         pytest.param(2, ACCELERATE, [], marks=pytest.mark.slow),
     ],
     ids=["python", "python, arguments first", "torchrun", "accelerate"],

@@ -254,7 +254,10 @@ except SaveError as error:
 """
 
 
-@pytest.mark.parametrize(("free", "reason"), [(10_000, "the disk is too small"), (140_000, "No space left")])
+@pytest.mark.parametrize(
+    ("free", "reason"),
+    [pytest.param(10_000, "the disk is too small", marks=pytest.mark.slow), (140_000, "No space left")],
+)
 def test_a_full_disk_costs_one_checkpoint(llama, tmp_path, free, reason):
     """Whichever file of checkpoint 2 does not fit: it leaves no trace, checkpoint 1 loads and can be resumed from."""
     out = tmp_path / "disk"
