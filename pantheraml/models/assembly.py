@@ -101,7 +101,8 @@ def before_loading(request: LoadRequest) -> Unplaced:
 
 def _unplaced(request: LoadRequest, config: PretrainedConfig, precision: Precision) -> Unplaced:
     full, fused = request.flags.full_finetuning, request.kernels == "auto"
-    return Unplaced(config, precision, full, request.max_seq_length, fused)
+    is_shared = request.sharding is not None or request.tensor_group is not None
+    return Unplaced(config, precision, full, request.max_seq_length, fused, is_shared)
 
 
 def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelState]:

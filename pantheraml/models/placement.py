@@ -42,6 +42,7 @@ class Unplaced:
         full_finetuning: whether all of them are trained.
         tokens: of the longest row.
         fused: whether its layers will be fused.
+        is_shared: whether ranks share it, so that none has to hold all of it.
     """
 
     config: PretrainedConfig
@@ -49,6 +50,7 @@ class Unplaced:
     full_finetuning: bool
     tokens: int
     fused: bool
+    is_shared: bool = False
 
     @property
     def family(self) -> ModelFamily | None:
@@ -164,7 +166,7 @@ def find_place(
 
 
 def _limit_of(model: Unplaced, device: torch.device, max_memory: object) -> dict[int, int]:
-    """The limit of the only device, within which the model must fit."""
+    """The limit of the only device, within which the model must fit unless ranks share it."""
     if max_memory is None:
         return {}
     limits = read_limits(max_memory, visible_memory())
@@ -175,7 +177,7 @@ def _limit_of(model: Unplaced, device: torch.device, max_memory: object) -> dict
             fix=f"Add a limit for {device.index}, or write device_map='auto' to use those that it names.",
         )
     limits = {device.index: limits[device.index]}
-    parts = model.parts()
+    parts = None if model.is_shared else model.parts()
     if parts is not None:
         place("sequential", parts, limits, tokens=model.tokens, micro_batches=1)
     return limits

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import accelerate
 import pytest
 import torch
@@ -146,6 +148,12 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(machine, device_map, m
     machine(140, 140)
     with pytest.raises(ConfigError, match=words):
         find_place(unplaced(), device_map, max_memory, is_alone=True)
+
+
+def test_what_ranks_share_need_not_fit_on_one_of_them(machine):
+    machine(140, 140)
+    shared = replace(unplaced(), is_shared=True)
+    assert find_place(shared, None, {0: "5GB"}, is_alone=False).limits == {0: 5 * 10**9}
 
 
 def test_architectures_without_a_family_are_placed_by_transformers(machine):
