@@ -75,7 +75,12 @@ class KeptLayer(StaticLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, K, S, D) behind the earlier ones; one token in three kernels."""
+        """Write keys and values (B, K, S, D) behind the earlier ones; one token in three kernels.
+
+        Under autocast float32 angles make keys float32, beside values of 16 bits; both are kept in the dtype of those,
+        in which attention computes.
+        """
+        key_states = key_states.to(value_states.dtype)
         if not self.is_initialized or key_states.shape[-2] != 1:
             return super().update(key_states, value_states, *args, **kwargs)
         keys, values = cast("tuple[Tensor, Tensor]", (self.keys, self.values))

@@ -16,9 +16,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(world_size, function, *arguments, timeout=240):
-    """What ``function(*arguments)`` returned on each rank of a gloo group, by rank; one rank runs here, without one."""
-    if world_size == 1:
+def run_ranks(world_size, function, *arguments, timeout=240, grouped=False):
+    """What ``function(*arguments)`` returned on each rank of a gloo group, by rank.
+
+    One rank runs here, without a group, unless it is to be ``grouped``, as torchrun's only one is.
+    """
+    if world_size == 1 and not grouped:
         return [function(*arguments)]
     context = multiprocessing.get_context("fork")
     queue, port = context.Queue(), free_port()

@@ -30,6 +30,8 @@ def load(folder, config=None, dropout=0.2):
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=64, load_in_4bit=False, device_map="cpu", use_multi_gpu=config
     )
+    if config is not None:  # as on several GPUs: accelerate refuses such a model to ranks, to one, too
+        model.hf_device_map = {"model": "cpu", "lm_head": "cpu"}
     return FastLanguageModel.get_peft_model(model, r=4, lora_dropout=dropout, random_state=1), tokenizer
 
 
@@ -71,6 +73,7 @@ def train(folder, output, config=None, settings=None, resume=None, fits=None):
         "eval": (before, trainer.evaluate()["eval_loss"]),
         "text": model.generate(input_ids=model.dummy_inputs["input_ids"], max_new_tokens=4).tolist(),
         "stages": 1 if get_state(model).split is None else len(get_state(model).split.stages),
+        "strategy": trainer._strategy.name,
         "pipelined": pipelined,
         "failures": starved.failures if starved else [],
     }
@@ -114,12 +117,21 @@ def test_pipelines_train_save_and_go_on_on_any_number(folders, tmp_path, whole, 
     settings = dict(per_device_train_batch_size=per_device, save_strategy="steps", save_steps=2)
     for found in run_ranks(ranks, train, folders("llama"), tmp_path, PIPELINE, settings):
         assert_same(found, whole())
-        assert found["stages"] == 2 and found["pipelined"] == [8 // ranks] * 3 + [found["pipelined"][-1]]
+        assert found["stages"] == 2
+        assert found["pipelined"] == [8 // ranks] * 3 + [found["pipelined"][-1]]
     settings, checkpoint = dict(per_device_train_batch_size=2), str(tmp_path / "checkpoint-2")
     for found in run_ranks(then, train, folders("llama"), tmp_path / "on", PIPELINE, settings, checkpoint):
         assert len(found["pipelined"]) == 2
         # TRL counts tokens from where it goes on.
         assert_same(found, whole(), skipped=["num_tokens"])
+
+
+def test_a_single_rank_of_torchrun_is_a_pipeline(folders, tmp_path, whole):
+    """accelerate refuses a model on several devices to every process group."""
+    settings = dict(per_device_train_batch_size=4)
+    (found,) = run_ranks(1, train, folders("llama"), tmp_path, PIPELINE, settings, grouped=True)
+    assert found["strategy"] == "pipeline"
+    assert_same(found, whole())
 
 
 def test_routers_of_all_pipelines_are_balanced_together(folders, tmp_path, whole):

@@ -4,19 +4,22 @@ import json
 import sys
 from pathlib import Path
 
+from pantheraml import MultiGPUConfig, setup_multi_gpu
+
+model_folder, output, degree, dtype = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+config = MultiGPUConfig(tensor_parallel=degree, num_processes=degree) if degree > 1 else None
+setup_multi_gpu(config)  # ranks start here, before pytest is imported by what follows
+
 import torch
 
 from pantheraml import (
     FastLanguageModel,
-    MultiGPUConfig,
     PantheraMLDistributedTrainer,
     PantheraMLTrainingArguments,
     is_main_process,
 )
 from tests.distributed.test_parity import rows
 
-model_folder, output, degree, dtype = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-config = MultiGPUConfig(tensor_parallel=degree, num_processes=degree) if degree > 1 else None
 model, tokenizer = FastLanguageModel.from_pretrained(
     model_folder, max_seq_length=64, load_in_4bit=False, dtype=dtype, use_multi_gpu=config
 )

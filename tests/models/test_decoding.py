@@ -136,6 +136,16 @@ def test_it_equals_plain_generation(family, adapter, record):
     pair.check(replays=9 + 11)
 
 
+def test_float32_weights_under_autocast():
+    """As after training in full with bf16=True: float32 angles make keys float32, beside values of 16 bits."""
+    pair = Pair(adapter=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        pair.check()
+    assert {t.dtype for layer in pair.decoding.cache.layers for t in (layer.keys, layer.values)} == {
+        torch.bfloat16
+    }
+
+
 def test_sampling_streams_and_several_answers(shared):
     shared.check(do_sample=True, temperature=0.9, top_k=40)
     shared.check(do_sample=True, num_return_sequences=3)

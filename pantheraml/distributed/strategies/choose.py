@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
+import torch.distributed as dist
 from torch import nn
 from transformers import TrainingArguments
 
@@ -11,6 +12,7 @@ from pantheraml.config.combinations import refusal
 from pantheraml.config.multi_gpu import MultiGPUConfig
 from pantheraml.distributed.strategies.base import Strategy
 from pantheraml.errors import ConfigError
+from pantheraml.models.split import is_split
 from pantheraml.models.state import get_state
 
 # Where each is; imported when it is chosen, since some need libraries that others do not.
@@ -43,11 +45,20 @@ def strategy_of(
         if config.cpu_offload:
             raise refusal("deepspeed, one process", "cpu_offload", "cpu_offload was given to one process.")
         return Strategy(config)
-    if (ranks == 1 and way != "deepspeed") or way == "none":
+    if ranks == 1 and way != "deepspeed":
+        # accelerate refuses a model on several devices to a process group, to one of a single rank, too.
+        way = "pipeline" if dist.is_initialized() and _is_split(model) else "none"
+    if way == "none":
         return Strategy(config)
     module, name = _CLASSES[way]
     found: type[Strategy] = getattr(import_module(f"{__package__}.{module}"), name)
     return found(config)
+
+
+def _is_split(model: nn.Module) -> bool:
+    """Whether ``model`` is computed in stages, or is on several devices."""
+    state = get_state(model)
+    return is_split(model) or (state is not None and state.split is not None)
 
 
 def _way(config: MultiGPUConfig, model: nn.Module, args: TrainingArguments | None) -> str:
