@@ -93,6 +93,18 @@ def test_errors_are_at_most_twice_those_of_the_formula(name, dtype, dim, heads, 
         assert_as_good_as(a, b, c, what)
 
 
+@pytest.mark.filterwarnings("ignore")  # as above
+def test_flex_takes_one_soft_cap_after_another():
+    """What is compiled for the probe's must not turn the next one, Gemma 2's, into a number that the host reads."""
+    flex = BACKENDS["flex"]
+    for packed, softcap in ((False, SOFTCAP), (False, 50.0), (True, 50.0), (True, 30.0)):
+        call, *tensors = example(packed, torch.bfloat16, 128, softcap=softcap)
+        assert not flex.why_not(call), flex.why_not(call)
+        stock = results(lambda *leaves, call=call: attention(*leaves, call), *tensors)
+        for ours, theirs in zip(run_backend(flex, call, *tensors), stock, strict=False):
+            torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_half_precision_needs_no_formula(packed):
     for features in ({}, {"window": 100}, {"sinks": True, "window": 100}):

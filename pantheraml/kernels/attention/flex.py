@@ -78,7 +78,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, 
     heads = (_one_row(call, t).transpose(1, 2) for t in (q, k, v))
     out, aux = _compiled()(
         *heads,
-        score_mod=None if call.softcap is None else _bend(call.softcap),
+        score_mod=None if call.softcap is None else _bend(call.softcap, call.device),
         block_mask=_block_mask(call),
         scale=call.scale,
         enable_gqa=call.groups > 1,
@@ -95,9 +95,13 @@ def _compiled() -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=16)
-def _bend(softcap: float) -> Callable[..., Tensor]:
+@torch.inference_mode(False)  # as for masks
+def _bend(softcap: float, device: torch.device) -> Callable[..., Tensor]:
+    # A tensor: a second value of a Python number would be traced as one, which inductor reads on the host and refuses.
+    cap = torch.tensor(softcap, device=device)
+
     def bend(score: Tensor, *_where: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return cap * torch.tanh(score / cap)
 
     return bend
 
