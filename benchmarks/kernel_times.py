@@ -18,6 +18,7 @@ Interval = tuple[str, float, float]  # name, start and end in microseconds
 _ATTENTION = re.compile(r"fmha|flash|sdpa|attention", re.I)
 _GEMM = re.compile(r"nvjet|gemm|cutlass|xmma|cublas|splitk", re.I)
 _COPY = re.compile(r"memcpy|memset", re.I)
+_NCCL = re.compile(r"nccl[A-Za-z]*_([A-Za-z]+)")
 _OPTIMIZER = re.compile(r"adam|multi_tensor", re.I)
 _NARROW_US = 60.0
 
@@ -41,6 +42,8 @@ def group_of(name: str, microseconds: float, ours: frozenset[str]) -> str:
     """The group that a kernel belongs to."""
     if name in ours:
         return f"ours: {name}"
+    if told := _NCCL.match(name):
+        return f"NCCL: {told[1]}"
     if _COPY.search(name):
         return "copies"
     if _ATTENTION.search(name):
@@ -59,27 +62,39 @@ def group_of(name: str, microseconds: float, ours: frozenset[str]) -> str:
 
 
 def group(intervals: Iterable[Interval], layers: int, ours: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """Milliseconds and launches of each group, largest first, with the span, the busy time and the gaps."""
+    """Milliseconds and launches of each group, largest first, with the span, the busy time and the gaps.
+
+    ``waiting_ms`` is the part of the busy time in which ranks talk and nothing is computed.
+    """
     ordered = sorted(intervals, key=lambda interval: interval[1])
     if not ordered:
-        return {"layers": layers, "span_ms": 0.0, "busy_ms": 0.0, "gaps_ms": 0.0, "launches": 0, "groups": {}}
+        empty = dict.fromkeys(("span_ms", "busy_ms", "gaps_ms", "waiting_ms"), 0.0)
+        return {"layers": layers, **empty, "launches": 0, "groups": {}}
     totals: dict[str, list[float]] = {}
-    busy, end = 0.0, ordered[0][1]
     for name, start, stop in ordered:
         entry = totals.setdefault(group_of(name, stop - start, ours), [0.0, 0])
         entry[0] += (stop - start) / 1e3
         entry[1] += 1
-        busy += max(0.0, stop - max(start, end)) / 1e3
-        end = max(end, stop)
-    span = (end - ordered[0][1]) / 1e3
+    busy = _covered(ordered)
+    span = (max(stop for _, _, stop in ordered) - ordered[0][1]) / 1e3
     return {
         "layers": layers,
         "span_ms": span,
         "busy_ms": busy,
         "gaps_ms": span - busy,
+        "waiting_ms": busy - _covered(one for one in ordered if not _NCCL.match(one[0])),
         "launches": len(ordered),
         "groups": dict(sorted(totals.items(), key=lambda item: -item[1][0])),
     }
+
+
+def _covered(ordered: Iterable[Interval]) -> float:
+    """Milliseconds in which at least one of the intervals, which begin one after the other, runs."""
+    covered, end = 0.0, float("-inf")
+    for _, start, stop in ordered:
+        covered += max(0.0, stop - max(start, end)) / 1e3
+        end = max(end, stop)
+    return covered
 
 
 def start() -> Any:
@@ -116,6 +131,7 @@ def table(kernels: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     rows = [(name, ms, count) for name, (ms, count) in kernels["groups"].items()]
+    rows.append(("ranks talk, nothing is computed", kernels["waiting_ms"], 0))
     rows.append(("gaps, nothing runs", kernels["gaps_ms"], 0))
     rows.append(("span", kernels["span_ms"], kernels["launches"]))
     for name, ms, count in rows:

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks import kernel_times
 from benchmarks.scaling_run import LOADS
 from benchmarks.shapes import add_model_options, model_of
 
@@ -67,6 +68,7 @@ def run_once(way: str, ranks: int, gpus: str, options: argparse.Namespace, model
         words += [f"--seq={options.seq}", f"--batch={options.batch}", f"--steps={options.steps}"]
         words += [f"--num-processes={ranks}", f"--telemetry={options.telemetry}"]
         words += [f"--recompute={options.recompute}", f"--config={options.config if ranks > 1 else '{}'}"]
+        words += ["--profile"] if options.profile else []
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -132,6 +134,8 @@ def tell(
     for line in runs:
         lines.append(line)
         print(table(lines[-1:]).splitlines()[-1], flush=True)
+        if "kernel_times" in line:
+            print(f"\n{kernel_times.table(line['kernel_times'])}\n")
         if file:
             file.write_text(json.dumps({"command": sys.argv, "lines": lines}, indent=1) + "\n")
     print(table(lines))
@@ -152,6 +156,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4, help="rows of a micro-batch on each rank")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--telemetry", choices=("on", "off"), default="on")
+    parser.add_argument("--profile", action="store_true", help="show the kernels of one more step")
     parser.add_argument("--cpu", action="store_true", help="ranks on the CPU")
     parser.add_argument("--timeout", type=float, default=600, help="seconds that one run may take")
     parser.add_argument("--json", type=Path, help="file for all figures, written after every run")

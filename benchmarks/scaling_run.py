@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument(
         "--telemetry", choices=("on", "off"), default="on", help="off: no figures of the run at logging steps"
     )
+    parser.add_argument("--profile", action="store_true", help="add the kernels of one more step on rank 0")
     parser.add_argument("--num-processes", type=int, help="ranks; by default one for each visible GPU")
     options = parser.parse_args()
     began = float(os.environ.get("SCALING_BEGAN", time.time()))
@@ -84,12 +85,15 @@ def main() -> None:
     note("model")
     ranks, warm = get_world_size(), max(1, options.steps // 3)
     generator = torch.Generator().manual_seed(0)
-    count = options.steps * options.batch * ranks
+    steps = options.steps + options.profile
+    count = steps * options.batch * ranks
     vocab = min(model.config.vocab_size, 128000)
     rows = [torch.randint(3, vocab, (options.seq,), generator=generator).tolist() for _ in range(count)]
 
     class Clock(TrainerCallback):
         """Waits for the device at both ends of what is timed only."""
+
+        profiler: Any = None
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 0:
@@ -98,6 +102,10 @@ def main() -> None:
                 synchronize()
                 reset_peaks()
                 self.began = time.perf_counter()
+            if state.global_step == options.steps and is_main_process():
+                from benchmarks.kernel_times import start
+
+                self.profiler = start()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step in (1, options.steps):
@@ -106,6 +114,9 @@ def main() -> None:
                     note("first step")
                 else:
                     self.rest, self.memory = time.perf_counter() - self.began, peaks()
+            if self.profiler is not None:
+                synchronize()
+                self.profiler.stop()
 
     cost: list[float] = []
 
@@ -124,7 +135,7 @@ def main() -> None:
         tokenizer=tokenizer,
         train_dataset=Dataset.from_dict({"input_ids": rows}),
         args=PantheraMLTrainingArguments(
-            output_dir=str(options.output), per_device_train_batch_size=options.batch, max_steps=options.steps,
+            output_dir=str(options.output), per_device_train_batch_size=options.batch, max_steps=steps,
             learning_rate=1e-4, logging_steps=min(options.logging_steps, options.steps), save_strategy="no",
             report_to="none", disable_tqdm=True,
         ),
@@ -164,6 +175,10 @@ def main() -> None:
             **clock.memory,
             "devices": devices,
         }
+        if clock.profiler is not None:
+            from benchmarks.kernel_times import summary
+
+            result["kernel_times"] = summary(clock.profiler, model.config.num_hidden_layers)
         (options.output / "result.json").write_text(json.dumps(result))
 
 
