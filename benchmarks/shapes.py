@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,13 @@ TINY = LLAMA_8B | dict(
     head_dim=16,
     max_position_embeddings=2048,
 )
-SHAPES: dict[str, dict[str, Any]] = {"llama8b": LLAMA_8B, "tiny": TINY}
+LLAMA_70B = LLAMA_8B | dict(
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+)
+SHAPES: dict[str, dict[str, Any]] = {"llama8b": LLAMA_8B, "llama70b": LLAMA_70B, "tiny": TINY}
 
 
 def checkpoint(shape: str, layers: int | None = None) -> Path:
@@ -71,15 +78,10 @@ def make_llama(
 
 def save_random(config: Any, folder: Path, *, device: str | None = None) -> None:
     """Write a bfloat16 checkpoint of ``config`` with random weights, and a small byte-level tokenizer."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    torch.manual_seed(0)
-    with torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="4GB")
-
+    save_random_weights(config, folder, device)
     bpe = Tokenizer(models.BPE(unk_token=None))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -100,3 +102,38 @@ def save_random(config: Any, folder: Path, *, device: str | None = None) -> None
     )
     tokenizer.chat_template = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
     tokenizer.save_pretrained(folder)
+
+
+def save_random_weights(config: Any, folder: Path, device: str | None) -> None:
+    """Write what ``config`` describes, a decoder layer after the other: no more than one of them is in memory."""
+    import torch
+    from safetensors.torch import save_file
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.architectures, config.dtype = [type(model).__name__], torch.bfloat16
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    layers = next(name for name, part in model.named_modules() if isinstance(part, nn.ModuleList))
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    groups = [(f"{layers}.{index}", layer) for index, layer in enumerate(model.get_submodule(layers))]
+    for parent, prefix in ((model.model, "model."), (model, "")):
+        for name, child in parent.named_children():
+            beside = list(child.parameters()) and child is not model.model and f"{prefix}{name}" != layers
+            if beside and not (tied and child is model.get_output_embeddings()):
+                groups.append((f"{prefix}{name}", child))
+    places: dict[str, str] = {}
+    for number, (path, part) in enumerate(groups, 1):
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        part.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        part.apply(model._init_weights)
+        tensors = {f"{path}.{name}": tensor for name, tensor in part.state_dict().items()}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+        part.to("meta")
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
