@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -21,6 +21,9 @@ from pantheraml import FastLanguageModel, MultiGPUConfig, PantheraMLTrainer, Pan
 from pantheraml.distributed.strategies.base import Strategy
 from pantheraml.distributed.strategies.deepspeed import DeepSpeed
 from pantheraml.errors import CheckpointError, ConfigError, NonFiniteError
+from pantheraml.models.families import find_family
+from pantheraml.models.fused import apply_layers
+from pantheraml.models.patching import PatchSet
 from tests import tiny
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_parity import rows
@@ -172,6 +175,19 @@ def test_what_is_saved_is_whole_and_gone_on_with(folder, tmp_path, by_ddp, stage
     checkpoint = tmp_path / "run/checkpoint-3"
     again = run_ranks(2, whole_run, folder, tmp_path / "again", zero(stage), str(checkpoint))[0]
     assert again[0][-2:] == logs[-2:] and again[1][1] == evals[1], "bit by bit"
+
+
+def test_weights_leave_the_stacks_of_fused_layers():
+    """An evaluation moved them there; the engine sends each around as its bytes, and NCCL takes no gaps."""
+    model = tiny.build_model("llama")
+    apply_layers(model, find_family(model.config), PatchSet(), on_cpu=True)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    with torch.no_grad():
+        adapted(**model.dummy_inputs)
+    assert not all(parameter.is_contiguous() for parameter in adapted.parameters())
+    strategy = DeepSpeed(MultiGPUConfig(strategy="deepspeed"))
+    assert strategy.wrap(None, adapted) is adapted
+    assert all(parameter.is_contiguous() for parameter in adapted.parameters())
 
 
 def test_checkpoints_of_others_are_refused(tmp_path):

@@ -26,7 +26,7 @@ def main(model_folder: str, output: Path, degree: int, dtype: str) -> None:
         model_folder, max_seq_length=64, load_in_4bit=False, dtype=dtype, use_multi_gpu=config
     )
     model = FastLanguageModel.get_peft_model(model, r=8, lora_dropout=0.1)
-    held = torch.cuda.memory_allocated()
+    held = sum(p.nbytes for name, p in model.named_parameters() if ".layers." in name and "lora_" not in name)
     args = PantheraMLTrainingArguments(
         output_dir=str(output), per_device_train_batch_size=4, global_batch_size=8, max_steps=6, learning_rate=1e-3,
         logging_steps=1, report_to="none", disable_tqdm=True, save_strategy="no",

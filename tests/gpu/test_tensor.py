@@ -31,17 +31,18 @@ def train(folder, output, degree, dtype):
     return json.loads((output / "found.json").read_text()), load_file(output / "merged" / "model.safetensors")
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
+# Steps of Adam after the first let a gradient's last bits decide the sign of what is nearly zero.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", (2e-5, 1e-3)), ("bfloat16", (2e-2, 2e-2))])
 def test_two_gpus_equal_one(tmp_path, dtype, tolerance):
     sizes = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8,
                  num_key_value_heads=4)  # fmt: skip
     folder = tiny.save_checkpoint(tmp_path / "model", "llama", **sizes)
     one, merged = train(folder, tmp_path / "one", 1, dtype)
     two, gathered = train(folder, tmp_path / "two", 2, dtype)
-    for mine, theirs in zip(two["logs"], one["logs"], strict=True):
-        assert mine == pytest.approx(theirs, rel=tolerance)
-    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=tolerance)
-    assert two["held"] < 0.65 * one["held"]
+    for step, (mine, theirs) in enumerate(zip(two["logs"], one["logs"], strict=True)):
+        assert mine == pytest.approx(theirs, rel=tolerance[step > 0]), (two["logs"], one["logs"])
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=tolerance[1])
+    assert two["held"] < 0.51 * one["held"]
     assert merged.keys() == gathered.keys()
     for name, value in merged.items():
         torch.testing.assert_close(gathered[name], value, rtol=2e-2, atol=2e-3)

@@ -29,6 +29,7 @@ from pantheraml.distributed.process_group import group_size, is_first_of_group
 from pantheraml.distributed.strategies.base import Strategy
 from pantheraml.errors import CheckpointError, ConfigError, HardwareError
 from pantheraml.log import say_once
+from pantheraml.models.fused import FusedDecoderLayer
 from pantheraml.models.state import get_state
 from pantheraml.models.zero3 import check_storage, whole_on_first
 
@@ -138,6 +139,14 @@ class DeepSpeed(Strategy):
                 "fused kernels",
                 "ZeRO-3 was asked for a model that has fused layers.",
             )
+
+    def wrap(self, accelerator: Any, model: nn.Module) -> nn.Module:
+        """The engine sends weights around as bytes, for which each must lie in memory of its own."""
+        del accelerator
+        for module in model.modules():
+            if isinstance(module, FusedDecoderLayer):
+                module.reader.release()
+        return model
 
     def prepared(self, accelerator: Any) -> None:
         """Put in front of a plain optimizer, as it is at stage 0, what DeepSpeed's own ones do."""
