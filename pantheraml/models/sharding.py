@@ -209,7 +209,9 @@ class _PackedWeights:
             if getattr(weight, "quant_state", None) is not None:
                 about = {name: getattr(weight, name) for name in _OF_PACKED if hasattr(weight, name)}
                 self._known.append((linear, about))
-                linear.weight = nn.Parameter(weight.data, requires_grad=False)
+                # Bytes, whatever bitsandbytes stores them as: copies of floating ones may change the bits of NaNs.
+                packed = weight.data.view(torch.uint8).view(-1, 1)
+                linear.weight = nn.Parameter(packed, requires_grad=False)
 
     def watch(self, layer: nn.Module) -> None:
         """Tell them now, and whenever ``layer`` has been gathered."""
@@ -260,7 +262,8 @@ Place = tuple[nn.Module, str]
 def _lift(module: nn.Module, dtype: torch.dtype | None, ignored: set[nn.Parameter]) -> dict[Place, Tensor]:
     """Put parameters without values in the places of those that are to be shared out; what was there, by its place.
 
-    A rank then reads no more of a mapped file than its shares.
+    A rank then reads no more of a mapped file than its shares. torch 2.10 and 2.11 first make Parameters of them that
+    take gradients, so that those of packed weights are of a floating dtype; what they are filled with is not.
     """
     loaded: dict[Place, Tensor] = {}
     empty: dict[nn.Parameter, nn.Parameter] = {}
@@ -269,7 +272,9 @@ def _lift(module: nn.Module, dtype: torch.dtype | None, ignored: set[nn.Paramete
             if parameter is None or isinstance(parameter, DTensor) or parameter in ignored:
                 continue
             if parameter not in empty:
-                shape = torch.empty_like(parameter, device="meta", dtype=_held_in(parameter, dtype))
+                held = _held_in(parameter, dtype)
+                floating = held if held.is_floating_point else torch.float8_e4m3fn
+                shape = torch.empty_like(parameter, device="meta", dtype=floating)
                 empty[parameter] = nn.Parameter(shape, requires_grad=parameter.requires_grad)
             loaded[part, name] = parameter.data
             part._parameters[name] = empty[parameter]
@@ -277,13 +282,14 @@ def _lift(module: nn.Module, dtype: torch.dtype | None, ignored: set[nn.Paramete
 
 
 def _fill(loaded: dict[Place, Tensor], device: torch.device) -> None:
-    """Give parameters that are shared out their values; FSDP takes them up when it first gathers."""
+    """Give parameters that are shared out their values; FSDP takes them up, and their dtypes, when it first gathers."""
     filled: dict[int, nn.Parameter] = {}
     for (part, name), tensor in loaded.items():
         parameter = part._parameters[name]
         assert isinstance(parameter, DTensor)
         if id(parameter) not in filled:
-            share = cut(tensor, parameter).to(device, parameter.dtype, copy=True)
+            held = parameter.dtype if tensor.is_floating_point() else tensor.dtype
+            share = cut(tensor, parameter).to(device, held, copy=True)
             filled[id(parameter)] = nn.Parameter(_joined(share, parameter), parameter.requires_grad)
         part._parameters[name] = filled[id(parameter)]
 
