@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pantheraml.config.combinations import refusal
+from pantheraml.models.state import get_state
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,33 @@ def shard_model(model: PreTrainedModel, sharding: Sharding, dtype: torch.dtype |
     root: Any = model if sharding.trained else model.base_model
     left = {parameter for parameter in root.parameters() if not isinstance(parameter, DTensor)}
     _shard(root, sharding, dtype, ignored=None if sharding.trained else left)
-    _bring(model, sharding.device, dtype)
+    bring_whole(model, sharding.device, dtype)
     # transformers' generation then lets all ranks take as many steps as the one that needs most.
     vars(model)["_is_fsdp_managed_module"] = True
+
+
+def bring_whole(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Bring what every rank keeps whole to its device; shares stay where they are kept, which may be host memory.
+
+    Args:
+        model: whose weights ranks share out.
+        device: of this rank.
+        dtype: what plain weights are held in, if not in what they are now.
+    """
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(device, _held_in(parameter, dtype))
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[name] = buffer.to(device)
+
+
+def place_adapter(model: nn.Module) -> None:
+    """Bring what PEFT has added to the rank's device: it was put where weights are kept, which may be host memory."""
+    state = get_state(model)
+    if state is not None and state.sharding is not None:
+        bring_whole(model, state.sharding.device)
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -178,11 +203,24 @@ def _joined(share: Tensor, like: DTensor) -> DTensor:
     )
 
 
+def device_of(layer: nn.Module) -> torch.device:
+    """Where ``layer`` is computed, also where ranks keep their shares of it in host memory."""
+    weight = next(layer.parameters())
+    if not isinstance(weight, DTensor) or not _is_away(weight):
+        return weight.device
+    kind = weight.device_mesh.device_type
+    return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def _is_away(weight: DTensor) -> bool:
+    return weight.device.type != weight.device_mesh.device_type
+
+
 def gathered_bytes(model: nn.Module) -> int:
     """Memory that a rank needs for layers while they are whole: the one that is computed, and the next."""
     sizes = [
         sum(
-            p.numel() * p.element_size() - local(p).nbytes
+            p.numel() * p.element_size() - (0 if _is_away(p) else local(p).nbytes)
             for p in layer.parameters()
             if isinstance(p, DTensor)
         )
@@ -298,14 +336,3 @@ def _held_in(parameter: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """What a weight is held in where ``dtype`` is wanted of plain ones; packed ones stay as they are."""
     is_plain = parameter.is_floating_point() and parameter.itemsize > 1
     return dtype if dtype is not None and is_plain else parameter.dtype
-
-
-def _bring(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Bring what every rank keeps whole to its device."""
-    for parameter in model.parameters():
-        if not isinstance(parameter, DTensor):
-            parameter.data = parameter.data.to(device, _held_in(parameter, dtype))
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != device:
-                module._buffers[name] = buffer.to(device)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from pantheraml import FastLanguageModel, MultiGPUConfig, PantheraMLTrainer, PantheraMLTrainingArguments
@@ -15,7 +16,14 @@ from pantheraml.distributed.strategies.fsdp import sharding_of
 from pantheraml.errors import ConfigError
 from pantheraml.export.quantized import is_4bit
 from pantheraml.models.fused.decoder_layer import FusedDecoderLayer, apply_layers
-from pantheraml.models.sharding import gathered_weights, is_sharded, local, shard_model, whole
+from pantheraml.models.sharding import (
+    bring_whole,
+    gathered_weights,
+    is_sharded,
+    local,
+    shard_model,
+    whole,
+)
 from pantheraml.models.state import get_state
 from tests import tiny
 from tests.distributed.ranks import run_ranks
@@ -287,11 +295,31 @@ def test_fused_layers_compute_from_what_is_gathered(folder, tmp_path):
     np.testing.assert_allclose(shared, copied, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "full"])
-def test_layers_kept_in_host_memory(folder, tmp_path, kind):
+def train_away(folder, output, kind):
+    """Train with layers in host memory; what of the shares somebody moved, and what is brought to the rank's device."""
+    moved, apply = [], torch.nn.Module._apply
+
+    def watched(module, *args, **kwargs):
+        moved.extend(one for one in module._parameters.values() if isinstance(one, DTensor))
+        return apply(module, *args, **kwargs)
+
+    torch.nn.Module._apply = watched
     config = MultiGPUConfig(strategy="fsdp", shard_frozen=True, cpu_offload=True)
-    found = run_ranks(2, train, folder, tmp_path, kind, config, 4, 1)
-    np.testing.assert_allclose(
-        found[0]["figures"], alone(folder, tmp_path, kind)["figures"], rtol=2e-6, atol=2e-6
-    )
-    assert "kept in host memory" in found[0]["said"]
+    trainer, _ = trainer_of(folder, output, kind, config, 4, 1)
+    if kind == "lora":  # accelerate prepares the model for that, too
+        trainer.evaluate()
+    trainer.train()
+    found = {"figures": figures(trainer), "said": trainer._strategy.describe(), "moved": len(moved)}
+    bring_whole(trainer.model, torch.device("cpu"), torch.float64)  # there is no other device: by their dtype
+    brought = {(isinstance(one, DTensor), one.dtype) for one in trainer.model.parameters()}
+    return {**found, "brought": brought}
+
+
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+def test_layers_kept_in_host_memory(folder, tmp_path, kind):
+    for found in run_ranks(2, train_away, folder, tmp_path, kind):
+        expected = alone(folder, tmp_path, kind)["figures"]
+        np.testing.assert_allclose(found["figures"], expected, rtol=2e-6, atol=2e-6)
+        assert "kept in host memory" in found["said"]
+        assert not found["moved"]
+        assert found["brought"] == {(True, torch.float32), *[(False, torch.float64)] * (kind == "lora")}
