@@ -78,7 +78,8 @@ def nf4_pieces(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 def _dequantize_4bit(parameter: Any) -> torch.Tensor:
     import bitsandbytes.functional as bnb
 
-    data, state = whole(parameter.data), parameter.quant_state
+    state = parameter.quant_state
+    data = whole(parameter.data).to(state.absmax.device)  # ranks may keep their shares in host memory
     if getattr(state, "packing_format_for_cpu", False):
         # Inference on some CPUs re-packs the weight in place, with bfloat16 scales. Unpack a copy, and
         # keep those scales: bitsandbytes would quantise them a second time.

@@ -340,6 +340,7 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> 
     import torch
     from peft import get_peft_model
 
+    from pantheraml.models.sharding import place_adapter
     from pantheraml.models.state import patches_of
     from pantheraml.models.tensor_plan import share_factors
 
@@ -352,6 +353,7 @@ def attach_adapter(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> 
             adapted = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError, KeyError, ImportError) as error:
         raise _refused(error, vars(config)) from error
+    place_adapter(adapted)
     share_factors(adapted, patches_of(model))
     return adapted
 

@@ -117,7 +117,7 @@ class Fp8Linear(nn.Linear):
 
     def dequantised(self) -> Tensor:
         """The weight it multiplies by, (N, K) float32: what merging and exporting start from."""
-        return whole(self.weight).float() * self.weight_scale[:, None]
+        return whole(self.weight).to(self.weight_scale.device).float() * self.weight_scale[:, None]
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., N) in the dtype of the input, or of autocast."""

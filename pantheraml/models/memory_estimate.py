@@ -24,7 +24,7 @@ from pantheraml.devices.peak_memory import (
     peak_memory,
 )
 from pantheraml.models.recompute_plan import RecomputePlan, kept_bytes, sizes_of, unpacked_bytes
-from pantheraml.models.sharding import gathered_bytes, local
+from pantheraml.models.sharding import device_of, gathered_bytes, local
 from pantheraml.models.stack_memory import margin_bytes
 from pantheraml.models.stack_memory import unpacked_bytes as unpacked_buffers
 
@@ -140,7 +140,7 @@ def _fused_on(model: Any, device: torch.device | None) -> list[Any]:
     from pantheraml.models.fused import FusedDecoderLayer
 
     layers = [module for module in model.modules() if isinstance(module, FusedDecoderLayer)]
-    return [layer for layer in layers if device in (None, next(layer.parameters()).device)]
+    return [layer for layer in layers if device in (None, device_of(layer))]
 
 
 def _unpacked(plan: RecomputePlan, layers: list[Any]) -> int:

@@ -33,7 +33,7 @@ from pantheraml.models.recompute_plan import (
     unpacked_bytes,
 )
 from pantheraml.models.sharded_linear import tensor_group_of
-from pantheraml.models.sharding import gathered_bytes, local
+from pantheraml.models.sharding import device_of, gathered_bytes, local
 
 if TYPE_CHECKING:
     from pantheraml.models.state import ModelState
@@ -103,7 +103,7 @@ def sections(model: Any, state: ModelState) -> list[Section]:
     """The layers of ``model`` by device; mostly one section with all of them."""
     found: dict[torch.device, list[Any]] = {}
     for layer in _layers(model):
-        found.setdefault(next(layer.parameters()).device, []).append(layer)
+        found.setdefault(device_of(layer), []).append(layer)
     return [Section(part, device, state.in_flight.get(device, 1)) for device, part in found.items()]
 
 

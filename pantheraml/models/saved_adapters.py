@@ -46,6 +46,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     odd = sorted((expected - stored) | (stored - expected - vocabulary))
     if odd:
         raise _foreign(folder, model, f"{len(odd)} of its weights do not match, first {odd[0]}")
+    sharding.place_adapter(wrapped)
     share_factors(wrapped, patches_of(model))
     return wrapped
 

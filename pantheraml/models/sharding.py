@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pantheraml.config.combinations import refusal
+from pantheraml.models.state import get_state
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,33 @@ def shard_model(model: PreTrainedModel, sharding: Sharding, dtype: torch.dtype |
     root: Any = model if sharding.trained else model.base_model
     left = {parameter for parameter in root.parameters() if not isinstance(parameter, DTensor)}
     _shard(root, sharding, dtype, ignored=None if sharding.trained else left)
-    _bring(model, sharding.device, dtype)
+    bring_whole(model, sharding.device, dtype)
     # transformers' generation then lets all ranks take as many steps as the one that needs most.
     vars(model)["_is_fsdp_managed_module"] = True
+
+
+def bring_whole(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Bring what every rank keeps whole to its device; shares stay where they are kept, which may be host memory.
+
+    Args:
+        model: whose weights ranks share out.
+        device: of this rank.
+        dtype: what plain weights are held in, if not in what they are now.
+    """
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(device, _held_in(parameter, dtype))
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[name] = buffer.to(device)
+
+
+def place_adapter(model: nn.Module) -> None:
+    """Bring what PEFT has added to the rank's device: it was put where weights are kept, which may be host memory."""
+    state = get_state(model)
+    if state is not None and state.sharding is not None:
+        bring_whole(model, state.sharding.device)
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -178,11 +203,24 @@ def _joined(share: Tensor, like: DTensor) -> DTensor:
     )
 
 
+def device_of(layer: nn.Module) -> torch.device:
+    """Where ``layer`` is computed, also where ranks keep their shares of it in host memory."""
+    weight = next(layer.parameters())
+    if not isinstance(weight, DTensor) or not _is_away(weight):
+        return weight.device
+    kind = weight.device_mesh.device_type
+    return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def _is_away(weight: DTensor) -> bool:
+    return weight.device.type != weight.device_mesh.device_type
+
+
 def gathered_bytes(model: nn.Module) -> int:
     """Memory that a rank needs for layers while they are whole: the one that is computed, and the next."""
     sizes = [
         sum(
-            p.numel() * p.element_size() - local(p).nbytes
+            p.numel() * p.element_size() - (0 if _is_away(p) else local(p).nbytes)
             for p in layer.parameters()
             if isinstance(p, DTensor)
         )
@@ -209,7 +247,9 @@ class _PackedWeights:
             if getattr(weight, "quant_state", None) is not None:
                 about = {name: getattr(weight, name) for name in _OF_PACKED if hasattr(weight, name)}
                 self._known.append((linear, about))
-                linear.weight = nn.Parameter(weight.data, requires_grad=False)
+                # Bytes, whatever bitsandbytes stores them as: copies of floating ones may change the bits of NaNs.
+                packed = weight.data.view(torch.uint8).view(-1, 1)
+                linear.weight = nn.Parameter(packed, requires_grad=False)
 
     def watch(self, layer: nn.Module) -> None:
         """Tell them now, and whenever ``layer`` has been gathered."""
@@ -260,7 +300,8 @@ Place = tuple[nn.Module, str]
 def _lift(module: nn.Module, dtype: torch.dtype | None, ignored: set[nn.Parameter]) -> dict[Place, Tensor]:
     """Put parameters without values in the places of those that are to be shared out; what was there, by its place.
 
-    A rank then reads no more of a mapped file than its shares.
+    A rank then reads no more of a mapped file than its shares. torch 2.10 and 2.11 first make Parameters of them that
+    take gradients, so that those of packed weights are of a floating dtype; what they are filled with is not.
     """
     loaded: dict[Place, Tensor] = {}
     empty: dict[nn.Parameter, nn.Parameter] = {}
@@ -269,7 +310,9 @@ def _lift(module: nn.Module, dtype: torch.dtype | None, ignored: set[nn.Paramete
             if parameter is None or isinstance(parameter, DTensor) or parameter in ignored:
                 continue
             if parameter not in empty:
-                shape = torch.empty_like(parameter, device="meta", dtype=_held_in(parameter, dtype))
+                held = _held_in(parameter, dtype)
+                floating = held if held.is_floating_point else torch.float8_e4m3fn
+                shape = torch.empty_like(parameter, device="meta", dtype=floating)
                 empty[parameter] = nn.Parameter(shape, requires_grad=parameter.requires_grad)
             loaded[part, name] = parameter.data
             part._parameters[name] = empty[parameter]
@@ -277,13 +320,14 @@ def _lift(module: nn.Module, dtype: torch.dtype | None, ignored: set[nn.Paramete
 
 
 def _fill(loaded: dict[Place, Tensor], device: torch.device) -> None:
-    """Give parameters that are shared out their values; FSDP takes them up when it first gathers."""
+    """Give parameters that are shared out their values; FSDP takes them up, and their dtypes, when it first gathers."""
     filled: dict[int, nn.Parameter] = {}
     for (part, name), tensor in loaded.items():
         parameter = part._parameters[name]
         assert isinstance(parameter, DTensor)
         if id(parameter) not in filled:
-            share = cut(tensor, parameter).to(device, parameter.dtype, copy=True)
+            held = parameter.dtype if tensor.is_floating_point() else tensor.dtype
+            share = cut(tensor, parameter).to(device, held, copy=True)
             filled[id(parameter)] = nn.Parameter(_joined(share, parameter), parameter.requires_grad)
         part._parameters[name] = filled[id(parameter)]
 
@@ -292,14 +336,3 @@ def _held_in(parameter: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """What a weight is held in where ``dtype`` is wanted of plain ones; packed ones stay as they are."""
     is_plain = parameter.is_floating_point() and parameter.itemsize > 1
     return dtype if dtype is not None and is_plain else parameter.dtype
-
-
-def _bring(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Bring what every rank keeps whole to its device."""
-    for parameter in model.parameters():
-        if not isinstance(parameter, DTensor):
-            parameter.data = parameter.data.to(device, _held_in(parameter, dtype))
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != device:
-                module._buffers[name] = buffer.to(device)

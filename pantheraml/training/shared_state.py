@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from pantheraml.models.sharding import gathered_weights, share_of, whole
+from pantheraml.models.sharding import bring_whole, gathered_weights, is_sharded, share_of, whole
 from pantheraml.models.state import get_state
 from pantheraml.training.run_record import RecordedRun
 
@@ -57,12 +57,19 @@ def load_shares(model: nn.Module, folder: Path) -> None:
 
 
 class SharedState(RecordedRun):
-    """The part of the trainer that saves and loads what ranks share out, where all weights are trained."""
+    """The part of the trainer that leaves what ranks share out in its place, and saves and loads it where trained."""
 
     @property
     def _shares_trained(self) -> bool:
         state = get_state(cast(nn.Module, self.model))
         return state is not None and state.sharding is not None and state.sharding.trained
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """As transformers, but for shares: where they are kept was decided when they were made."""
+        if is_sharded(model):
+            bring_whole(model, device)
+        else:
+            super()._move_model_to_device(model, device)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers; every rank takes part."""

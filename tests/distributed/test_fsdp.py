@@ -7,13 +7,23 @@ import functools
 import numpy as np
 import pytest
 import torch
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from pantheraml import FastLanguageModel, MultiGPUConfig, PantheraMLTrainer, PantheraMLTrainingArguments
 from pantheraml.distributed.strategies.fsdp import sharding_of
 from pantheraml.errors import ConfigError
+from pantheraml.export.quantized import is_4bit
 from pantheraml.models.fused.decoder_layer import FusedDecoderLayer, apply_layers
-from pantheraml.models.sharding import is_sharded, local, shard_model
+from pantheraml.models.sharding import (
+    bring_whole,
+    gathered_weights,
+    is_sharded,
+    local,
+    shard_model,
+    whole,
+)
 from pantheraml.models.state import get_state
 from tests import tiny
 from tests.distributed.ranks import run_ranks
@@ -32,7 +42,20 @@ def folder(tmp_path_factory):
     return tiny.save_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
 
 
+def as_older_torch():
+    """Let this rank's torch make sharded parameters as 2.10 and 2.11 do: first as ones that take gradients."""
+    made = FSDPParam.to_sharded_dtensor
+
+    def strict(self, tensor):
+        torch.nn.Parameter(made(self, tensor))  # refused for tensors that are not of a floating dtype
+        return made(self, tensor)
+
+    FSDPParam.to_sharded_dtensor = strict
+
+
 def load(folder, kind, config):
+    if config is not None:
+        as_older_torch()
     where = {} if config is not None else {"device_map": "cpu"}
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=64, use_multi_gpu=config, **where, **LOADS[kind]
@@ -87,6 +110,50 @@ def test_equals_one_process(folder, tmp_path, kind, layout):
     assert found[0]["eval"] == found[1]["eval"] == pytest.approx(expected["eval"], rel=1e-6)
     assert found[0]["bytes"] < 0.53 * expected["bytes"]  # norms stay whole beside an adapter
     assert "shared out" in found[0]["said"]
+
+
+def gather_bytes(folder):
+    """4-bit weights of all byte values, shared out and gathered: what there was, and what came."""
+    as_older_torch()
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=64, use_multi_gpu=MultiGPUConfig(), **LOADS["qlora"]
+    )
+    layer = model.model.layers[0]
+    packed = {name: weight for name, weight in layer.named_parameters() if is_4bit(weight)}
+    for number, weight in enumerate(packed.values()):
+        count = torch.arange(weight.numel(), dtype=torch.int32).add(number)
+        weight.data = count.to(torch.uint8).view_as(weight)
+    before = {name: weight.data.clone() for name, weight in packed.items()}
+    shard_model(model, sharding_of(SHARED, trained=False))
+    shared = {name: layer.get_parameter(name) for name in before}
+    named = gathered_weights(model, keep=True)
+    seen = {}
+
+    def look(layer, *_):
+        seen.update({name: layer.get_parameter(name).clone() for name in before})
+
+    layer.register_forward_pre_hook(look)
+    model(input_ids=torch.tensor([[1, 7, 30]]))
+    return {
+        name: [
+            value.numpy(),
+            local(shared[name]).dtype == torch.uint8 and local(shared[name]).numel() == value.numel() // 2,
+            whole(shared[name]).numpy(),
+            named[f"model.layers.0.{name}"].numpy(),
+            seen[name].numpy(),
+        ]
+        for name, value in before.items()
+    }
+
+
+def test_4_bit_weights_keep_their_bits(folder):
+    for found in run_ranks(2, gather_bytes, folder):
+        assert len(found) == 7
+        for value, is_half, *gathered in found.values():
+            assert is_half and len(np.unique(value)) == 256
+            for one in gathered:
+                assert one.dtype == np.uint8
+                np.testing.assert_array_equal(one, value)
 
 
 def save_on_all(folder, output, kind):
@@ -228,11 +295,31 @@ def test_fused_layers_compute_from_what_is_gathered(folder, tmp_path):
     np.testing.assert_allclose(shared, copied, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "full"])
-def test_layers_kept_in_host_memory(folder, tmp_path, kind):
+def train_away(folder, output, kind):
+    """Train with layers in host memory; what of the shares somebody moved, and what is brought to the rank's device."""
+    moved, apply = [], torch.nn.Module._apply
+
+    def watched(module, *args, **kwargs):
+        moved.extend(one for one in module._parameters.values() if isinstance(one, DTensor))
+        return apply(module, *args, **kwargs)
+
+    torch.nn.Module._apply = watched
     config = MultiGPUConfig(strategy="fsdp", shard_frozen=True, cpu_offload=True)
-    found = run_ranks(2, train, folder, tmp_path, kind, config, 4, 1)
-    np.testing.assert_allclose(
-        found[0]["figures"], alone(folder, tmp_path, kind)["figures"], rtol=2e-6, atol=2e-6
-    )
-    assert "kept in host memory" in found[0]["said"]
+    trainer, _ = trainer_of(folder, output, kind, config, 4, 1)
+    if kind == "lora":  # accelerate prepares the model for that, too
+        trainer.evaluate()
+    trainer.train()
+    found = {"figures": figures(trainer), "said": trainer._strategy.describe(), "moved": len(moved)}
+    bring_whole(trainer.model, torch.device("cpu"), torch.float64)  # there is no other device: by their dtype
+    brought = {(isinstance(one, DTensor), one.dtype) for one in trainer.model.parameters()}
+    return {**found, "brought": brought}
+
+
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+def test_layers_kept_in_host_memory(folder, tmp_path, kind):
+    for found in run_ranks(2, train_away, folder, tmp_path, kind):
+        expected = alone(folder, tmp_path, kind)["figures"]
+        np.testing.assert_allclose(found["figures"], expected, rtol=2e-6, atol=2e-6)
+        assert "kept in host memory" in found["said"]
+        assert not found["moved"]
+        assert found["brought"] == {(True, torch.float32), *[(False, torch.float64)] * (kind == "lora")}
