@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pantheraml.kernels.place_factors import Placement, Table
 from pantheraml.kernels.rms_norm import RMSNorm, rms_norm_into
+from pantheraml.kernels.stack_rows import stack_rows
 from pantheraml.kernels.unpack_table import UnpackTable
 from pantheraml.models.fused.adapter_inputs import AdapterInputs, transposed_product
 from pantheraml.models.fused.projection import Projection
@@ -311,11 +312,10 @@ class BoundStack:
     @torch.no_grad()
     def _fill(self, buffer: Buffer) -> None:
         """Write the weights to the shared buffer, where just these, as they are now, do not lie there."""
-        places = self._weight.split_with_sizes([projection.features for projection in self.projections])
         if self._passing:
-            for projection, place in zip(self.projections, places, strict=True):
-                place.copy_(projection.linear.weight)
+            stack_rows([projection.linear.weight for projection in self.projections], self._weight)
         else:
+            places = self._weight.split_with_sizes([projection.features for projection in self.projections])
             if self._unpacking is None or self._unpacking[0] != self._state:
                 self._unpacking = self._state, UnpackTable([p.packed for p in self.projections], places)
             self._unpacking[1].write()
