@@ -6,9 +6,9 @@
 
 A layout is GPUs x rows of a micro-batch. Every run starts from the same weights and takes the same rows in the same
 steps (``global_batch_size``); rows are text of Python's standard library, of lengths that differ, with LoRA dropout.
-What differs between layouts is the order in which sums are rounded: "1x4,1x2" shows how much that is on one GPU. Runs
-of one GPU go beside each other, each on its own. The exit code is 1 when a run fails. Plots need matplotlib (extra
-``plots``).
+What differs between layouts is the order in which sums are rounded: "1x4,1x2" shows how much that is on one GPU.
+Layouts that together need no more GPUs than the widest one run beside each other. The exit code is 1 when a run fails.
+Plots need matplotlib (extra ``plots``).
 """
 
 from __future__ import annotations
@@ -94,16 +94,24 @@ def run(layout: str, first: int, options: argparse.Namespace, model: str) -> Cur
 
 
 def all_runs(options: argparse.Namespace, model: str) -> list[Curve]:
-    """The curves of all layouts: those of one GPU beside each other, the others one after another."""
-    layouts = options.layouts.split(",")
-    alone = [one for one in layouts if one.startswith("1x")]
-    with ThreadPoolExecutor(max(1, len(alone))) as pool:
-        running = [pool.submit(run, one, gpu, options, model) for gpu, one in enumerate(alone)]
-        found = {one: future.result() for one, future in zip(alone, running, strict=True)}
-    for one in layouts:
-        if one not in found:
-            found[one] = run(one, 0, options, model)
-    return [found[one] for one in layouts]
+    """The curves of all layouts: beside each other where the GPUs of the widest one suffice, in their order."""
+    widest = max(_width(layout) for layout in options.layouts.split(","))
+    waves: list[list[str]] = [[]]
+    for layout in options.layouts.split(","):
+        if sum(map(_width, waves[-1])) + _width(layout) > widest:
+            waves.append([])
+        waves[-1].append(layout)
+    found: list[Curve] = []
+    for wave in waves:
+        firsts = [sum(map(_width, wave[:place])) for place in range(len(wave))]
+        with ThreadPoolExecutor(len(wave)) as pool:
+            found += pool.map(lambda one, first: run(one, first, options, model), wave, firsts)
+    return found
+
+
+def _width(layout: str) -> int:
+    """Its GPUs."""
+    return int(layout.split("x", maxsplit=1)[0])
 
 
 def table(curves: list[Curve]) -> str:

@@ -1,17 +1,29 @@
 """``python -m tests.gpu.repeated_run FOLDER``: train each of ``CASES`` twice, and say as JSON what came out.
 
-A process of its own: CUBLAS_WORKSPACE_CONFIG is read at its first product.
+A process of its own: CUBLAS_WORKSPACE_CONFIG is read at its first product. Ranks of torchrun train ``ON_RANKS``.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 
-from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments
+from pantheraml import (
+    FastLanguageModel,
+    MultiGPUConfig,
+    PantheraMLDistributedTrainer,
+    PantheraMLTrainingArguments,
+    barrier,
+    get_world_size,
+    is_main_process,
+    setup_multi_gpu,
+)
+from pantheraml.distributed.process_group import gather_objects
+from pantheraml.models.sharding import local
 from tests import tiny
 from tests.distributed.test_parity import rows
 
@@ -28,6 +40,14 @@ CASES = {
     "full": (dict(full_finetuning=True), {}),
     "mixtral": (dict(load_in_16bit=True), {}),
 }
+_SHARED = MultiGPUConfig(strategy="fsdp", shard_frozen=True)
+ON_RANKS = {
+    "bf16": CASES["bf16"],
+    "4bit, dropout, recompute": CASES["4bit, dropout, recompute"],
+    "full": CASES["full"],
+    "fsdp": (dict(load_in_16bit=True, use_multi_gpu=_SHARED), dict(lora_dropout=0.2)),
+    "fsdp, full": (dict(full_finetuning=True, use_multi_gpu=MultiGPUConfig(strategy="fsdp")), {}),
+}
 
 
 def train(folder, output, load, how):
@@ -42,12 +62,14 @@ def train(folder, output, load, how):
         max_steps=8, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
         **{"deterministic": True, **how},
     )  # fmt: skip
-    trainer = PantheraMLTrainer(model, args, train_dataset=rows(), tokenizer=tokenizer)
+    trainer = PantheraMLDistributedTrainer(
+        model, args, train_dataset=rows(), tokenizer=tokenizer, multi_gpu_config=load.get("use_multi_gpu")
+    )
     trainer.train()
     logs = [
         (entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry
     ]
-    weights = [weight.detach().cpu() for weight in model.parameters() if weight.requires_grad]
+    weights = [local(weight.detach()).cpu() for weight in model.parameters() if weight.requires_grad]
     return logs, weights
 
 
@@ -64,15 +86,20 @@ def differences(first, second):
 
 
 def main(folder: Path) -> None:
+    setup_multi_gpu(MultiGPUConfig(num_processes=1) if "RANK" not in os.environ else None)
     found = {}
-    for name, (load, how) in CASES.items():
+    for name, (load, how) in (CASES if get_world_size() == 1 else ON_RANKS).items():
         family = name if name in tiny.FAMILIES else "llama"
         base = folder / name.split(",", maxsplit=1)[0]
-        # Widths that every precision takes.
-        tiny.save_checkpoint(base, family, hidden_size=128, intermediate_size=256)
-        runs = [train(base, folder / "run", load, how) for _ in range(2)]
-        found[name] = differences(*runs)
-    print(json.dumps(found))
+        if is_main_process():
+            # Widths that every precision takes.
+            tiny.save_checkpoint(base, family, hidden_size=128, intermediate_size=256)
+        barrier()
+        first, second = (train(base, folder / "run", load, how) for _ in range(2))
+        everywhere = gather_objects(differences(first, second))
+        found[name] = everywhere[0] | {"weights": sum(one["weights"] for one in everywhere)}
+    if is_main_process():
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from tests.gpu.repeated_run import CASES
+from tests.gpu.repeated_run import CASES, ON_RANKS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,18 +18,34 @@ pytestmark = [
 ]
 
 
-def test_two_runs_are_equal(tmp_path):
+def run(*words):
+    """What ``repeated_run`` says, started by ``words``."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.repeated_run", str(tmp_path)],
+        [sys.executable, *words],
         env={**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
         capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found.keys() == CASES.keys()
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def assert_equal(found, cases):
+    assert found.keys() == cases.keys()
     for name, case in found.items():
         assert case["of"] > 0 and torch.isfinite(torch.tensor(case["last"])).all(), name
         assert (case["steps"], case["weights"]) == ([], 0), name
+
+
+def test_two_runs_are_equal(tmp_path):
+    assert_equal(run("-m", "tests.gpu.repeated_run", str(tmp_path)), CASES)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_two_runs_of_several_gpus_are_equal(tmp_path):
+    """By DDP and FSDP2, whose sums over ranks NCCL makes in one order."""
+    ranks = str(min(4, torch.cuda.device_count()))
+    launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
+    assert_equal(run(*launch, "-m", "tests.gpu.repeated_run", str(tmp_path)), ON_RANKS)
 
 
 def test_without_the_variable_it_is_refused(tmp_path):
