@@ -12,7 +12,7 @@ on every rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import TensorMeta
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -197,7 +198,12 @@ def cut(tensor: Tensor, like: DTensor) -> Tensor:
 
 
 def _joined(share: Tensor, like: DTensor) -> DTensor:
-    """The tensor of which this rank holds ``share``, as ``like`` is shared out."""
+    """The tensor of which this rank holds ``share``, as ``like`` is shared out; the share stays on its device."""
+    if (
+        share.device.type != like.device_mesh.device_type
+    ):  # from_local would bring it from host memory to the GPU
+        about = replace(like._spec, tensor_meta=TensorMeta(like.shape, like.stride(), share.dtype))
+        return DTensor(share, about, requires_grad=False)
     return DTensor.from_local(
         share, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )

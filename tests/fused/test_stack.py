@@ -149,3 +149,26 @@ def test_memory_taken_under_inference_mode_serves_training():
     parts = projections(layers, (4, 4, 4))
     x = torch.randn(T, K)
     assert torch.allclose(stack.bind(parts).product(x).y.double(), reference(x.double(), parts), atol=1e-4)
+
+
+def test_packed_weights_that_are_gathered_elsewhere_are_read_there():
+    """Ranks that share weights out gather them for the forward, and for the backward to other memory."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    layers = [bnb.nn.Linear4bit(64, n, bias=False, quant_type="nf4") for n in SIZES]
+    for layer in layers:
+        weight = torch.randn(layer.out_features, 64)
+        layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to("cpu")
+    stack, other = Stack(), Stack()
+    stack.is_passing = other.is_passing = True
+    bound = stack.bind(tuple(Projection(layer, None, None, 0.0) for layer in layers))
+    dy = torch.randn(T, sum(SIZES))
+    before, _ = bound.input_gradient(dy)
+    neighbour = [copy.deepcopy(layer) for layer in layers]
+    for _ in range(12):
+        other.bind(tuple(Projection(layer, None, None, 0.0) for layer in neighbour)).input_gradient(dy)
+        for layer in layers:
+            old = layer.weight.data
+            layer.weight.data = old.clone()
+            old.zero_()
+        assert torch.equal(bound.input_gradient(dy)[0], before)

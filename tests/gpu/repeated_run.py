@@ -82,7 +82,15 @@ def differences(first, second):
         not torch.equal(one.view(torch.uint8), other.view(torch.uint8))
         for one, other in zip(first[1], second[1], strict=True)
     ]
-    return {"steps": steps, "weights": sum(weights), "of": len(weights), "last": first[0][-1]}
+    apart = max(
+        float((one.float() - other.float()).abs().max())
+        for one, other in zip(first[1], second[1], strict=True)
+        if one.numel()
+    )
+    return {
+        "steps": steps, "weights": sum(weights), "of": len(weights), "apart": apart, "last": first[0][-1],
+        "figures": [first[0], second[0]] if steps else [],
+    }  # fmt: skip
 
 
 def main(folder: Path) -> None:

@@ -30,6 +30,7 @@ def main(model_folder: str, output: Path, degree: int, dtype: str) -> None:
     args = PantheraMLTrainingArguments(
         output_dir=str(output), per_device_train_batch_size=4, global_batch_size=8, max_steps=6, learning_rate=1e-3,
         logging_steps=1, report_to="none", disable_tqdm=True, save_strategy="no",
+        bf16=dtype != "float32",
     )  # fmt: skip
     trainer = PantheraMLDistributedTrainer(
         model, args, train_dataset=rows(), eval_dataset=rows(), tokenizer=tokenizer

@@ -66,16 +66,18 @@ LOADS = {
     "4bit": dict(load_in_4bit=True),
     "full": dict(full_finetuning=True),
 }
-# What is loaded, stage, what is offloaded, and how near DDP's the figures are: at stage 3 layers are not fused.
+# What is loaded, stage, what is offloaded, and how near DDP's the first step is, and those after it. At stages 2 and 3
+# micro-batches are not merged, at 3 layers are not fused: rounded otherwise, the smallest gradients change their sign,
+# and Adam's first step is as long for them as for others.
 CASES = [
-    ("bf16", 0, False, 2e-3),
-    ("bf16", 2, False, 2e-3),
-    ("bf16", 2, "optimizer", 2e-3),
-    ("bf16", 3, False, 2e-2),
-    ("bf16", 3, True, 2e-2),
-    ("4bit", 2, False, 2e-3),
-    ("full", 2, False, 2e-2),
-    ("full", 3, True, 2e-2),
+    ("bf16", 0, False, (2e-3, 2e-3)),
+    ("bf16", 2, False, (2e-3, 2e-2)),
+    ("bf16", 2, "optimizer", (2e-3, 2e-2)),
+    ("bf16", 3, False, (2e-2, 2e-2)),
+    ("bf16", 3, True, (2e-2, 2e-2)),
+    ("4bit", 2, False, (2e-3, 2e-2)),
+    ("full", 2, False, (2e-2, 2e-2)),
+    ("full", 3, True, (2e-2, 2e-2)),
 ]
 
 
@@ -100,11 +102,11 @@ def trained(folder, tmp_path_factory):
 def test_the_training_is_that_of_ddp(trained, name, stage, offload, tolerance):
     output, results = trained
     (found, before, new), (want, want_before, _) = results[name, stage, offload], results[name]
-    assert before == pytest.approx(want_before, rel=tolerance)
+    assert before == pytest.approx(want_before, rel=tolerance[0])
     assert len(new[0]) == 9
     assert len(found) == STEPS
-    for mine, theirs in zip(found, want, strict=True):
-        assert mine == pytest.approx(theirs, rel=tolerance)
+    for step, (mine, theirs) in enumerate(zip(found, want, strict=True)):
+        assert mine == pytest.approx(theirs, rel=tolerance[step > 0]), (found, want)
     file = "adapter/model.safetensors" if name == "full" else "adapter/adapter_model.safetensors"
     mine, theirs = load_file(output / f"{name}-{stage}-{offload}" / file), load_file(output / name / file)
     assert mine.keys() == theirs.keys() and mine

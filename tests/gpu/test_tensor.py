@@ -32,7 +32,7 @@ def train(folder, output, degree, dtype):
 
 
 # Steps of Adam after the first let a gradient's last bits decide the sign of what is nearly zero.
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", (2e-5, 1e-3)), ("bfloat16", (2e-2, 2e-2))])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", (2e-5, 2e-4)), ("bfloat16", (2e-2, 2e-2))])
 def test_two_gpus_equal_one(tmp_path, dtype, tolerance):
     sizes = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8,
                  num_key_value_heads=4)  # fmt: skip

@@ -34,6 +34,8 @@ from pantheraml.models.fused.slots import Slot, layout, margin_of, ones_of, plac
 
 # Tensor cores take the inner dimension in steps of 64; narrower margins were measured slower.
 _STEP = 64
+# States of a stack's 4-bit weights whose tables are kept: a table costs the host more than a launch.
+_KNOWN_PLACES = 8
 
 
 class Product(NamedTuple):
@@ -178,11 +180,11 @@ class BoundStack:
         self.rows, self.cols = _sizes(projections)
         self.room = margin  # columns that a widened tensor has beside its own
         self._packed = projections[0].is_packed
-        self._passing = is_passing and not self._packed
+        self._passing = is_passing
         self._layout = margin, layout(projections)
         self._placements: list[Placement] | None = None
         self._state: object = None
-        self._unpacking: tuple[object, UnpackTable] | None = None
+        self._unpackings: dict[object, UnpackTable] = {}
         matrix, rows, cols = buffer.matrix, self.rows, self.cols
         self._addresses = [projection.linear.weight.data_ptr() for projection in projections]
         self._weight = matrix[:rows, :cols]
@@ -304,6 +306,8 @@ class BoundStack:
     def _make_ready(self) -> None:
         """Let the buffer hold this stack's weights and factors."""
         buffer = self._buffer
+        if self._packed and self._passing:  # gathered again for the backward, they lie elsewhere
+            self._state = _state_of(self.projections)
         if (self._packed or self._passing) and buffer.unpacked != self._state:
             self._fill(buffer)
         if self.margin and buffer.factors is not self._call:
@@ -312,15 +316,23 @@ class BoundStack:
     @torch.no_grad()
     def _fill(self, buffer: Buffer) -> None:
         """Write the weights to the shared buffer, where just these, as they are now, do not lie there."""
-        if self._passing:
-            stack_rows([projection.linear.weight for projection in self.projections], self._weight)
+        if self._packed:
+            self._table_of(self._state).write()
         else:
-            places = self._weight.split_with_sizes([projection.features for projection in self.projections])
-            if self._unpacking is None or self._unpacking[0] != self._state:
-                self._unpacking = self._state, UnpackTable([p.packed for p in self.projections], places)
-            self._unpacking[1].write()
+            stack_rows([projection.linear.weight for projection in self.projections], self._weight)
         buffer.weights = tuple(projection.linear.weight for projection in self.projections)
         buffer.unpacked, buffer.factors = self._state, None
+
+    def _table_of(self, state: object) -> UnpackTable:
+        """Where 4-bit weights lie in this state of them, and go to."""
+        if state not in self._unpackings:
+            if (
+                len(self._unpackings) == _KNOWN_PLACES
+            ):  # ranks that share weights out gather them to a few places
+                self._unpackings.clear()
+            places = self._weight.split_with_sizes([projection.features for projection in self.projections])
+            self._unpackings[state] = UnpackTable([p.packed for p in self.projections], places)
+        return self._unpackings[state]
 
     def _place_factors(self, buffer: Buffer) -> None:
         if buffer.layout != self._layout:
