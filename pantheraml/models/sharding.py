@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pantheraml.config.combinations import refusal
+from pantheraml.models.decoder_layers import layers_of
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,6 @@ def shard_model(model: PreTrainedModel, sharding: Sharding, dtype: torch.dtype |
     _bring(model, sharding.device, dtype)
     # transformers' generation then lets all ranks take as many steps as the one that needs most.
     vars(model)["_is_fsdp_managed_module"] = True
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers of ``model``, fused ones and others, in order."""
-    from pantheraml.models.fused import FusedDecoderLayer
-
-    if isinstance(model, FusedDecoderLayer | GradientCheckpointingLayer):
-        return [model]
-    return [layer for child in model.children() for layer in layers_of(child)]
 
 
 def is_sharded(model: nn.Module) -> bool:
