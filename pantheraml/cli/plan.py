@@ -14,6 +14,7 @@ from pantheraml.devices.layout import Spread
 from pantheraml.devices.model_parts import ModelParts
 from pantheraml.devices.peak_memory import COMPONENTS
 from pantheraml.devices.plan import Plan, PlanChoice, PlanRequest, choose_plan
+from pantheraml.devices.plan_words import describe_choice
 from pantheraml.errors import ConfigError, ModelLoadError, did_you_mean
 
 # Flags of from_pretrained for each method.
@@ -169,33 +170,9 @@ def draw(options: PlanOptions, request: PlanRequest, choice: PlanChoice) -> Any:
     lines = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
     lines.add_column(style="dim", no_wrap=True)
     lines.add_column()
-    for name, text in (_lines(request, choice) | ({"note": note} if note else {})).items():
+    for name, text in (describe_choice(request, choice) | ({"note": note} if note else {})).items():
         lines.add_row(name, text)
     return Group(Text(title, style="bold"), lines, Text(), _memory_table(choice.plan))
-
-
-def _lines(request: PlanRequest, choice: PlanChoice) -> dict[str, str]:
-    plan, runner_up = choice.plan, choice.runner_up
-    layers, again = len(request.parts.layers), sum(plan.work.recomputing)
-    lines = {
-        "plan": plan.layout.describe(),
-        "why": f"{choice.reason}.",
-        "a step": f"{plan.rows} row{'s' * (plan.rows > 1)} at a time, {plan.work.micro_batches} times; "
-        f"{again or 'none'} of {layers} layers recompute; memory is fullest at {plan.fullest.moment}",
-        "speed": f"about {_round(plan.time.tokens_per_second):,} tokens/s by a simple model",
-    }
-    if runner_up is not None:
-        ratio = runner_up.time.tokens_per_second / plan.time.tokens_per_second
-        lines["runner-up"] = (
-            f"{runner_up.layout.describe()}: {ratio:.2f} of that speed, {runner_up.fullest.reserved / GIB:.1f} GiB"
-        )
-    return lines
-
-
-def _round(speed: float) -> int:
-    """Two digits, which is more than the model knows."""
-    digits = max(0, int(math.log10(max(speed, 1))) - 1)
-    return int(round(speed, -digits))
 
 
 def _memory_table(plan: Plan) -> Any:

@@ -46,7 +46,7 @@ def test_a_plan_for_people(plan, model):
     said = " ".join(out.split())
     assert "plan fsdp over 8, frozen weights sharded why a copy on each GPU would need" in said
     assert "none of 80 layers recompute; memory is fullest at head and loss" in said
-    assert "runner-up tensor parallel 2 x data 4: 0." in said
+    assert "runner-up tensor parallel 4 x data 2: 0." in said
     table = dict(
         line.rsplit(maxsplit=1) for line in out.splitlines() if line.startswith(("weights", "on the card"))
     )

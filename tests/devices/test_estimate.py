@@ -203,10 +203,20 @@ def test_a_pipeline_has_every_part_once_and_as_much_in_flight_as_the_split_plann
 
 def test_tensor_parallel_cuts_heads_and_mlp_but_not_the_residual_stream():
     parts = llama()
-    one, two = (estimate(parts, Layout("tensor", tensor=degree), Work(8192))[0] for degree in (1, 2))
+    two, four = (estimate(parts, Layout("tensor", tensor=degree), Work(8192))[0] for degree in (2, 4))
     ends = parts.embedding.weights + parts.head.weights  # whole on every rank
-    assert (one.weights - ends) / 2 + ends == pytest.approx(two.weights, rel=1e-3)
-    assert one.activations / 2 < two.activations < 0.65 * one.activations
+    assert (two.weights - ends) / 2 + ends == pytest.approx(four.weights, rel=1e-3)
+    assert two.activations / 2 < four.activations < 0.8 * two.activations
+
+
+def test_layers_that_a_strategy_does_not_fuse_keep_what_stock_layers_do():
+    stock = replace(llama().activations, is_fused=False)
+    kept = 32 * 8192 * stock.split(2).kept.all
+    assert estimate(llama(), Layout("tensor", tensor=2), Work(8192))[0].activations == kept
+    gathered = Layout("fsdp", data=2, shard=2, shard_frozen=True)
+    fused = 32 * 8192 * llama().activations.kept.all
+    found = [estimate(llama(method=one), gathered, Work(8192))[0].activations for one in ("lora", "fp8")]
+    assert found == [fused, 32 * 8192 * stock.kept.all]
 
 
 def test_the_fullest_moment_counts():
