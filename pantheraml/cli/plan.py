@@ -15,15 +15,9 @@ from pantheraml.devices.model_parts import ModelParts
 from pantheraml.devices.peak_memory import COMPONENTS
 from pantheraml.devices.plan import Plan, PlanChoice, PlanRequest, choose_plan
 from pantheraml.devices.plan_words import describe_choice
-from pantheraml.errors import ConfigError, ModelLoadError, did_you_mean
+from pantheraml.errors import ConfigError
+from pantheraml.models.optimal_config import check_method, parts_of, unknown_architecture
 
-# Flags of from_pretrained for each method.
-METHODS: dict[str, dict[str, bool]] = {
-    "lora": {"load_in_16bit": True},
-    "qlora": {"load_in_4bit": True},
-    "fp8": {"load_in_fp8": True},
-    "full": {"full_finetuning": True},
-}
 # What is advised where a method does not fit.
 _SMALLER = {"lora": ("fp8", "qlora"), "fp8": ("qlora",), "full": ("lora", "qlora"), "qlora": ()}
 # By how much stored weights may differ from those that are counted: a head that is stored beside its embedding, say.
@@ -54,19 +48,21 @@ def plan_of(options: PlanOptions) -> tuple[PlanRequest, PlanChoice]:
         ConfigError: words that cannot be, or nothing fits.
         ModelLoadError: no configuration, or of an architecture that no family describes.
     """
-    _one_of("--method", options.method, list(METHODS))
-    _one_of("--recompute", options.recompute, list(_RECOMPUTE))
+    check_method("--method", options.method)
+    if options.recompute not in _RECOMPUTE:
+        raise ConfigError(
+            got=f"--recompute {options.recompute!r} was given.",
+            need=f"It is one of {', '.join(_RECOMPUTE)}.",
+            fix="Leave it out for auto.",
+        )
     gpus = read_gpus(options.gpus)
+    from pantheraml.models.loading import load_config
     from pantheraml.models.source import resolve_config
 
-    folder = resolve_config(options.model)
-    parts = _measure(folder, options.method, options.rank)
+    config = load_config(resolve_config(options.model))
+    parts = parts_of(config, options.method, options.rank)
     if parts is None:
-        raise ModelLoadError(
-            got=f"No family describes the architecture of '{options.model}'.",
-            need="The layers of a known family are counted one by one.",
-            fix="It can be trained all the same; memory is told by a short run.",
-        )
+        raise unknown_architecture(options.model)
     request = PlanRequest(
         parts,
         gpus,
@@ -78,34 +74,9 @@ def plan_of(options: PlanOptions) -> tuple[PlanRequest, PlanChoice]:
         options.offload,
     )
     smaller = {
-        f"--method {one}": partial(_measure, folder, one, options.rank) for one in _SMALLER[options.method]
+        f"--method {one}": partial(parts_of, config, one, options.rank) for one in _SMALLER[options.method]
     }
     return request, choose_plan(request, smaller)
-
-
-def _one_of(name: str, value: str, known: list[str]) -> None:
-    if value not in known:
-        raise ConfigError(
-            got=f"{name} {value!r} was given.",
-            need=f"It is one of {', '.join(known)}.",
-            fix=did_you_mean(value, known) or f"Leave it out for {known[0]}.",
-        )
-
-
-def _measure(folder: Path, method: str, rank: int) -> ModelParts | None:
-    """The sizes of the model in ``folder``, trained by ``method``."""
-    import torch
-
-    from pantheraml.models.loading import load_config
-    from pantheraml.models.precision import PrecisionFlags, choose_precision
-    from pantheraml.models.weight_sizes import measure_parts
-
-    config = load_config(folder)
-    flags = PrecisionFlags(**METHODS[method])
-    stored = getattr(config, "quantization_config", None)
-    dtype = None if flags.full_finetuning else "bfloat16"
-    precision = choose_precision(flags, dtype, torch.device("cpu"), stored)
-    return measure_parts(config, precision, full_finetuning=flags.full_finetuning, rank=rank)
 
 
 def stored_note(model: str, parts: ModelParts) -> str | None:

@@ -244,15 +244,13 @@ def _may_split(request: PlanRequest, degree: int) -> bool:
 def best_plan(request: PlanRequest, layout: Layout) -> Plan | None:
     """The fastest way to do ``layout`` that fits; None where none does."""
     found: list[Plan] = []
-    rows = request.rows_each
-    while rows >= 1:
+    for rows in (one for one in range(request.rows_each, 0, -1) if request.rows_each % one == 0):
         work = _work(request, layout, rows)
         recomputing = _fewest(request, layout, work)
         if recomputing is not None:
             work = _work(request, layout, rows, recomputing)
             time = step_time(request.parts, layout, work, request.seq, request.gpus[0])
             found.append(Plan(layout, work, rows, estimate(request.parts, layout, work), time))
-        rows //= 2
     return max(found, key=lambda plan: plan.time.tokens_per_second, default=None)
 
 

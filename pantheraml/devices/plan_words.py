@@ -20,10 +20,11 @@ def describe_choice(request: PlanRequest, choice: PlanChoice) -> dict[str, str]:
     """The choice line by line: "plan", "why", "a step", "speed" and, where there is one, "runner-up"."""
     plan, runner_up = choice.plan, choice.runner_up
     layers, again = len(request.parts.layers), sum(plan.work.recomputing)
+    rows, times = plan.rows, plan.work.micro_batches
     lines = {
         "plan": plan.layout.describe(),
         "why": f"{choice.reason}.",
-        "a step": f"{plan.rows} row{'s' * (plan.rows > 1)} at a time, {plan.work.micro_batches} times; "
+        "a step": f"{rows} row{'s' * (rows > 1)} at a time, {times} time{'s' * (times > 1)}; "
         f"{again or 'none'} of {layers} layers recompute; memory is fullest at {plan.fullest.moment}",
         "speed": f"about {_round(plan.time.tokens_per_second):,} tokens/s by a simple model",
     }
