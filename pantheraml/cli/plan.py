@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pantheraml.devices.known_gpus import GIB, read_gpus
 from pantheraml.devices.layout import Spread
@@ -15,8 +15,11 @@ from pantheraml.devices.model_parts import ModelParts
 from pantheraml.devices.peak_memory import COMPONENTS
 from pantheraml.devices.plan import Plan, PlanChoice, PlanRequest, choose_plan
 from pantheraml.devices.plan_words import describe_choice
-from pantheraml.errors import ConfigError
+from pantheraml.errors import ConfigError, HardwareError
 from pantheraml.models.optimal_config import check_method, parts_of, unknown_architecture
+
+if TYPE_CHECKING:
+    from pantheraml.training.probe import Probe
 
 # What is advised where a method does not fit.
 _SMALLER = {"lora": ("fp8", "qlora"), "fp8": ("qlora",), "full": ("lora", "qlora"), "qlora": ()}
@@ -96,7 +99,40 @@ def stored_note(model: str, parts: ModelParts) -> str | None:
     return f"the files hold {stored:,} numbers, the configuration asks for {counted:,}: is it theirs?"
 
 
-def as_json(options: PlanOptions, request: PlanRequest, choice: PlanChoice) -> str:
+@dataclass(frozen=True)
+class Probed:
+    """What a probe came to.
+
+    Attributes:
+        probe: what was measured; None where it was not.
+        reason: why not, then.
+    """
+
+    probe: Probe | None = None
+    reason: str = ""
+
+
+def probe_plan(
+    options: PlanOptions, request: PlanRequest, choice: PlanChoice
+) -> tuple[PlanRequest, PlanChoice, Probed]:
+    """The request with what two real steps measured, and the plan by it; unchanged without a GPU.
+
+    Raises:
+        ConfigError: the GPU that is here does not train the model by itself, or by what was measured nothing fits.
+    """
+    from pantheraml.training.probe import probe
+
+    try:
+        found = probe(options.model, options.method, options.rank, request, choice.plan)
+    except HardwareError as error:
+        return request, choice, Probed(None, str(error))
+    request = replace(request, measured=found.ratio)
+    return request, choose_plan(request), Probed(found)
+
+
+def as_json(
+    options: PlanOptions, request: PlanRequest, choice: PlanChoice, probed: Probed | None = None
+) -> str:
     """The choice for machines; sizes in bytes."""
     runner_up = choice.runner_up
     said = {
@@ -107,6 +143,7 @@ def as_json(options: PlanOptions, request: PlanRequest, choice: PlanChoice) -> s
         "plan": _plan_as_json(choice.plan),
         "runner_up": None if runner_up is None else _plan_as_json(runner_up),
         "note": stored_note(options.model, request.parts),
+        "probe": None if probed is None else _probe_as_json(probed),
         "does_not_fit": [{**asdict(layout), "least": size} for layout, size in choice.others.items()],
     }
     return json.dumps(said, indent=1)
@@ -126,7 +163,22 @@ def _plan_as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def draw(options: PlanOptions, request: PlanRequest, choice: PlanChoice) -> Any:
+def _probe_as_json(probed: Probed) -> dict[str, Any]:
+    if probed.probe is None:
+        return {"reason": probed.reason}
+    one = probed.probe
+    return {
+        **asdict(one),
+        "estimated": {
+            **one.estimated.parts(),
+            "allocated": one.estimated.total,
+            "moment": one.estimated.moment,
+        },
+        "ratio": one.ratio,
+    }
+
+
+def draw(options: PlanOptions, request: PlanRequest, choice: PlanChoice, probed: Probed | None = None) -> Any:
     """The choice for people, as rich prints it."""
     from rich.console import Group
     from rich.table import Table
@@ -141,7 +193,10 @@ def draw(options: PlanOptions, request: PlanRequest, choice: PlanChoice) -> Any:
     lines = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
     lines.add_column(style="dim", no_wrap=True)
     lines.add_column()
-    for name, text in (describe_choice(request, choice) | ({"note": note} if note else {})).items():
+    said = describe_choice(request, choice) | ({"note": note} if note else {})
+    if probed is not None:
+        said["probe"] = probed.reason if probed.probe is None else f"{probed.probe.describe()}."
+    for name, text in said.items():
         lines.add_row(name, text)
     return Group(Text(title, style="bold"), lines, Text(), _memory_table(choice.plan))
 

@@ -52,6 +52,7 @@ class PlanRequest:
         offload: whether what is sharded may lie in host memory, whose room is not counted.
         allowed: strategies that may be chosen.
         host: GPUs of a host, within which sharding is fast.
+        measured: of what is estimated, what a probe measured.
     """
 
     parts: ModelParts
@@ -64,11 +65,12 @@ class PlanRequest:
     offload: bool = False
     allowed: tuple[Spread, ...] = ("none", "ddp", "fsdp", "tensor", "pipeline")
     host: int = 8
+    measured: float = 1.0
 
     @property
     def limit(self) -> float:
-        """Bytes that a plan may take of each GPU."""
-        return USABLE * min(gpu.memory for gpu in self.gpus)
+        """Bytes that a plan may take of each GPU, by the estimate."""
+        return USABLE * min(gpu.memory for gpu in self.gpus) / self.measured
 
     @property
     def rows_each(self) -> int:
