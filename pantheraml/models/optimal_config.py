@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 # Ways to train, by their names, and the flags of from_pretrained for each.
-METHODS: dict[str, dict[str, bool]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "lora": {"load_in_16bit": True},
     "qlora": {"load_in_4bit": True},
     "fp8": {"load_in_fp8": True},
@@ -42,7 +42,7 @@ class OptimalConfig:
     """
 
     multi_gpu_config: MultiGPUConfig
-    load: dict[str, bool]
+    load: dict[str, Any]
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     use_gradient_checkpointing: bool | str
