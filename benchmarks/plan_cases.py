@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
 
+from benchmarks.shapes import LLAMA_8B, TINY
+
 _COMMON = dict(max_position_embeddings=32768, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 # Few layers of real widths: what a run takes of a GPU is mostly activations, so that an error in them shows.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": dict(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=6, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
-    ),
+    "llama": LLAMA_8B | dict(num_hidden_layers=6),
     "qwen3": dict(
         vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=10, num_attention_heads=16,
         num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
@@ -21,20 +20,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=8, num_attention_heads=8,
         num_key_value_heads=4, head_dim=256, tie_word_embeddings=True, query_pre_attn_scalar=256,
     ),
-    "mistral": dict(
-        vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=6, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=False, sliding_window=None,
-    ),
+    "mistral": LLAMA_8B | dict(num_hidden_layers=6, vocab_size=32768, sliding_window=None),
 }  # fmt: skip
-_TINY = dict(
-    vocab_size=512,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-)
+_TINY = {name: size for name, size in TINY.items() if size != LLAMA_8B[name]}
 METHODS = ("lora", "qlora", "fp8", "full")
 RECOMPUTE: tuple[bool | str, ...] = ("auto", True, False)
 # Rows x tokens of a micro-batch; the smoke test's for the tiny shape.
@@ -73,7 +61,7 @@ def config_of(family: str, shape: str) -> Any:
     from transformers import AutoConfig
 
     sizes = FAMILIES[family] | (_TINY if shape == "tiny" else {})
-    return AutoConfig.for_model(family, **_COMMON, **sizes)
+    return AutoConfig.for_model(family, **{**_COMMON, **sizes})
 
 
 def grid(families: list[str], methods: list[str], strategies: list[str], shape: str) -> list[PlanCase]:

@@ -28,6 +28,7 @@ _EXPORTS: dict[str, str] = {
     "distributed_context": "distributed.process_group",
     "get_chat_template": "data.chat_templates",
     "get_local_rank": "distributed.process_group",
+    "get_optimal_config": "models.optimal_config",
     "get_rank": "distributed.process_group",
     "get_world_size": "distributed.process_group",
     "is_bfloat16_supported": "devices.inventory",
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
         setup_multi_gpu,
     )
     from pantheraml.fast_model import FastLanguageModel, FastModel
+    from pantheraml.models.optimal_config import get_optimal_config
     from pantheraml.training.arguments import PantheraMLTrainingArguments, UnslothTrainingArguments
     from pantheraml.training.distributed import PantheraMLDistributedTrainer, UnslothDistributedTrainer
     from pantheraml.training.trainer import PantheraMLTrainer, UnslothTrainer
@@ -84,6 +86,7 @@ __all__ = [
     "distributed_context",
     "get_chat_template",
     "get_local_rank",
+    "get_optimal_config",
     "get_rank",
     "get_world_size",
     "is_bfloat16_supported",

@@ -188,10 +188,14 @@ def plan(
     offload: Annotated[
         bool, typer.Option("--offload", help="Allow what is sharded to lie in host memory.")
     ] = False,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="Train two steps on a GPU of this machine, and plan by their peak."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Plan a run: how it is spread over GPUs, and what it takes of each. Needs no GPU and no weights."""
+    """Plan a run: how it is spread over GPUs, and what it takes of each. --probe alone needs weights and a GPU."""
     with _clean_errors(debug):
         from rich.console import Console
 
@@ -202,10 +206,13 @@ def plan(
         )
         with redirect_stdout(sys.stderr):  # some libraries log there as they are loaded
             request, choice = planning.plan_of(options)
+            probed = None
+            if probe:
+                request, choice, probed = planning.probe_plan(options, request, choice)
         if as_json:
-            print(planning.as_json(options, request, choice))
+            print(planning.as_json(options, request, choice, probed))
         else:
-            Console(highlight=False, soft_wrap=True).print(planning.draw(options, request, choice))
+            Console(highlight=False, soft_wrap=True).print(planning.draw(options, request, choice, probed))
 
 
 @app.command()

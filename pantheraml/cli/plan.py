@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pantheraml.devices.known_gpus import GIB, read_gpus
 from pantheraml.devices.layout import Spread
 from pantheraml.devices.model_parts import ModelParts
 from pantheraml.devices.peak_memory import COMPONENTS
 from pantheraml.devices.plan import Plan, PlanChoice, PlanRequest, choose_plan
-from pantheraml.errors import ConfigError, ModelLoadError, did_you_mean
+from pantheraml.devices.plan_words import describe_choice
+from pantheraml.errors import ConfigError, HardwareError
+from pantheraml.models.optimal_config import check_method, parts_of, unknown_architecture
 
-# Flags of from_pretrained for each method.
-METHODS: dict[str, dict[str, bool]] = {
-    "lora": {"load_in_16bit": True},
-    "qlora": {"load_in_4bit": True},
-    "fp8": {"load_in_fp8": True},
-    "full": {"full_finetuning": True},
-}
+if TYPE_CHECKING:
+    from pantheraml.training.probe import Probe
+
 # What is advised where a method does not fit.
 _SMALLER = {"lora": ("fp8", "qlora"), "fp8": ("qlora",), "full": ("lora", "qlora"), "qlora": ()}
 # By how much stored weights may differ from those that are counted: a head that is stored beside its embedding, say.
@@ -53,19 +51,21 @@ def plan_of(options: PlanOptions) -> tuple[PlanRequest, PlanChoice]:
         ConfigError: words that cannot be, or nothing fits.
         ModelLoadError: no configuration, or of an architecture that no family describes.
     """
-    _one_of("--method", options.method, list(METHODS))
-    _one_of("--recompute", options.recompute, list(_RECOMPUTE))
+    check_method("--method", options.method)
+    if options.recompute not in _RECOMPUTE:
+        raise ConfigError(
+            got=f"--recompute {options.recompute!r} was given.",
+            need=f"It is one of {', '.join(_RECOMPUTE)}.",
+            fix="Leave it out for auto.",
+        )
     gpus = read_gpus(options.gpus)
+    from pantheraml.models.loading import load_config
     from pantheraml.models.source import resolve_config
 
-    folder = resolve_config(options.model)
-    parts = _measure(folder, options.method, options.rank)
+    config = load_config(resolve_config(options.model))
+    parts = parts_of(config, options.method, options.rank)
     if parts is None:
-        raise ModelLoadError(
-            got=f"No family describes the architecture of '{options.model}'.",
-            need="The layers of a known family are counted one by one.",
-            fix="It can be trained all the same; memory is told by a short run.",
-        )
+        raise unknown_architecture(options.model)
     request = PlanRequest(
         parts,
         gpus,
@@ -77,34 +77,9 @@ def plan_of(options: PlanOptions) -> tuple[PlanRequest, PlanChoice]:
         options.offload,
     )
     smaller = {
-        f"--method {one}": partial(_measure, folder, one, options.rank) for one in _SMALLER[options.method]
+        f"--method {one}": partial(parts_of, config, one, options.rank) for one in _SMALLER[options.method]
     }
     return request, choose_plan(request, smaller)
-
-
-def _one_of(name: str, value: str, known: list[str]) -> None:
-    if value not in known:
-        raise ConfigError(
-            got=f"{name} {value!r} was given.",
-            need=f"It is one of {', '.join(known)}.",
-            fix=did_you_mean(value, known) or f"Leave it out for {known[0]}.",
-        )
-
-
-def _measure(folder: Path, method: str, rank: int) -> ModelParts | None:
-    """The sizes of the model in ``folder``, trained by ``method``."""
-    import torch
-
-    from pantheraml.models.loading import load_config
-    from pantheraml.models.precision import PrecisionFlags, choose_precision
-    from pantheraml.models.weight_sizes import measure_parts
-
-    config = load_config(folder)
-    flags = PrecisionFlags(**METHODS[method])
-    stored = getattr(config, "quantization_config", None)
-    dtype = None if flags.full_finetuning else "bfloat16"
-    precision = choose_precision(flags, dtype, torch.device("cpu"), stored)
-    return measure_parts(config, precision, full_finetuning=flags.full_finetuning, rank=rank)
 
 
 def stored_note(model: str, parts: ModelParts) -> str | None:
@@ -124,7 +99,40 @@ def stored_note(model: str, parts: ModelParts) -> str | None:
     return f"the files hold {stored:,} numbers, the configuration asks for {counted:,}: is it theirs?"
 
 
-def as_json(options: PlanOptions, request: PlanRequest, choice: PlanChoice) -> str:
+@dataclass(frozen=True)
+class Probed:
+    """What a probe came to.
+
+    Attributes:
+        probe: what was measured; None where it was not.
+        reason: why not, then.
+    """
+
+    probe: Probe | None = None
+    reason: str = ""
+
+
+def probe_plan(
+    options: PlanOptions, request: PlanRequest, choice: PlanChoice
+) -> tuple[PlanRequest, PlanChoice, Probed]:
+    """The request with what two real steps measured, and the plan by it; unchanged without a GPU.
+
+    Raises:
+        ConfigError: the GPU that is here does not train the model by itself, or by what was measured nothing fits.
+    """
+    from pantheraml.training.probe import probe
+
+    try:
+        found = probe(options.model, options.method, options.rank, request, choice.plan)
+    except HardwareError as error:
+        return request, choice, Probed(None, str(error))
+    request = replace(request, measured=found.ratio)
+    return request, choose_plan(request), Probed(found)
+
+
+def as_json(
+    options: PlanOptions, request: PlanRequest, choice: PlanChoice, probed: Probed | None = None
+) -> str:
     """The choice for machines; sizes in bytes."""
     runner_up = choice.runner_up
     said = {
@@ -135,6 +143,7 @@ def as_json(options: PlanOptions, request: PlanRequest, choice: PlanChoice) -> s
         "plan": _plan_as_json(choice.plan),
         "runner_up": None if runner_up is None else _plan_as_json(runner_up),
         "note": stored_note(options.model, request.parts),
+        "probe": None if probed is None else _probe_as_json(probed),
         "does_not_fit": [{**asdict(layout), "least": size} for layout, size in choice.others.items()],
     }
     return json.dumps(said, indent=1)
@@ -154,7 +163,22 @@ def _plan_as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def draw(options: PlanOptions, request: PlanRequest, choice: PlanChoice) -> Any:
+def _probe_as_json(probed: Probed) -> dict[str, Any]:
+    if probed.probe is None:
+        return {"reason": probed.reason}
+    one = probed.probe
+    return {
+        **asdict(one),
+        "estimated": {
+            **one.estimated.parts(),
+            "allocated": one.estimated.total,
+            "moment": one.estimated.moment,
+        },
+        "ratio": one.ratio,
+    }
+
+
+def draw(options: PlanOptions, request: PlanRequest, choice: PlanChoice, probed: Probed | None = None) -> Any:
     """The choice for people, as rich prints it."""
     from rich.console import Group
     from rich.table import Table
@@ -169,33 +193,12 @@ def draw(options: PlanOptions, request: PlanRequest, choice: PlanChoice) -> Any:
     lines = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
     lines.add_column(style="dim", no_wrap=True)
     lines.add_column()
-    for name, text in (_lines(request, choice) | ({"note": note} if note else {})).items():
+    said = describe_choice(request, choice) | ({"note": note} if note else {})
+    if probed is not None:
+        said["probe"] = probed.reason if probed.probe is None else f"{probed.probe.describe()}."
+    for name, text in said.items():
         lines.add_row(name, text)
     return Group(Text(title, style="bold"), lines, Text(), _memory_table(choice.plan))
-
-
-def _lines(request: PlanRequest, choice: PlanChoice) -> dict[str, str]:
-    plan, runner_up = choice.plan, choice.runner_up
-    layers, again = len(request.parts.layers), sum(plan.work.recomputing)
-    lines = {
-        "plan": plan.layout.describe(),
-        "why": f"{choice.reason}.",
-        "a step": f"{plan.rows} row{'s' * (plan.rows > 1)} at a time, {plan.work.micro_batches} times; "
-        f"{again or 'none'} of {layers} layers recompute; memory is fullest at {plan.fullest.moment}",
-        "speed": f"about {_round(plan.time.tokens_per_second):,} tokens/s by a simple model",
-    }
-    if runner_up is not None:
-        ratio = runner_up.time.tokens_per_second / plan.time.tokens_per_second
-        lines["runner-up"] = (
-            f"{runner_up.layout.describe()}: {ratio:.2f} of that speed, {runner_up.fullest.reserved / GIB:.1f} GiB"
-        )
-    return lines
-
-
-def _round(speed: float) -> int:
-    """Two digits, which is more than the model knows."""
-    digits = max(0, int(math.log10(max(speed, 1))) - 1)
-    return int(round(speed, -digits))
 
 
 def _memory_table(plan: Plan) -> Any:

@@ -34,8 +34,8 @@ class MultiGPUConfig:
             have no GPU), ``"mpi"`` where torch was built with it.
         timeout_minutes: how long a collective may wait for a rank before the run ends.
         auto_device_map: split a model that does not fit on one GPU between all of them where ranks cannot share out its
-            weights: those in 8 bits, and programs that cannot be started again; in the place of a ``device_map`` of
-            None.
+            weights (those in 8 bits, and programs that cannot be started again) or shares do not fit either; in the
+            place of a ``device_map`` of None.
         tensor_parallel: how many GPUs compute each layer together; True is all of them.
         pipeline_parallel: how many GPUs have the layers of one model between them; True is all of them. Each rank is
             such a pipeline, with rows of its own.
@@ -46,7 +46,8 @@ class MultiGPUConfig:
             rank has rows of its own and a share of the weights, which are gathered layer by layer (FSDP2);
             ``"deepspeed"``: the same by DeepSpeed's ZeRO; ``"tensor"``: ranks compute each layer together;
             ``"pipeline"``: the layers of one model are on several GPUs; ``"none"``: one process, however many GPUs
-            there are; ``"auto"``: ``"ddp"`` where a GPU holds the model.
+            there are; ``"auto"``: what the planner chooses: ``"ddp"`` where a GPU trains the whole model, else
+            ``"fsdp"``.
         zero_stage: of DeepSpeed: what is sharded; 1 the optimizer, 2 gradients too, 3 weights too, 0 nothing.
         cpu_offload: keep what is sharded in host memory while it is not computed with: True, or ``"optimizer"`` alone
             (DeepSpeed).

@@ -152,8 +152,15 @@ class ActivationSizes:
         numbers = 2 * hidden + 2 * self.queries + 2 * self.keys + 2 * self.inner * self.experts
         return Kept(int(numbers * c * _EXPERTS_FACTOR), hidden * c, hidden * c, hidden * c)
 
-    def layer_passing(self, tokens: int, *, recomputes: bool = False) -> int:
-        """Bytes that come and go in the backward of one layer; of one that recomputes, with what it computes again."""
+    def layer_passing(self, tokens: int, *, recomputes: bool = False, attends: bool = False) -> int:
+        """Bytes that come and go around one layer, beside what is kept: in its backward, or, where it recomputes, in
+        its forward, if that has more.
+
+        Args:
+            tokens: of a micro-batch.
+            recomputes: whether the layer does.
+            attends: whether it computes its attention again, too.
+        """
         hidden, inner, c, r = self.hidden, self.inner, self.computed, self.size
         if self.experts:
             mlp = min(tokens, TILE) * 6 * inner * c
@@ -163,15 +170,46 @@ class ActivationSizes:
             passing = tokens * (4 * inner * c + 2 * hidden * (c + r))
             passing += hidden * inner * (c + r) if self.is_trained else 0
             return passing + (tokens * (self.kept.all - self.kept.input) if recomputes else 0)
-        # dy twice (once with a margin), the gradient that the value takes the place of, those of gate and up; then
-        # around o; then around the attention, whose kernels sum dq in float32 and repeat dk and dv for all heads.
-        attention = 2 * hidden + 6 * self.queries + 2 * self.keys
-        if not recomputes:
-            return tokens * c * max(3 * inner + 2 * hidden, 2 * inner + 4 * hidden + self.queries, attention)
-        tile = min(tokens, TILE)
-        return c * max(
-            tile * (3 * inner + 3 * hidden) + tokens * (2 * hidden + self.queries), tokens * attention
-        )
+        if recomputes:
+            return c * max(self._forward_passing(tokens, attends), self._backward_again(tokens, attends))
+        raw = hidden if self.has_post_norms else 0
+        # dy, the value that takes the place of its gradient, and gradients of gate and up; or these two beside dh, h,
+        # dx and what goes to the attention; or the attention.
+        around_o = 2 * inner + 4 * hidden + raw + self.queries
+        return tokens * c * max(3 * inner + hidden + raw, around_o, self._attention_passing)
+
+    @property
+    def _attention_passing(self) -> int:
+        """Numbers of a token in the backward of the attention, whose kernels sum dq in float32 and repeat dk and dv for
+        all heads.
+        """
+        return 2 * self.hidden + 6 * self.queries + 2 * self.keys
+
+    def _forward_passing(self, tokens: int, attends: bool) -> int:
+        """Numbers in the forward of a layer that keeps little: its output; of a tile h, the sum s, gate, up, the value,
+        down's product, those before norms of outputs, m of three stacks and the margins that it is written to.
+        """
+        _, *margins = self.margins()
+        raw = self.hidden if self.has_post_norms else 0
+        of_tile = 3 * (self.inner + self.hidden) + raw + sum(margins) + sum(margins[1:])
+        return min(tokens, TILE) * of_tile + tokens * (self.hidden + self.queries * attends)
+
+    def _backward_again(self, tokens: int, attends: bool) -> int:
+        """Numbers in the backward of a layer that computes again what it did not keep.
+
+        That is dy and, tile after tile, s, gate, up, and either the value, or dh, h, dx and what goes to the attention;
+        then dx and that are joined; then the attention has q, k and v again.
+        """
+        hidden, inner, queries = self.hidden, self.inner, self.queries
+        tile, raw = min(tokens, TILE), hidden if self.has_post_norms else 0
+        heads = self.projections * (2 if self.has_head_norms else 1)
+        given = hidden + queries
+        of_tile = max(3 * inner + hidden + 2 * raw, 2 * inner + 3 * hidden + 2 * raw + given)
+        tiled = tile * of_tile + (tokens - tile) * given + tokens * hidden
+        joined = tokens * (hidden + 2 * given) if tokens > tile else 0
+        again = tokens * (queries + heads) if attends else 0
+        around = tokens * (self._attention_passing + heads + queries * attends)
+        return max(max(tiled, joined) + again, around)
 
     def head_passing(self, tokens: int) -> int:
         """Bytes that come and go in the head and the loss: a chunk of logits, which their gradient replaces; the last
@@ -190,8 +228,10 @@ class ActivationSizes:
             pairs = zip(self.stacks, self.margins(), strict=True)
             return sum(m * (one.rows + one.cols + m) * self.computed for one, m in pairs if self.rank)
         pairs = zip(self.stacks, self.margins(_FP8_STEP), strict=True)
-        # F and the turned D in e4m3, and both factors as they are multiplied.
-        return sum(m * (one.rows + one.cols) * (_FP8_PARTS + self.computed) for one, m in pairs)
+        # F and the turned D in e4m3, both factors as they are multiplied, and the scales side by side.
+        return sum(
+            m * (one.rows + one.cols) * (_FP8_PARTS + self.computed) + 4 * one.rows for one, m in pairs
+        )
 
     def unpacked_bytes(self) -> int:
         """Bytes of the buffers that all 4-bit layers share: the stacks of one layer in c."""

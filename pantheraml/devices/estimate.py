@@ -163,9 +163,18 @@ def sizes_of(parts: ModelParts) -> ActivationSizes:
     return parts.activations
 
 
+def is_fused(parts: ModelParts, layout: Layout) -> bool:
+    """Whether layers are computed by fused functions: not where ranks cut them, ZeRO-3 gathers them part by part, or
+    FP8 weights are gathered.
+    """
+    is_cut = layout.tensor > 1 or (layout.strategy == "deepspeed" and layout.zero_stage == 3)
+    is_gathered = layout.is_sharded and layout.shard_frozen and parts.storage == "fp8"
+    return sizes_of(parts).is_fused and not is_cut and not is_gathered
+
+
 def _computed_in(parts: ModelParts, layout: Layout) -> ActivationSizes:
     """The widths on one GPU; FSDP2 and ZeRO keep the residual stream in 16 bits, too, where masters are in 32."""
-    sizes = sizes_of(parts).split(layout.tensor)
+    sizes = replace(sizes_of(parts), is_fused=is_fused(parts, layout)).split(layout.tensor)
     if parts.full_finetuning and layout.strategy in ("fsdp", "deepspeed"):
         return replace(sizes, size=sizes.computed)
     return sizes
@@ -180,12 +189,13 @@ def _states(parts: ModelParts, layout: Layout, work: Work, stage: Stage) -> Step
     frozen_ends = 0 if full else sum(part.weights for part in stage.ends)
     numbers = sum(part.trainable for part in here) // (tensor if full else 1)
     layers, room = len(stage.layers), work.room
-    frozen, beside = frozen_layers // tensor + frozen_ends, parts.beside(layers, room) // tensor
+    frozen = frozen_layers // tensor + frozen_ends
+    beside = parts.beside(layers, room) if is_fused(parts, layout) else 0
     if layout.is_sharded and layout.shard_frozen:
         # Stacks and twins are made anew of what was gathered, for a layer at a time; 4-bit buffers always were.
         frozen = frozen_layers // layout.shard + frozen_ends
         if parts.storage != "4bit" and beside:
-            beside = (parts.beside(1, 0) + max(part.weights for part in stage.layers)) // tensor
+            beside = parts.beside(1, 0) + max(part.weights for part in stage.layers)
     states = _deepspeed_states if layout.strategy == "deepspeed" else _plain_states
     trainable, gradients, optimizer = states(parts, layout, work.optim, numbers)
     if layout.offload:

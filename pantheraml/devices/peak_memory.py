@@ -96,7 +96,7 @@ class StepSizes:
         keeps_gradients: whether gradients outlive a backward: those of several micro-batches, and DDP's buckets.
         kept: what all layers keep.
         kept_first: the first layer's share of that, which is there at its backward.
-        passing: of the last layer, which is first in the backward.
+        passing: around the last layer, first in the backward; one that recomputes may take more in its forward.
         passing_first: of the first one.
         logits: of head and loss; 0 where the head is elsewhere.
         casts: 16-bit copies of trained weights, at the head.
@@ -130,7 +130,7 @@ def peak_memory(step: StepSizes) -> MemoryEstimate:
     """The fullest of the moments of ``step``."""
     gradients = step.gradients if step.keeps_gradients else 0
     moments = (
-        _at(step, "the backward of the last layer", gradients, step.kept, casts=step.casts_left, passing=step.passing,
+        _at(step, "the last layer", gradients, step.kept, casts=step.casts_left, passing=step.passing,
             gathered=step.gathered),
         _at(step, "head and loss", gradients, step.kept, casts=step.casts, logits=step.logits,
             gathered=step.gathered_head),

@@ -4,7 +4,7 @@
 does not fit, and takes of the rest, in this order,
 
     a copy on every GPU (``ddp``; ``none`` on one GPU)     where the whole model trains on one
-    ``fsdp``                                               frozen weights replicated where they fit, else sharded
+    ``fsdp``                                               weights sharded; where asked for, frozen ones only by need
     ``tensor``, then ``pipeline``                          only where nothing above fits, or they are asked for
     shards in host memory                                  where ``offload`` allows it and nothing else fits
 
@@ -35,7 +35,6 @@ USABLE = 0.95
 USUAL_TOKENS = 8192
 _ORDER: dict[Spread, int] = {"none": 0, "ddp": 0, "fsdp": 1, "deepspeed": 1, "tensor": 2, "pipeline": 3}
 _LAST = 4
-_HOST = 8  # GPUs of a host, within which sharding is fast
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,8 @@ class PlanRequest:
         strategy: the one to plan for, or None to choose.
         offload: whether what is sharded may lie in host memory, whose room is not counted.
         allowed: strategies that may be chosen.
+        host: GPUs of a host, within which sharding is fast.
+        measured: of what is estimated, what a probe measured.
     """
 
     parts: ModelParts
@@ -63,11 +64,13 @@ class PlanRequest:
     strategy: Spread | None = None
     offload: bool = False
     allowed: tuple[Spread, ...] = ("none", "ddp", "fsdp", "tensor", "pipeline")
+    host: int = 8
+    measured: float = 1.0
 
     @property
     def limit(self) -> float:
-        """Bytes that a plan may take of each GPU."""
-        return USABLE * min(gpu.memory for gpu in self.gpus)
+        """Bytes that a plan may take of each GPU, by the estimate."""
+        return USABLE * min(gpu.memory for gpu in self.gpus) / self.measured
 
     @property
     def rows_each(self) -> int:
@@ -129,8 +132,8 @@ def choose_plan(
             nothing fits.
 
     Raises:
-        ConfigError: nothing fits, with the three cheapest changes and what each would save; or a strategy that cannot
-            be, with degrees that can.
+        NothingFits: with the three cheapest changes and what each would save.
+        ConfigError: a strategy that cannot be, with degrees that can.
     """
     _check(request)
     fitting: list[Plan] = []
@@ -189,8 +192,8 @@ def _no_layout(request: PlanRequest) -> ConfigError:
     return ConfigError(
         got=f"strategy={what!r} was asked for {count} GPU{'s' if count > 1 else ''} and this model.",
         need='"ddp", "fsdp" and "deepspeed" need two GPUs or more, "none" is for one; a tensor-parallel degree divides '
-        f"the GPUs, {sizes.heads} heads and {_kv_heads(request.parts)} kv heads of weights in 16 or 32 bits (here: "
-        f"{counts}); a pipeline has at most {len(request.parts.layers)} stages.",
+        f"the GPUs, {sizes.heads} heads and {_kv_heads(request.parts)} kv heads of frozen weights in 16 or 32 bits "
+        f"(here: {counts}); a pipeline has at most {len(request.parts.layers)} stages.",
         fix="Leave the strategy out to have one chosen.",
     )
 
@@ -204,9 +207,11 @@ def layouts(request: PlanRequest) -> Iterator[Layout]:
     if count > 1 and "ddp" in wanted:
         yield Layout("ddp", data=count)
     if count > 1 and "fsdp" in wanted:
-        shards = (count, _HOST) if count > _HOST and count % _HOST == 0 else (count,)
+        host = request.host
+        shards = (count, host) if 1 < host < count and count % host == 0 else (count,)
         for shard in shards:
-            if not full:
+            # Beside an adapter, whose frozen weights are whole then, that is DDP by another name.
+            if not full and request.strategy == "fsdp":
                 yield Layout("fsdp", data=count, shard=shard)
             yield Layout("fsdp", data=count, shard=shard, shard_frozen=True)
         if request.offload:
@@ -229,23 +234,25 @@ def _kv_heads(parts: ModelParts) -> int:
 
 
 def _may_split(request: PlanRequest, degree: int) -> bool:
-    """Whether heads and kv heads can be shared by ``degree`` ranks; packed weights cannot be cut."""
-    is_even = sizes_of(request.parts).heads % degree == 0 and _kv_heads(request.parts) % degree == 0
-    return is_even and len(request.gpus) % degree == 0 and request.parts.storage == "plain"
+    """Whether heads and kv heads can be shared by ``degree`` ranks; packed weights, experts and what is trained in full
+    are not cut.
+    """
+    parts, sizes = request.parts, sizes_of(request.parts)
+    is_even = sizes.heads % degree == 0 and _kv_heads(parts) % degree == 0
+    can_be_cut = parts.storage == "plain" and not sizes.experts and not parts.full_finetuning
+    return is_even and len(request.gpus) % degree == 0 and can_be_cut
 
 
 def best_plan(request: PlanRequest, layout: Layout) -> Plan | None:
     """The fastest way to do ``layout`` that fits; None where none does."""
     found: list[Plan] = []
-    rows = request.rows_each
-    while rows >= 1:
+    for rows in (one for one in range(request.rows_each, 0, -1) if request.rows_each % one == 0):
         work = _work(request, layout, rows)
         recomputing = _fewest(request, layout, work)
         if recomputing is not None:
             work = _work(request, layout, rows, recomputing)
             time = step_time(request.parts, layout, work, request.seq, request.gpus[0])
             found.append(Plan(layout, work, rows, estimate(request.parts, layout, work), time))
-        rows //= 2
     return max(found, key=lambda plan: plan.time.tokens_per_second, default=None)
 
 

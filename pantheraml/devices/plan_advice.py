@@ -18,12 +18,16 @@ _MOST_CHANGES = 3
 _LEAST_SHARE = 0.01
 
 
+class NothingFits(ConfigError):
+    """No layout of what was asked for fits."""
+
+
 def nothing_fits(
     request: PlanRequest,
     least: int,
     least_of: Callable[[PlanRequest], int],
     alternatives: Mapping[str, Callable[[], ModelParts | None]],
-) -> ConfigError:
+) -> NothingFits:
     """The error where no layout fits.
 
     Args:
@@ -39,7 +43,7 @@ def nothing_fits(
             enough = "" if least - saved > request.limit else ", which is enough"
             told.append(f"{what} saves {saved / GIB:.1f} GiB of each GPU{enough}")
     count = len(request.gpus)
-    return ConfigError(
+    return NothingFits(
         got=f"Nothing fits on {count} x {request.gpus[0].name}: the best layout needs {least / GIB:.1f} GiB of each "
         f"GPU, and {request.limit / GIB:.1f} may be taken.",
         need=f"What is trained, its states and one row of {request.seq:,} tokens must fit, with "
@@ -59,7 +63,7 @@ def _changes(
     if "8bit" not in request.optim:
         yield "the optimizer adamw_8bit", replace(request, optim="adamw_8bit")
     if not request.offload and len(request.gpus) > 1:
-        yield "--offload (shards in host memory, slow)", replace(request, offload=True)
+        yield "cpu_offload=True (--offload; shards in host memory, slow)", replace(request, offload=True)
     for what, measure in alternatives.items():
         parts = measure()
         if parts is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pantheraml.devices.estimate import Work, even_stages, sizes_of
+from pantheraml.devices.estimate import Work, even_stages, is_fused, sizes_of
 from pantheraml.devices.known_gpus import GpuKind
 from pantheraml.devices.layout import Layout
 from pantheraml.devices.model_parts import ModelParts
@@ -22,8 +22,10 @@ from pantheraml.devices.stage_split import RECOMPUTE_TIME
 
 # Of the 16-bit peak, what a step reaches by how frozen weights are held (17,892, 17,461, 23,814 tok/s), and when
 # everything is trained. FP8 products run faster than that peak's.
-_SHARES = {"plain": 0.58, "4bit": 0.56, "fp8": 0.77, "8bit": 0.3}
+_SHARES = {"plain": 0.58, "4bit": 0.56, "fp8": 0.77}
 _FULL_SHARE = 0.45
+# Of layers with adapters that are not fused: an assumption.
+_STOCK_SHARE = 0.3
 # Seconds of the host for forward and backward of one layer (H200 machines: 75 to 97 ms for 32 layers).
 _LAUNCH = 0.0026
 # Forward, gradient of the input, gradient of the weight: operations for a number of a weight and a token.
@@ -80,7 +82,9 @@ def step_time(parts: ModelParts, layout: Layout, work: Work, seq: int, gpu: GpuK
     slowest = _slowest_stage(parts, layout, work)
     passes = work.micro_batches
     compute = passes * max(
-        _operations(parts, slowest, work.tokens, seq) / layout.tensor / (_share(parts) * gpu.tflops * 1e12),
+        _operations(parts, slowest, work.tokens, seq)
+        / layout.tensor
+        / (_share(parts, layout) * gpu.tflops * 1e12),
         _LAUNCH * len(parts.layers) / layout.pipeline,
     )
     compute += _update(parts, layout) / (gpu.memory_gb_s * 1e9)
@@ -131,8 +135,10 @@ def _operations(parts: ModelParts, time: float, tokens: int, seq: int) -> float:
     return tokens * time * (per_number * parts.used + attention)
 
 
-def _share(parts: ModelParts) -> float:
-    return _FULL_SHARE if parts.full_finetuning else _SHARES[parts.storage]
+def _share(parts: ModelParts, layout: Layout) -> float:
+    if parts.full_finetuning:
+        return _FULL_SHARE
+    return _SHARES[parts.storage] if is_fused(parts, layout) else _STOCK_SHARE
 
 
 def _communication(parts: ModelParts, layout: Layout, work: Work, bandwidth: float) -> tuple[float, float]:

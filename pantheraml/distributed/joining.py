@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from pantheraml.config.combinations import REFUSED, refusal
 from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
 from pantheraml.devices.memory_limits import read_limits
 from pantheraml.devices.visible_gpus import visible_memory
+from pantheraml.distributed.automatic import copies_fit, layout_of_ranks, why_split
 from pantheraml.distributed.data_ranks import tensor_group
 from pantheraml.distributed.process_group import (
     gather_objects,
@@ -25,13 +25,10 @@ from pantheraml.launch.environment import LaunchEnvironment
 from pantheraml.launch.gpus import num_visible_gpus
 from pantheraml.launch.start import say_what_is_idle
 from pantheraml.log import say
-from pantheraml.models.placement import PipelineDevices, fits_on_each, names_several
+from pantheraml.models.placement import PipelineDevices, names_several
 
 if TYPE_CHECKING:
     from pantheraml.models.assembly import LoadRequest
-
-# A checkpoint of less than this share of a GPU fits there without a closer look, trained by an adapter.
-_SURELY = 0.4
 
 
 def join(
@@ -88,24 +85,12 @@ def join(
             "rank for each, which is faster where one GPU holds the model."
         )
         return replace(request, device_map="balanced")
-    if config.way == "auto" and gpus > 1 and not _fits_on_each(request):
-        why = _why_split(request, config, asked=is_automatic)
+    if config.way == "auto" and gpus > 1:
+        why = why_split(request, config, asked=is_automatic)
         if why is not None:
             say(f"{why}: it is split between {gpus} GPUs, and no ranks are started.")
             return replace(request, device_map="auto")
-        if not request.flags.load_in_8bit:
-            say(f"the model does not fit on each of {gpus} GPUs: ranks share out its weights (FSDP2).")
-            config = replace(config, strategy="fsdp")
     return _as_rank(request, config, False)
-
-
-def _why_split(request: LoadRequest, config: MultiGPUConfig, *, asked: bool) -> str | None:
-    """Why a model that no GPU holds is split by layers, as a clause; None: ranks share out its weights instead."""
-    if asked:
-        return 'the model does not fit on each GPU, and device_map="auto" was asked for'
-    if request.flags.load_in_8bit and config.auto_device_map:
-        return "the model does not fit on each GPU, and ranks do not share out 8-bit weights"
-    return None
 
 
 def _as_rank(request: LoadRequest, config: MultiGPUConfig | None, is_split: bool) -> LoadRequest:
@@ -138,13 +123,18 @@ def _as_rank(request: LoadRequest, config: MultiGPUConfig | None, is_split: bool
 def _sharing(request: LoadRequest, config: MultiGPUConfig) -> LoadRequest:
     """The request of a rank whose weights are shared out, if they are: all that is trained, what is frozen by need."""
     full, eight_bit = request.flags.full_finetuning, request.flags.load_in_8bit
-    is_open = config.way == "auto" and request.zero_stage is None and not eight_bit
+    is_open = config.way == "auto" and request.zero_stage is None
     if group_size() == 1 or not (is_open or config.way == "fsdp"):
         return request
-    if config.way == "fsdp" and (full or config.shard_frozen is not None):
+    if is_open:
+        layout = layout_of_ranks(request)
+        is_needed = layout is not None and layout.is_sharded
+        size = layout.shard if layout is not None and layout.shard < layout.data else None
+        config = MultiGPUConfig(strategy="fsdp", shard_size=size)
+    elif full or config.shard_frozen is not None:
         is_needed = full or bool(config.shard_frozen)
     else:
-        is_needed = not _fits_on_each(request)
+        is_needed = not copies_fit(request)
     if not is_needed:
         return request
     if eight_bit:
@@ -220,20 +210,3 @@ def _one_max_memory(request: LoadRequest, config: MultiGPUConfig | None) -> obje
             fix="Keep one of them.",
         )
     return of_config if given is None else given
-
-
-def _fits_on_each(request: LoadRequest) -> bool:
-    """Whether each GPU can train the whole model; small checkpoints are not looked at more closely, which takes
-    seconds.
-    """
-    if not visible_memory():  # of the host, nobody knows what ranks may take
-        return True
-    folder = Path(request.model_name)
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    is_plain = not request.flags.full_finetuning and request.max_memory is None
-    is_base = size > 0 and not (folder / "adapter_config.json").exists()
-    if is_plain and is_base and size < _SURELY * min(visible_memory().values()):
-        return True
-    from pantheraml.models.assembly import before_loading
-
-    return fits_on_each(before_loading(request), request.max_memory)

@@ -25,7 +25,7 @@ from pantheraml.models.precision import (
 )
 from pantheraml.models.recompute import watch
 from pantheraml.models.saved_adapters import saved_vocabulary
-from pantheraml.models.source import ModelSource, resolve_source
+from pantheraml.models.source import ModelSource, resolve_config, resolve_source
 from pantheraml.models.state import ModelState, Recompute, set_state
 from pantheraml.models.tokenizer import check_vocabulary, load_tokenizer
 from pantheraml.models.zero3 import check_storage, loaded_whole
@@ -87,11 +87,14 @@ def find_source(request: LoadRequest) -> ModelSource:
 
 
 def before_loading(request: LoadRequest) -> Unplaced:
-    """What is to be placed, without a look at any GPU."""
+    """What is to be placed, without a look at any GPU; of a hub model only the configuration is fetched."""
     import torch
 
-    source = find_source(request)
-    config = loading.load_config(source.folder, trust_remote_code=request.trust_remote_code)
+    if request.trust_remote_code:  # its code is among the other files
+        folder = find_source(request).folder
+    else:
+        folder = resolve_config(request.model_name, revision=request.revision, token=request.token)
+    config = loading.load_config(folder, trust_remote_code=request.trust_remote_code)
     # Bytes are asked for: which of the 16-bit types it will be does not matter.
     dtype = request.dtype if request.flags.full_finetuning else request.dtype or "bfloat16"
     stored = getattr(config, "quantization_config", None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from pantheraml.devices.peak_memory import (
 )
 from pantheraml.models.recompute_plan import RecomputePlan, kept_bytes, sizes_of, unpacked_bytes
 from pantheraml.models.sharding import device_of, gathered_bytes, local
-from pantheraml.models.stack_memory import margin_bytes
+from pantheraml.models.stack_memory import beside_bytes
 from pantheraml.models.stack_memory import unpacked_bytes as unpacked_buffers
 
 __all__ = ["MemoryEstimate", "Share", "describe", "predicted_bytes", "weight_bytes"]
@@ -80,13 +81,14 @@ def predicted_bytes(
     layers, in_flight = (None, 1.0) if share is None else (share.layers, share.in_flight)
     total = model.config.get_text_config().num_hidden_layers if layers is None else layers
     kept_first = getattr(sizes.kept, plan.keep) if plan.layers else sizes.kept.all
+    passing = partial(sizes.layer_passing, tokens, attends=plan.keep == "input")
     computes, has_head = total > 0, share is None or share.has_head
     of_trained = sum(local(p).nbytes for p in trained)
     on_gpu = next(model.parameters()).device.type == "cuda"
     casts = _casts(model, trained, sizes) if computes else 0
     return peak_memory(
         StepSizes(
-            weights=weight_bytes(model, device) - of_trained + margin_bytes(fused, sizes),
+            weights=weight_bytes(model, device) - of_trained + beside_bytes(fused, sizes),
             buffers=_unpacked(plan, fused) + unpacked_buffers(fused, sizes),
             trainable=of_trained,
             gradients=of_trained,
@@ -94,8 +96,8 @@ def predicted_bytes(
             keeps_gradients=keeps_gradients,
             kept=kept_bytes(model, plan, tokens, layers=layers, in_flight=in_flight) if computes else 0,
             kept_first=int(kept_first * tokens * in_flight) if computes else 0,
-            passing=sizes.layer_passing(tokens, recomputes=plan.layers == total) if computes else 0,
-            passing_first=sizes.layer_passing(tokens, recomputes=plan.layers > 0) if computes else 0,
+            passing=passing(recomputes=plan.layers == total) if computes else 0,
+            passing_first=passing(recomputes=plan.layers > 0) if computes else 0,
             logits=sizes.head_passing(tokens) if computes and has_head else 0,
             casts=casts,
             casts_left=casts * max(1, total - plan.layers) // max(1, total),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from pantheraml.config.multi_gpu import PER_GPU
-from pantheraml.devices.device_map import Kind, Placement, describe, fits, interleaved, place
+from pantheraml.devices.device_map import Kind, Placement, describe, interleaved, place
 from pantheraml.devices.map_names import as_device_map, read_device_map
 from pantheraml.devices.memory_limits import read_limits
 from pantheraml.devices.visible_gpus import visible_memory
@@ -106,13 +106,6 @@ def first_device(device_map: object) -> torch.device:
     from pantheraml.devices.inventory import num_gpus, resolve_device
 
     return resolve_device(None if names_several(device_map, num_gpus()) else device_map)
-
-
-def fits_on_each(model: Unplaced, max_memory: object) -> bool:
-    """Whether every visible GPU (of those that ``max_memory`` names) can train the whole model; True if unknown."""
-    limits = read_limits(max_memory, visible_memory())
-    parts = model.parts()
-    return parts is None or not limits or fits(parts, min(limits.values()), model.tokens)
 
 
 def find_place(

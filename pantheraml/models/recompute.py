@@ -25,6 +25,7 @@ from pantheraml.devices.optimizer_states import moment_bytes
 from pantheraml.errors import ConfigError
 from pantheraml.log import say, say_once
 from pantheraml.models.activation_sizes import TILE
+from pantheraml.models.decoder_layers import layers_of
 from pantheraml.models.recompute_plan import (
     RecomputePlan,
     offload_plan,
@@ -102,7 +103,7 @@ class Section(NamedTuple):
 def sections(model: Any, state: ModelState) -> list[Section]:
     """The layers of ``model`` by device; mostly one section with all of them."""
     found: dict[torch.device, list[Any]] = {}
-    for layer in _layers(model):
+    for layer in layers_of(model):
         found.setdefault(device_of(layer), []).append(layer)
     return [Section(part, device, state.in_flight.get(device, 1)) for device, part in found.items()]
 
@@ -206,17 +207,6 @@ def optimizer_bytes(model: nn.Module, device: torch.device | None = None) -> int
     trained = (p for p in model.parameters() if p.requires_grad and device in (None, p.device))
     shares = ((local(p), p.element_size()) for p in trained)
     return sum(one.nbytes + one.numel() * moment_bytes("adamw", size) for one, size in shares)
-
-
-def _layers(model: Any) -> list[Any]:
-    """The decoder layers of ``model``, fused ones and others, in order."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    from pantheraml.models.fused import FusedDecoderLayer
-
-    if isinstance(model, FusedDecoderLayer | GradientCheckpointingLayer):
-        return [model]  # not walked through: that took the host longer than launching a layer
-    return [layer for child in model.children() for layer in _layers(child)]
 
 
 def _fused(layers: list[Any]) -> list[Any]:

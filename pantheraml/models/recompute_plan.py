@@ -16,7 +16,7 @@ from pantheraml.devices.peak_memory import WORKSPACE_BYTES
 from pantheraml.models.activation_sizes import TILE, ActivationSizes, Kept, activation_sizes
 from pantheraml.models.families import find_family
 from pantheraml.models.sharded_linear import tensor_group_of
-from pantheraml.models.stack_memory import margin_bytes
+from pantheraml.models.stack_memory import missing_bytes
 from pantheraml.models.stack_memory import unpacked_bytes as shared_buffers
 
 if TYPE_CHECKING:
@@ -163,6 +163,8 @@ def plan_recompute(
         return RecomputePlan(tokens, total, need=total * attended, free=free)
     last_resorts: tuple[tuple[Keep, int], ...] = (("attended", attended), ("input", alone))
     for keep, size in last_resorts:
+        attends = keep == "input"
+        room = usable - max(sizes.layer_passing(tokens, recomputes=True, attends=attends), head)
         over = total * size - room
         stored = -(-over // size) + _IN_FLIGHT if over > 0 else 0
         if stored <= total and stored * size <= HOST_SHARE * host_free:
@@ -214,13 +216,13 @@ def _fused_layers(model: Any) -> list[Any]:
 
 
 def _not_there_yet(model: Any, sizes: ActivationSizes) -> int:
-    """Bytes that the first forward takes for good: margins of stacks, buffers of 4-bit weights, workspace. Later plans
-    count the last two once more, a few hundred MiB.
+    """Bytes that the first step takes for good: margins of stacks, FP8 twins, buffers of 4-bit weights, workspace.
+    Later plans count the last two once more, a few hundred MiB.
     """
     layers = _fused_layers(model)
     if not layers or model.device.type != "cuda":
         return 0
-    return margin_bytes(layers, sizes) + shared_buffers(layers, sizes) + WORKSPACE_BYTES
+    return missing_bytes(layers, sizes) + shared_buffers(layers, sizes) + WORKSPACE_BYTES
 
 
 def _num_layers(model: Any) -> int:

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pantheraml.config.combinations import refusal
+from pantheraml.models.decoder_layers import layers_of
 from pantheraml.models.state import get_state
 
 
@@ -109,15 +110,6 @@ def place_adapter(model: nn.Module) -> None:
     state = get_state(model)
     if state is not None and state.sharding is not None:
         bring_whole(model, state.sharding.device)
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers of ``model``, fused ones and others, in order."""
-    from pantheraml.models.fused import FusedDecoderLayer
-
-    if isinstance(model, FusedDecoderLayer | GradientCheckpointingLayer):
-        return [model]
-    return [layer for child in model.children() for layer in layers_of(child)]
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -95,8 +95,8 @@ def resolve_source(
 
 
 def resolve_config(name: str, *, revision: str | None = None, token: str | None = None) -> Path:
-    """The folder of the configuration of a base model, whose weights need not be there; of a hub model it alone is
-    fetched.
+    """The folder of the configuration of a base model, or of that of an adapter; weights need not be there, and of a
+    hub model the configuration alone is fetched.
 
     Raises:
         ModelLoadError: as ``resolve_source``.
@@ -104,13 +104,12 @@ def resolve_config(name: str, *, revision: str | None = None, token: str | None 
     if Path(name).expanduser().is_dir() or _looks_like_path(name):
         folder = _local_folder(name, revision, token, False)
     else:
-        from huggingface_hub import hf_hub_download
-
-        fetch = partial(hf_hub_download, name, "config.json", revision=revision, token=token)
-        try:
-            folder = Path(patiently(fetch, f"fetching the configuration of {name}")).parent
-        except Exception as error:
-            raise _explain_hub_error(name, revision, error) from error
+        folder = _fetch_config(name, revision, token)
+    adapter = folder / "adapter_config.json"
+    if adapter.exists() and not (folder / "config.json").exists():
+        base = read_json(adapter).get("base_model_name_or_path")
+        if base:
+            return resolve_config(base, token=token)
     if not (folder / "config.json").exists():
         raise ModelLoadError(
             got=f"The folder '{folder}' holds no config.json.",
@@ -230,6 +229,26 @@ def _list_repository(repo_id: str, revision: str | None, token: str | None) -> l
         return HfApi(token=token).list_repo_files(repo_id, revision=revision)
     except Exception:
         return []
+
+
+def _fetch_config(repo_id: str, revision: str | None, token: str | None) -> Path:
+    """The folder of the configuration of a model on the hub, or else of that of an adapter."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def fetch(file: str) -> Path:
+        download = partial(hf_hub_download, repo_id, file, revision=revision, token=token)
+        return Path(patiently(download, f"fetching the configuration of {repo_id}")).parent
+
+    try:
+        return fetch("config.json")
+    except EntryNotFoundError as error:
+        try:
+            return fetch("adapter_config.json")
+        except Exception:
+            raise _explain_hub_error(repo_id, revision, error) from error
+    except Exception as error:
+        raise _explain_hub_error(repo_id, revision, error) from error
 
 
 def _explain_hub_error(repo_id: str, revision: str | None, error: Exception) -> ModelLoadError:

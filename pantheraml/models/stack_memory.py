@@ -22,21 +22,32 @@ def storage_of(layer: nn.Module) -> Storage:
     return "plain"
 
 
-def margin_bytes(layers: list[Any], sizes: ActivationSizes) -> int:
-    """Bytes by which the stacks of fused layers are larger than the weights: those that have not moved in yet, with the
-    twins that FP8 layers will keep.
+def beside_bytes(layers: list[Any], sizes: ActivationSizes) -> int:
+    """Bytes that fused layers hold beside the memory of their weights once they have computed, forward and backward:
+    margins, and the turned twins of FP8 weights.
+
+    The margins of 16-bit weights that lie in stacks are part of their memory.
     """
+    moved = [layer.reader for layer in layers if _has_moved(layer)]
+    return sum(reader.beside_bytes for reader in moved) + missing_bytes(layers, sizes)
+
+
+def missing_bytes(layers: list[Any], sizes: ActivationSizes) -> int:
+    """Of ``beside_bytes``, what is not there yet."""
     if sizes.is_trained:
         return 0
-    total = 0
-    for layer in layers:
-        if _has_moved(layer):
-            continue
-        total += sizes.margin_bytes(storage_of(layer))
-        total += sum(
-            one.weight.numel() for one in layer.modules() if isinstance(one, Fp8Linear) and one.keeps_turned
-        )
-    return total
+    return sum(
+        layer.reader.missing_bytes
+        if _has_moved(layer)
+        else sizes.margin_bytes(storage_of(layer)) + _twins(layer)
+        for layer in layers
+    )
+
+
+def _twins(layer: nn.Module) -> int:
+    return sum(
+        one.weight.numel() for one in layer.modules() if isinstance(one, Fp8Linear) and one.keeps_turned
+    )
 
 
 def unpacked_bytes(layers: list[Any], sizes: ActivationSizes) -> int:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from pantheraml.cli.app import main
+from pantheraml.devices.peak_memory import MemoryEstimate
+from pantheraml.training import probe as probing
+from pantheraml.training.probe import Probe
 from tests import tiny
 
 LLAMA_70B = dict(
@@ -46,7 +50,7 @@ def test_a_plan_for_people(plan, model):
     said = " ".join(out.split())
     assert "plan fsdp over 8, frozen weights sharded why a copy on each GPU would need" in said
     assert "none of 80 layers recompute; memory is fullest at head and loss" in said
-    assert "runner-up tensor parallel 2 x data 4: 0." in said
+    assert "runner-up tensor parallel 4 x data 2: 0." in said
     table = dict(
         line.rsplit(maxsplit=1) for line in out.splitlines() if line.startswith(("weights", "on the card"))
     )
@@ -76,6 +80,30 @@ def test_stages_are_columns_and_recompute_is_obeyed(plan, model):
     code, out, _ = plan(model, *words)
     assert code == 0
     assert "pipeline of" in out and "stage 0" in out and "80 of 80 layers recompute" in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to probe")
+def test_a_probe_without_a_gpu_leaves_the_plan_as_it_is(plan, model):
+    code, out, _ = plan(model, "--gpus=8xH200", "--probe", "--json")
+    said = json.loads(out)
+    assert code == 0 and "Peaks are measured on GPUs alone" in said["probe"]["reason"]
+    assert said | {"probe": None} == json.loads(plan(model, "--gpus=8xH200", "--json")[1])
+    code, out, _ = plan(model, "--gpus=8xH200", "--probe")
+    assert code == 0 and "probe" in out and "Run this command with --probe" in " ".join(out.split())
+
+
+def test_a_probe_is_part_of_the_plan(plan, model, monkeypatch):
+    """What a GPU would have measured here is given."""
+    estimated = MemoryEstimate(2**30, 0, 0, 0)
+    found = Probe("NVIDIA H200", 1, 2048, 0, estimated, 2**31)
+    monkeypatch.setattr(probing, "probe", lambda *_: found)
+    code, out, _ = plan(model, "--gpus=8xH200", "--method=qlora", "--probe", "--json")
+    said = json.loads(out)
+    assert code == 0 and said["probe"]["ratio"] == 2.0 and said["probe"]["measured"] == 2**31
+    assert said["plan"]["memory"][0]["reserved"] * 2 <= 0.95 * said["gpu"]["memory"]
+    assert said["limit"] == int(0.95 * said["gpu"]["memory"] / 2)
+    out = plan(model, "--gpus=8xH200", "--method=qlora", "--probe")[1]
+    assert "2.00 GiB allocated, 1.00 estimated (2.000 of it" in " ".join(out.split())
 
 
 def test_what_fits_nowhere(plan, model):

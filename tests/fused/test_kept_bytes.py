@@ -5,9 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pantheraml.models.recompute_plan import sizes_of
-from pantheraml.models.stack_memory import margin_bytes
+from pantheraml.devices.estimate import Work, estimate
+from pantheraml.devices.layout import Layout
+from pantheraml.models.memory_estimate import predicted_bytes
+from pantheraml.models.precision import Precision
+from pantheraml.models.recompute_plan import RecomputePlan, sizes_of
+from pantheraml.models.stack_memory import beside_bytes, missing_bytes
+from pantheraml.models.weight_sizes import measure_parts
 from tests.fused.test_decoder_layer import FAMILIES, MIXTURES
+from tests.fused.test_fp8_layer import in_fp8
 from tests.fused.test_whole_layer import build_whole
 
 TOKENS = 24
@@ -58,7 +64,32 @@ def test_a_layer_keeps_what_is_counted(family, keep):
 def test_margins_are_there_after_a_forward_and_counted_before_it():
     model, layers = build_whole("llama", "all")
     before, sizes = storages(model), sizes_of(model)
-    counted = margin_bytes(layers, sizes)
+    counted = beside_bytes(layers, sizes)
+    assert missing_bytes(layers, sizes) == counted
     model.get_base_model().model(input_ids=torch.arange(5, 5 + TOKENS)[None], use_cache=False)
     assert sum(storages(model).values()) - sum(before.values()) == counted > 0
-    assert margin_bytes(layers, sizes) == 0
+    assert beside_bytes(layers, sizes) == missing_bytes(layers, sizes) == 0
+
+
+def test_fp8_weights_count_with_their_twins_before_they_are_there_and_after():
+    """Plan and prediction agree, before a step, after its forward and after its backward."""
+    model, layers = build_whole("llama", "all", r=16)
+    in_fp8(model, keeps_turned=True)
+    config, sizes = model.get_base_model().config, sizes_of(model)
+    parts = measure_parts(config, Precision("fp8", torch.float32), rank=16)
+    assert parts is not None and parts.activations == sizes
+    planned = estimate(parts, Layout("none"), Work(TOKENS))[0].weights
+
+    def predicted():
+        return predicted_bytes(model, TOKENS, RecomputePlan(TOKENS, 0)).weights
+
+    before = predicted()
+    # The plan takes norms for twins, too.
+    assert before <= planned <= before + 2 * len(layers) * config.hidden_size
+    output = model(input_ids=torch.arange(5, 5 + TOKENS)[None])
+    assert predicted() == before and 0 < missing_bytes(layers, sizes) < before
+    output.logits.sum().backward()
+    # Nobody asks for the gradient of the first layer's input.
+    first, margin = sizes.stacks[0], sizes.margins(16)[0]
+    assert predicted() == before
+    assert missing_bytes(layers, sizes) == first.cols * (first.rows + 3 * margin)

@@ -11,6 +11,7 @@ import torch
 from pantheraml import FastLanguageModel
 from pantheraml.errors import PantheraMLError
 from pantheraml.models import hub_patience
+from pantheraml.models.source import resolve_config
 
 
 def attempt(name: str, **flags: Any) -> dict[str, Any]:
@@ -34,5 +35,8 @@ def attempt(name: str, **flags: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     hub_patience.LIMIT = 0.5  # a hub that stays broken is given up soon
-    found = {key: attempt(**flags) for key, flags in json.loads(sys.argv[1]).items()}
+    loads = json.loads(sys.argv[1])
+    found = {key: attempt(**flags) for key, flags in loads.items()}
+    token = loads["main"]["token"]
+    found["configs"] = {name: str(resolve_config(name, token=token)) for name in ("org/sizes", "org/adapter")}
     print("RESULT " + json.dumps(found))

@@ -77,6 +77,7 @@ def repositories(tmp_path_factory):
         "org/empty": {"main": small},
         "org/broken": {"main": tried},
         "org/busy": {"main": tried},
+        "org/sizes": {"main": tried},
     }
 
 
@@ -120,6 +121,15 @@ def test_only_what_is_needed_is_downloaded(online, repositories):
     assert hub.downloaded("org/adapter") == {"adapter_config.json", "adapter_model.safetensors"}
     kept = [file.name for file in home.rglob("*") if file.suffix in {".bin", ".pt", ".pth", ".onnx", ".png"}]
     assert kept == []
+
+
+def test_sizes_follow_from_the_configuration_alone(online):
+    """Of an adapter, from that of its base."""
+    hub, found, _ = online
+    assert hub.downloaded("org/sizes") == {"config.json"}
+    folders = {name: Path(folder) for name, folder in found["configs"].items()}
+    assert (folders["org/adapter"] / "model.safetensors.index.json").exists()
+    assert all((folder / "config.json").exists() for folder in folders.values())
 
 
 @torch.no_grad()

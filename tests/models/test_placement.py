@@ -16,7 +16,6 @@ from pantheraml.models.placement import (
     PipelineDevices,
     Unplaced,
     find_place,
-    fits_on_each,
     names_several,
 )
 from pantheraml.models.precision import Precision
@@ -162,15 +161,6 @@ def test_architectures_without_a_family_are_placed_by_transformers(machine):
     machine(140, 140)
     place = find_place(unplaced(GPT2Config()), "balanced", {0: "1GB", 1: "1GB"}, is_alone=True)
     assert place.device_map == "balanced" and place.split is None and place.limits == {0: 10**9, 1: 10**9}
-
-
-def test_whether_a_copy_fits_on_each(machine):
-    machine(80, 24)
-    assert not fits_on_each(unplaced(tokens=8192), {0: "80GB", 1: "12GB"})
-    assert fits_on_each(unplaced(), None)
-    machine(80, 16)
-    assert not fits_on_each(unplaced(), None)
-    assert fits_on_each(unplaced(precision=Precision("4bit", torch.bfloat16)), None)
 
 
 def test_hooks_of_another_library_leave_nothing_behind():

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from pantheraml.errors import ModelLoadError
-from pantheraml.models.source import check_weights, resolve_source
+from pantheraml.models.source import check_weights, resolve_config, resolve_source
 from tests import tiny
 
 
@@ -40,6 +40,7 @@ def test_an_adapter_leads_to_its_base(llama, adapter):
     assert source.tokenizer_folder == llama
     (adapter / "tokenizer_config.json").write_text("{}")
     assert source.tokenizer_folder == adapter
+    assert resolve_config(str(adapter)) == llama
 
 
 def test_an_adapter_whose_base_is_gone_names_both(adapter):

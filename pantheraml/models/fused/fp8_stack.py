@@ -13,6 +13,7 @@ LoRA's share thus costs 3 E more columns of an inner dimension of thousands, E t
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -53,6 +54,16 @@ class Fp8Stack:
         return BoundFp8Stack(self._memory, projections, margin)
 
     is_trained = False  # FP8 weights cannot be
+
+    @property
+    def beside_bytes(self) -> int:
+        """Bytes that are held beside the weights' memory."""
+        return 0 if self._memory is None else self._memory.beside_bytes
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes that the first backward will add to them: those of the turned twin."""
+        return 0 if self._memory is None else self._memory.missing_bytes
 
     def release(self) -> None:
         """Give each Parameter memory of its own again."""
@@ -136,16 +147,31 @@ class Fp8Memory:
         """What the margin beside the factor "a" or "b" is multiplied by follows from this."""
         return self._largest[name]
 
+    @property
+    def beside_bytes(self) -> int:
+        """Bytes beside F: those of the factors, and of D where it is kept."""
+        held = (self.scales, self.a, self.b, self._turned)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes of D where it is to be kept and nobody asked for it yet."""
+        is_missing = self._turned is None and self.linears[0].keeps_turned
+        return math.prod(self._turned_shape) if is_missing else 0
+
+    @property
+    def _turned_shape(self) -> tuple[int, int]:
+        rows, wide = self.matrix.shape
+        return wide - 3 * self.margin, rows + 3 * self.margin
+
     def turned(self, call: object) -> Tensor:
         """D (K, N + 3 E) with the factors of a call, placed before; to be used before anything else asks for one."""
-        rows, cols = self.matrix.shape[0], self.matrix.shape[1] - 3 * self.margin
-        shape = (cols, rows + 3 * self.margin)
-        kept = self._turned
+        shape, kept = self._turned_shape, self._turned
+        cols, rows = shape[0], self.matrix.shape[0]
         if kept is None:
             if self.linears[0].keeps_turned:
-                kept = self._turned = torch.empty(shape, dtype=torch.uint8, device=self.matrix.device).view(
-                    DTYPE
-                )
+                kept = torch.empty(shape, dtype=torch.uint8, device=self.matrix.device).view(DTYPE)
+                self._turned = kept
             result = borrow(shape, DTYPE, self.matrix.device) if kept is None else kept
             turn(self.matrix[:, :cols], result[:, :rows])
         else:

@@ -136,6 +136,16 @@ class LayerReader:
             stack.keeps_unpacked, stack.is_passing = self.keeps_unpacked, self.is_passing
         return self._stacks[name].bind(projections)
 
+    @property
+    def beside_bytes(self) -> int:
+        """Bytes that the stacks hold beside the memory of their weights."""
+        return sum(stack.beside_bytes for stack in self._stacks.values())
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes that a backward will add to ``beside_bytes``."""
+        return sum(stack.missing_bytes for stack in self._stacks.values())
+
     def attention_settings(self, attention: Any) -> dict[str, Any]:
         """What the family's attention tells the attention function besides scale and window."""
         settings: dict[str, Any] = {}

@@ -96,6 +96,9 @@ class Stack:
         """Whether weights that are trained lie here."""
         return self._buffer is not None and any(weight.requires_grad for weight in self._buffer.weights)
 
+    # Margins are part of the weights' memory.
+    beside_bytes = missing_bytes = 0
+
     def release(self) -> None:
         """Give each Parameter memory of its own again."""
         buffer, self._buffer = self._buffer, None
