@@ -35,6 +35,11 @@ class RMSNorm(NamedTuple):
     offset: float = 0.0
     cast_first: bool = True
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether the weight gets a gradient."""
+        return self.weight.requires_grad
+
 
 # Longest row one program holds; longer ones take the plain PyTorch path.
 MAX_COLUMNS = 65536

@@ -13,7 +13,7 @@ Forward, per head, in float32, rounded once (x1, x2 are the halves of the turned
 Without a norm y takes the place of x. With one, x (bias added) stays, because the backward needs it.
 
 Backward turns the other way, dx1 = dy1 cos + dy2 sin, dx2 = dy2 cos - dy1 sin, and goes through the norm as that of
-RMSNorm does.
+RMSNorm does; the gradient of the norm's weight is a sum over rows and heads.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pantheraml.kernels import rope_eager
 from pantheraml.kernels.launch import jit, launching_on, runs_triton, tl
 from pantheraml.kernels.rms_norm import RMSNorm
 
@@ -127,13 +128,24 @@ def _rotate_kernel(
 
 
 @jit
+def _weight_share(dy, x_hat, element: tl.constexpr, CAST_FIRST: tl.constexpr):
+    """Of the rows of a block, what they add to the gradient of a norm's weight."""
+    if CAST_FIRST:
+        x_hat = x_hat.to(element).to(tl.float32)
+    return tl.sum(dy * x_hat, axis=0)
+
+
+@jit
 def turn_head_back(
     dy_ptr, dy_token, dy_head, dx_ptr, dx_stride, head, rows, cos_ptr, sin_ptr,
-    x_ptr, x_stride, w_ptr, eps, offset,
-    TURN: tl.constexpr, NORM: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr, TAIL: tl.constexpr,
-    TAIL_LANES: tl.constexpr, COS_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+    x_ptr, x_stride, w_ptr, eps, offset, dw_ptr, dw_stride,
+    TURN: tl.constexpr, NORM: tl.constexpr, CAST_FIRST: tl.constexpr, WITH_DW: tl.constexpr, HALF: tl.constexpr,
+    LANES: tl.constexpr, TAIL: tl.constexpr, TAIL_LANES: tl.constexpr, COS_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a block (program 1) of a head's backward; dy, dx and x point to the first head of their tensor."""
+    """Rows of a block (program 1) of a head's backward; dy, dx, x and dw point to the first head of their tensor.
+
+    dw (blocks, heads, D) takes the block's share of the gradient of the norm's weight.
+    """
     D: tl.constexpr = 2 * HALF + TAIL
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     lane = tl.arange(0, LANES)
@@ -167,14 +179,23 @@ def turn_head_back(
             x3 += tl.load(x_ptr + at + third, mask=tail_there, other=0.0).to(tl.float32)
         squares = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1) + tl.sum(x3 * x3, axis=1)
         rstd = tl.rsqrt(squares / D + eps)[:, None]
+        x1 *= rstd
+        x2 *= rstd
+        x3 *= rstd
+        if WITH_DW:
+            shares = dw_ptr + tl.program_id(1).to(tl.int64) * dw_stride + head * D
+            share = _weight_share(dx1, x1, x_ptr.dtype.element_ty, CAST_FIRST)
+            tl.store(shares + lane, share, mask=lane < HALF)
+            share = _weight_share(dx2, x2, x_ptr.dtype.element_ty, CAST_FIRST)
+            tl.store(shares + HALF + lane, share, mask=lane < HALF)
+            if TAIL > 0:
+                share = _weight_share(tail, x3, x_ptr.dtype.element_ty, CAST_FIRST)
+                tl.store(shares + 2 * HALF + rest, share, mask=rest < TAIL)
         dx1 *= (tl.load(w_ptr + lane, mask=lane < HALF, other=0.0).to(tl.float32) + offset)[None, :]
         dx2 *= (tl.load(w_ptr + HALF + lane, mask=lane < HALF, other=0.0).to(tl.float32) + offset)[None, :]
         tail *= (tl.load(w_ptr + 2 * HALF + rest, mask=rest < TAIL, other=0.0).to(tl.float32) + offset)[
             None, :
         ]
-        x1 *= rstd
-        x2 *= rstd
-        x3 *= rstd
         along = tl.sum(dx1 * x1, axis=1) + tl.sum(dx2 * x2, axis=1) + tl.sum(tail * x3, axis=1)
         along = (along / D)[:, None]
         dx1 = rstd * (dx1 - x1 * along)
@@ -197,8 +218,8 @@ def _rotate_back_kernel(
 ):  # fmt: skip
     turn_head_back(
         dy_ptr, dy_token, dy_head, dx_ptr, dx_stride, tl.program_id(0), rows, cos_ptr, sin_ptr,
-        x_ptr, x_stride, w_ptr, eps, offset,
-        TURN, NORM, HALF, LANES, TAIL, TAIL_LANES, COS_WIDTH, BLOCK_M,
+        x_ptr, x_stride, w_ptr, eps, offset, dx_ptr, 0,
+        TURN, NORM, False, False, HALF, LANES, TAIL, TAIL_LANES, COS_WIDTH, BLOCK_M,
     )  # fmt: skip
 
 
@@ -239,7 +260,7 @@ def rotate_(
         the result.
     """
     if not runs_triton(x):
-        return _eager_forward(x, head_dim, rotary, bias, norm, out)
+        return rope_eager.forward(x, head_dim, rotary, bias, norm, out)
     rows, cols = x.shape
     y = x if out is None else out
     turn = (x, x) if rotary is None else rotary[:2]
@@ -273,7 +294,7 @@ def rotate_back(
     """
     rows, heads, head_dim = dy.shape
     if not runs_triton(dy):
-        return _eager_backward(dy, rotary, out, norm, x)
+        return rope_eager.backward(dy, rotary, out, norm, x)
     if dy.stride(2) != 1:
         dy = dy.contiguous()
     turn = (dy, dy) if rotary is None else rotary[:2]
@@ -285,61 +306,6 @@ def rotate_back(
         TURN=rotary is not None, NORM=norm is not None, **head_shape(head_dim, rotary),
     )  # fmt: skip
     return out
-
-
-def _both_halves(rotary: Rotary) -> tuple[Tensor, Tensor]:
-    """cos and sin in float32, (T, 1, R)."""
-    parts = (part.float()[:, None] for part in rotary[:2])
-    cos, sin = (torch.cat((p, p), -1) if p.shape[-1] < rotary.width else p for p in parts)
-    return cos, sin
-
-
-def _eager_norm(x: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """1 / rms, x / rms in float32, and the norm's output; x (T, heads, D)."""
-    x32 = x.float()
-    rstd = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + norm.eps)
-    x_hat = x32 * rstd
-    rounded = x_hat.to(x.dtype).float() if norm.cast_first else x_hat
-    return rstd, x_hat, (rounded * (norm.weight.float() + norm.offset)).to(x.dtype)
-
-
-def _eager_forward(
-    x: Tensor,
-    head_dim: int,
-    rotary: Rotary | None,
-    bias: Tensor | None,
-    norm: RMSNorm | None,
-    out: Tensor | None,
-) -> Tensor:
-    y = x.float()
-    if bias is not None:
-        y = y + bias.float()
-    if norm is not None:
-        x.copy_(y)
-        y = _eager_norm(x.reshape(x.shape[0], -1, head_dim), norm)[2].float()
-    y = y.reshape(x.shape[0], -1, head_dim)
-    if rotary is not None:
-        cos, sin = _both_halves(rotary)
-        turned, rest = y[..., : rotary.width], y[..., rotary.width :]
-        y1, y2 = turned.chunk(2, dim=-1)
-        y = torch.cat((turned * cos + torch.cat((-y2, y1), dim=-1) * sin, rest), dim=-1)
-    return (x if out is None else out).copy_(y.flatten(1))
-
-
-def _eager_backward(
-    dy: Tensor, rotary: Rotary | None, out: Tensor, norm: RMSNorm | None, x: Tensor | None
-) -> Tensor:
-    dx = dy.float()
-    if rotary is not None:
-        cos, sin = _both_halves(rotary)
-        turned, rest = dx[..., : rotary.width], dx[..., rotary.width :]
-        first, second = (turned * sin).chunk(2, dim=-1)
-        dx = torch.cat((turned * cos + torch.cat((second, -first), dim=-1), rest), dim=-1)
-    if norm is not None and x is not None:
-        rstd, x_hat, _ = _eager_norm(x.reshape(dx.shape), norm)
-        g = dx * (norm.weight.float() + norm.offset)
-        dx = rstd * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))
-    return out.copy_(dx.flatten(1))
 
 
 @torch.library.custom_op("pantheraml::rotate", mutates_args=())

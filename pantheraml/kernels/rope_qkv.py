@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from pantheraml.kernels import rope_eager
 from pantheraml.kernels.launch import jit, runs_triton, tl
 from pantheraml.kernels.rms_norm import RMSNorm
 from pantheraml.kernels.rope import (
@@ -20,7 +22,6 @@ from pantheraml.kernels.rope import (
     Rotary,
     head_shape,
     rotate_,
-    rotate_back,
     turn_head,
     turn_head_back,
 )
@@ -65,9 +66,12 @@ def _rotate_qkv_kernel(
 def _rotate_qkv_back_kernel(
     dq_ptr, dq_token, dq_head, dk_ptr, dk_token, dk_head, dv_ptr, dv_token, dv_head, dx_ptr, dx_stride,
     rows, heads, kv_heads, cos_ptr, sin_ptr, x_ptr, x_stride, w_q_ptr, eps_q, offset_q, w_k_ptr, eps_k, offset_k,
-    NORM: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr, TAIL: tl.constexpr, TAIL_LANES: tl.constexpr,
-    COS_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+    dw_ptr,
+    NORM: tl.constexpr, CAST_FIRST_Q: tl.constexpr, CAST_FIRST_K: tl.constexpr, WITH_DW: tl.constexpr,
+    HALF: tl.constexpr, LANES: tl.constexpr, TAIL: tl.constexpr, TAIL_LANES: tl.constexpr, COS_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    """dw (blocks of rows, heads + kv_heads, D) takes what each block adds to the gradients of the norms' weights."""
     D: tl.constexpr = 2 * HALF + TAIL
     head = tl.program_id(0)
     k = heads * D
@@ -75,20 +79,20 @@ def _rotate_qkv_back_kernel(
     if head < heads:
         turn_head_back(
             dq_ptr, dq_token, dq_head, dx_ptr, dx_stride, head, rows, cos_ptr, sin_ptr,
-            x_ptr, x_stride, w_q_ptr, eps_q, offset_q,
-            True, NORM, HALF, LANES, TAIL, TAIL_LANES, COS_WIDTH, BLOCK_M,
+            x_ptr, x_stride, w_q_ptr, eps_q, offset_q, dw_ptr, v,
+            True, NORM, CAST_FIRST_Q, WITH_DW, HALF, LANES, TAIL, TAIL_LANES, COS_WIDTH, BLOCK_M,
         )  # fmt: skip
     elif head < heads + kv_heads:
         turn_head_back(
             dk_ptr, dk_token, dk_head, dx_ptr + k, dx_stride, head - heads, rows, cos_ptr, sin_ptr,
-            x_ptr + k, x_stride, w_k_ptr, eps_k, offset_k,
-            True, NORM, HALF, LANES, TAIL, TAIL_LANES, COS_WIDTH, BLOCK_M,
+            x_ptr + k, x_stride, w_k_ptr, eps_k, offset_k, dw_ptr + k, v,
+            True, NORM, CAST_FIRST_K, WITH_DW, HALF, LANES, TAIL, TAIL_LANES, COS_WIDTH, BLOCK_M,
         )  # fmt: skip
     else:
         turn_head_back(
             dv_ptr, dv_token, dv_head, dx_ptr + v, dx_stride, head - heads - kv_heads, rows, cos_ptr, sin_ptr,
-            x_ptr, x_stride, w_k_ptr, eps_k, offset_k,
-            False, False, HALF, LANES, TAIL, TAIL_LANES, COS_WIDTH, BLOCK_M,
+            x_ptr, x_stride, w_k_ptr, eps_k, offset_k, dw_ptr, v,
+            False, False, False, False, HALF, LANES, TAIL, TAIL_LANES, COS_WIDTH, BLOCK_M,
         )  # fmt: skip
 
 
@@ -153,6 +157,7 @@ def rotate_qkv_back(
     out: Tensor,
     norms: HeadNorms | None = None,
     x: Tensor | None = None,
+    dw: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The gradients before the turn and the head norms: ``rotate_back`` for q, k and v.
 
@@ -162,6 +167,7 @@ def rotate_qkv_back(
         out: (T, (heads + 2 kv_heads) * D), stride 1 along a row; written.
         norms: as in ``rotate_qkv_``.
         x: with ``norms``: what ``rotate_qkv_`` left in its x.
+        dw: (D,) float32 twice, or None: the gradients of the weights of ``norms`` are written here.
 
     Returns:
         out.
@@ -171,16 +177,25 @@ def rotate_qkv_back(
         widths = [grad[0].numel() for grad in grads]
         raws = (None, None, None) if x is None else x.split(widths, 1)
         turns, of_heads = _for_each(rotary, norms)
-        parts = zip(grads, turns, out.split(widths, 1), of_heads, raws, strict=True)
-        for grad, turn, target, norm, raw in parts:
-            rotate_back(grad, turn, target, norm, raw)
+        parts = zip(
+            grads, turns, out.split(widths, 1), of_heads, raws, (*(dw or (None, None)), None), strict=True
+        )
+        for part in parts:
+            rope_eager.backward(*part)
         return out
     dq, dk, dv = (grad if grad.stride(2) == 1 else grad.contiguous() for grad in grads)
     q_norm, k_norm = norms or (RMSNorm(out, 0.0), RMSNorm(out, 0.0))
     raw = out if x is None else x
-    _rotate_qkv_back_kernel[(heads + 2 * kv_heads, -(-rows // BLOCK_M))](
+    blocks = -(-rows // BLOCK_M)
+    shares = None if dw is None else out.new_empty(blocks, heads + kv_heads, head_dim, dtype=torch.float32)
+    _rotate_qkv_back_kernel[(heads + 2 * kv_heads, blocks)](
         dq, *dq.stride()[:2], dk, *dk.stride()[:2], dv, *dv.stride()[:2], out, out.stride(0),
         rows, heads, kv_heads, rotary.cos, rotary.sin, raw, raw.stride(0), *q_norm[:3], *k_norm[:3],
-        NORM=norms is not None, **head_shape(head_dim, rotary),
+        out if shares is None else shares,
+        NORM=norms is not None, CAST_FIRST_Q=q_norm.cast_first, CAST_FIRST_K=k_norm.cast_first,
+        WITH_DW=shares is not None, **head_shape(head_dim, rotary),
     )  # fmt: skip
+    if dw is not None and shares is not None:
+        for target, share in zip(dw, shares.split((heads, kv_heads), 1), strict=True):
+            torch.sum(share, (0, 1), out=target)
     return out

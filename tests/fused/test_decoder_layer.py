@@ -129,12 +129,6 @@ def test_disabling_the_adapter_acts_at_once():
     assert not torch.allclose(ours.plain, ours.adapted, atol=1e-2)
 
 
-def test_full_fine_tuning_runs_the_stock_layer(calls):
-    ours, theirs = (build("llama", None, fused)[0] for fused in (True, False))
-    assert_equal(run(ours), run(theirs))
-    assert not calls
-
-
 def test_generation_equals_stock_and_undoing_restores_the_layers():
     ours, patches = build("llama", ALL, True)
     theirs, _ = build("llama", ALL, False)

@@ -15,7 +15,14 @@ from pantheraml.models.patching import PatchSet
 from pantheraml.training.head import bind_head
 from tests import tiny
 from tests.kernels import layer_cases, layer_norm_cases
-from tests.kernels.layer_cases import Maker, check_add_norm, check_glu, check_rotate, check_rotate_qkv
+from tests.kernels.layer_cases import (
+    Maker,
+    check_add_norm,
+    check_glu,
+    check_rotate,
+    check_rotate_qkv,
+    check_trained_head_norms,
+)
 from tests.kernels.loss_cases import (
     BENDS,
     IGNORE,
@@ -253,6 +260,17 @@ def test_rotary_positions_of_q_k_and_v(tokens, heads, head_dim, width, halves, b
     check_rotate_qkv(make, tokens, heads, head_dim, width, biased=biased, norm=norm, halves=halves)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [(0.0, True), (1.0, False)])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "head_dim", "width", "halves"),
+    [(1000, (32, 8), 128, 128, 2), (77, (3, 3), 80, 32, 1), (50, (4, 1), 256, 256, 1)],
+)
+def test_trained_head_norms(tokens, heads, head_dim, width, halves, norm, dtype):
+    make = makers(dtype, seeds=4 if tokens > 100 else 12)
+    check_trained_head_norms(make, tokens, heads, head_dim, width, norm=norm, halves=halves)
+
+
 def test_q_k_and_v_are_one_launch():
     make = Maker(torch.bfloat16, GPU)
     widths, rotary = (256, 128, 128), rope.Rotary(make(50, 64), make(50, 64), 64)
@@ -296,6 +314,7 @@ def test_residual_and_norm(rows, cols, norm, dtype):
         ("adapt_glu", None, "output", lambda make: check_glu(make, 77, 333, "gelu")),
         ("adapt_glu_back", 1, "du", lambda make: check_glu(make, 77, 333, "silu")),
         ("adapt_norm_back", 0, "dx", lambda make: check_add_norm(make, 77, 333)),
+        ("adapt_trained_norm_back", 2, "dw", lambda make: check_add_norm(make, 77, 333)),
     ],
 )
 def test_a_wrong_kernel_is_seen(adapter, place, what, check, monkeypatch):
@@ -333,6 +352,7 @@ def test_layers_of_more_than_2_to_the_31_elements():
         yield rope_qkv.rotate_qkv_back(grads, rotary, torch.empty_like(x), norms, x)
         yield from layer_cases.adapt_add_norm(x, y, norm)
         yield from layer_cases.adapt_norm_back(x, y, x, norm)
+        yield from layer_cases.adapt_trained_norm_back(x, y, x, norm)[:2]
         yield layer_cases.adapt_glu(x, y, "silu")
         yield from layer_cases.adapt_glu_back(x, y, y, "gelu")
 

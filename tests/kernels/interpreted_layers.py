@@ -11,7 +11,14 @@ from pantheraml.kernels import elementary, rope, rope_qkv, swiglu
 from pantheraml.kernels.launch import runs_triton, tl, triton
 from pantheraml.kernels.place_factors import Placement, Table
 from tests.kernels import layer_cases as cases
-from tests.kernels.layer_cases import Maker, check_add_norm, check_glu, check_rotate, check_rotate_qkv
+from tests.kernels.layer_cases import (
+    Maker,
+    check_add_norm,
+    check_glu,
+    check_rotate,
+    check_rotate_qkv,
+    check_trained_head_norms,
+)
 from tests.kernels.test_layer_kernels import makers, v_turned_too
 
 # bfloat16 products are wrong in the interpreter
@@ -50,6 +57,16 @@ def test_rotary_positions_of_q_k_and_v(tokens, heads, head_dim, width, halves, b
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [(0.0, True), (1.0, False)])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "head_dim", "width", "halves"), [(70, (2, 1), 16, 16, 2), (6, (3, 2), 24, 16, 1)]
+)
+def test_trained_head_norms(tokens, heads, head_dim, width, halves, norm, dtype):
+    make = makers(dtype, strided=True, seeds=4)
+    check_trained_head_norms(make, tokens, heads, head_dim, width, norm=norm, halves=halves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", swiglu.ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "cols", "strided"), [(1, 7, False), (37, 130, True)])
 def test_gated_activations(rows, cols, strided, activation, dtype):
@@ -85,6 +102,7 @@ def test_offsets_past_2_to_the_31():
         return (
             *cases.adapt_add_norm(x, y, norm),
             *cases.adapt_norm_back(x, y, z, norm),
+            *cases.adapt_trained_norm_back(x, y, z, norm),
             swiglu.glu_forward(x, y, "gelu", torch.empty(3, 32, dtype=x.dtype)),
             *(t.clone() for t in (dg, du, value)),
             rope.rotate_(like(x), 16, rotary),

@@ -198,6 +198,39 @@ def _one_at_a_time(x, widths, head_dim, grads, turns, biases, norms):
     return y, dx
 
 
+def adapt_trained_head_norms(grads, rotary, out, norms, raw):
+    """dx, and the gradients of the weights of q's and k's head norms."""
+    dw = tuple(torch.full_like(norm.weight, 7.0, dtype=torch.float32) for norm in norms)
+    return rope_qkv_op.rotate_qkv_back(grads, rotary, out, norms, raw, dw), *dw
+
+
+def check_trained_head_norms(make, tokens, heads, head_dim, width, *, norm, halves=2):
+    """The gradients of the head norms' weights; dx is, bit by bit, that of frozen ones."""
+    check_all(("dw of q", "dw of k"), [
+        _judge_trained_head_norms(m, tokens, heads, head_dim, width, norm, halves) for m in make
+    ])  # fmt: skip
+
+
+def _judge_trained_head_norms(make, tokens, heads, head_dim, width, norm, halves):
+    heads, kv_heads = heads
+    widths = tuple(n * head_dim for n in (heads, kv_heads, kv_heads))
+    x, rotary = make(tokens, sum(widths)), _make_rotary(make, tokens, width, halves)
+    norms = (make.norm(head_dim, *norm), make.norm(head_dim, *norm)._replace(eps=1e-3))
+    grads = tuple(make(n, tokens, head_dim).transpose(0, 1) for n in (heads, kv_heads, kv_heads))
+    dx, *ours = adapt_trained_head_norms(grads, rotary, torch.empty_like(x), norms, x)
+    assert torch.equal(dx, adapt_rotate_qkv_back(grads, rotary, torch.empty_like(x), norms, x))
+    stock, exact = [], []
+    for part, dy, one in zip(x.split(widths, 1), grads, norms, strict=False):
+        above = dy.reshape(part.shape)
+
+        def of(weight, which, part=part, one=one):
+            return _others(head_dim, rotary, None, one._replace(weight=weight))[which](part)
+
+        exact += differentiate(partial(of, which=0), (one.weight.double(),), above.double())[1:]
+        stock += differentiate(partial(of, which=1), (one.weight,), above)[1:]
+    return tuple(dw.to(make.dtype) for dw in ours), stock, exact
+
+
 # --- gated activations -------------------------------------------------------------------------------------------
 
 
@@ -249,8 +282,15 @@ def adapt_norm_back(dh, ds, s, norm):
     return add_norm_op.norm_backward(dh, ds, s, norm, out, h), h
 
 
+def adapt_trained_norm_back(dh, ds, s, norm):
+    """dx, h once more, and the gradient of the norm's weight."""
+    out, h = torch.empty_like(s), torch.empty_like(s)
+    dw = torch.full_like(norm.weight, 7.0, dtype=torch.float32)
+    return add_norm_op.norm_backward(dh, ds, s, norm, out, h, dw), h, dw
+
+
 def check_add_norm(make, rows, cols, *, norm=(0.0, True), residual=True):
-    check_all(("s", "h", "dx", "h again"), [
+    check_all(("s", "h", "dx", "h again", "dx of a trained norm", "its h", "dw"), [
         _judge_add_norm(m, rows, cols, norm, residual) for m in make
     ])  # fmt: skip
 
@@ -261,15 +301,21 @@ def _judge_add_norm(make, rows, cols, norm, residual):
     norm = make.norm(cols, *norm)
     s, h = adapt_add_norm(x, y, norm)
     dx, again = adapt_norm_back(dh, ds, x, norm)
-    ours = (s, h, dx, again)
+    *trained, dw = adapt_trained_norm_back(dh, ds, x, norm)
+    ours = (s, h, dx, again, *trained, dw.to(make.dtype))
 
     total = x.double() + y.double()
     exact_norm = lambda x: norm_reference.rms_norm(x, norm.weight, norm.eps, norm.offset)  # noqa: E731
+    of_weight = lambda w: norm_reference.rms_norm(x, w, norm.eps, norm.offset)  # noqa: E731
     of_x, exact_dx = differentiate(exact_norm, (x.double(),), dh.double())
+    exact_dw = differentiate(of_weight, (norm.weight.double(),), dh.double())[1]
     exact_dx = exact_dx if ds is None else exact_dx + ds.double()
-    truth = (total, exact_norm(total), exact_dx, of_x)
+    truth = (total, exact_norm(total), exact_dx, of_x, exact_dx, of_x, exact_dw)
 
     other_s = y + x
     stock_x, stock_dx = differentiate(lambda x: stock_norm(x, norm), (x,), dh)
     stock_dx = stock_dx if ds is None else stock_dx + ds
-    return ours, (other_s, stock_norm(other_s, norm), stock_dx, stock_x), truth
+    stock_of = lambda w: stock_norm(x, norm._replace(weight=w))  # noqa: E731
+    stock_dw = differentiate(stock_of, (norm.weight,), dh)[1]
+    other = (other_s, stock_norm(other_s, norm), stock_dx, stock_x, stock_dx, stock_x, stock_dw)
+    return ours, other, truth

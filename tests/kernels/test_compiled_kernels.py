@@ -62,7 +62,8 @@ def rotary_positions_of_q_k_and_v():
         biases = dict.fromkeys(("BIAS_Q", "BIAS_K", "BIAS_V"), not norm)
         flags = {"NORM": norm, "CAST_FIRST_Q": True, "CAST_FIRST_K": False}
         yield rope_qkv._rotate_qkv_kernel, {**biases, **flags, **shape}, rope._WARPS
-        yield rope_qkv._rotate_qkv_back_kernel, {"NORM": norm, **shape}, rope._WARPS
+        flags |= {"WITH_DW": shape is PARTIAL}
+        yield rope_qkv._rotate_qkv_back_kernel, {**flags, **shape}, rope._WARPS
 
 
 def gated_activations():
@@ -80,6 +81,7 @@ def residuals():
     for flag in BOTH:
         flags = {"RESIDUAL": flag, "KEEP_H": flag, "CAST_FIRST": True, "BLOCK": 4096}
         yield add_norm._norm_backward_kernel, flags, 8
+        yield add_norm._trained_norm_backward_kernel, flags, 8
 
 
 # Pointers whose elements are of one dtype whatever that of the weights and activations is.

@@ -9,7 +9,14 @@ from pantheraml.errors import ConfigError
 from pantheraml.kernels import add_norm, rope, rope_qkv, swiglu
 from pantheraml.kernels.rms_norm import RMSNorm
 from tests.kernels import layer_cases as cases
-from tests.kernels.layer_cases import Maker, check_add_norm, check_glu, check_rotate, check_rotate_qkv
+from tests.kernels.layer_cases import (
+    Maker,
+    check_add_norm,
+    check_glu,
+    check_rotate,
+    check_rotate_qkv,
+    check_trained_head_norms,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -44,6 +51,14 @@ def test_rotary_positions(tokens, head_dim, width, halves, norm, dtype, strided)
 def test_rotary_positions_of_q_k_and_v(tokens, heads, head_dim, width, halves, biased, norm, dtype, strided):
     make = makers(dtype, strided, seeds=40 if tokens == 1 else 20)
     check_rotate_qkv(make, tokens, heads, head_dim, width, biased=biased, norm=norm, halves=halves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [(0.0, True), (1.0, False)])
+@pytest.mark.parametrize(("tokens", "head_dim", "width", "halves"), [(6, 24, 16, 1), (5, 8, 8, 2)])
+def test_trained_head_norms(tokens, head_dim, width, halves, norm, dtype):
+    make = makers(dtype, strided=True, seeds=20)
+    check_trained_head_norms(make, tokens, (4, 2), head_dim, width, norm=norm, halves=halves)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,6 +124,19 @@ def without_residual(dh, ds, s, norm):
     return add_norm.norm_backward(dh, None, s, norm, torch.empty_like(s)), cases.stock_norm(s, norm)
 
 
+def of_the_first_rows(dh, ds, s, norm):
+    dx, h = cases.adapt_norm_back(dh, ds, s, norm)
+    part = slice(0, len(s) - 1)
+    out, dw = torch.empty_like(s[part]), torch.empty_like(norm.weight, dtype=torch.float32)
+    add_norm.norm_backward(dh[part], ds[part], s[part], norm, out, None, dw)
+    return dx, h, dw
+
+
+def weights_exchanged(grads, rotary, out, norms, raw):
+    dw = tuple(torch.empty_like(norm.weight, dtype=torch.float32) for norm in norms)
+    return rope_qkv.rotate_qkv_back(grads, rotary, out, norms, raw, dw), *dw[::-1]
+
+
 @pytest.mark.parametrize(
     ("adapter", "wrong", "what", "check"),
     [
@@ -124,6 +152,9 @@ def without_residual(dh, ds, s, norm):
         ("adapt_glu_back", slope_of_another, "dg", lambda make: check_glu(make, 6, 33, "silu")),
         ("adapt_add_norm", norm_before_the_sum, "h", lambda make: check_add_norm(make, 6, 33)),
         ("adapt_norm_back", without_residual, "dx", lambda make: check_add_norm(make, 6, 33)),
+        ("adapt_trained_norm_back", of_the_first_rows, "dw", lambda make: check_add_norm(make, 6, 33)),
+        ("adapt_trained_head_norms", weights_exchanged, "dw of q",
+         lambda make: check_trained_head_norms(make, 6, (2, 1), 16, 16, norm=(0.0, True))),
     ],
 )  # fmt: skip
 def test_the_yardstick_refuses_a_wrong_kernel(adapter, wrong, what, check, monkeypatch):

@@ -26,15 +26,14 @@ from pantheraml.models.fused.layer_function import FusedLayer, Keep, LayerCall
 from pantheraml.models.fused.parts import InputPart
 from pantheraml.models.fused.projection import computes_in
 from pantheraml.models.fused.read_layer import LayerParts, LayerReader
-from pantheraml.models.fused.slots import factors
 from pantheraml.models.patching import PatchSet
 
 
 class FusedDecoderLayer(nn.Module):
     """Stands for a decoder layer of transformers and shares its parts.
 
-    What the fused functions do not cover (generation, adapters of other kinds, trained base weights, mixed dtypes) is
-    computed by the old layer's own forward, on this object.
+    What the fused functions do not cover (generation, adapters of other kinds, mixed dtypes, as of float32 masters
+    under autocast) is computed by the old layer's own forward, on this object.
 
     Attributes:
         gradient_checkpointing: transformers' switch: recompute in training.
@@ -127,8 +126,8 @@ class FusedDecoderLayer(nn.Module):
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         return self.keep_when_recomputing if recompute else "all"
 
-    def _parts(self, x: Tensor, *, trained: bool = False) -> LayerParts | None:
-        parts = self.reader.read(self, trained=trained)
+    def _parts(self, x: Tensor, *, as_frozen: bool = False) -> LayerParts | None:
+        parts = self.reader.read(self, as_frozen=as_frozen)
         if isinstance(parts, str) or not computes_in(x.dtype, x.device) or x.dtype != parts.dtype:
             return None
         return parts
@@ -166,18 +165,16 @@ class FusedDecoderLayer(nn.Module):
         module: Any = self.self_attn
         with torch.autocast(device, enabled=False):
             q, k, v, residual = AttentionInput.apply(
-                x.contiguous(), parts.input, rotary, *factors(*parts.input.qkv.projections)
+                x.contiguous(), parts.input, rotary, *parts.input.factors
             )
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, module.layer_idx)
         attended = self._attend(q, k, v, mask, **kwargs).reshape(*x.shape[:2], -1)
-        o = factors(*parts.middle.o.projections)
-        if parts.mlp is not None:
-            found = factors(*parts.mlp.gate_up.projections, *parts.mlp.down.projections)
-            with torch.autocast(device, enabled=False):
-                return AttentionAndMLP.apply(residual, attended, parts.middle, parts.mlp, *o, *found)
+        middle, last = parts.middle, parts.mlp
         with torch.autocast(device, enabled=False):
-            s, h = AttentionOutput.apply(residual, attended, parts.middle, *o)
+            if last is not None:
+                return AttentionAndMLP.apply(residual, attended, middle, last, *middle.factors, *last.factors)
+            s, h = AttentionOutput.apply(residual, attended, middle, *middle.factors)
         mlp: Any = self.mlp
         out = mlp(h)
         return s + (out[0] if isinstance(out, tuple) else out)

@@ -100,7 +100,7 @@ def _read(layer: FusedDecoderLayer, x: Tensor) -> LayerParts | None:
         return None
     # Weights may be moved now, and must not become tensors that training cannot use.
     with torch.inference_mode(False), torch.no_grad():
-        parts = layer._parts(x, trained=True)
+        parts = layer._parts(x, as_frozen=True)
     # The parts of a prompt serve the tokens after it, whose masks would all be that of its first row.
     return None if parts is None or parts.drop else parts
 

@@ -4,8 +4,8 @@
     AttentionOutput:   x, a -> s, h               before an MLP of another kind (mixtures of experts)
     AttentionAndMLP:   x, a -> y                  with the gated MLP
 
-x, s, h, y (B, S, H); q (B, heads, S, D); a (B, S, heads * D). Gradients are for x, a and LoRA's factors, which are
-listed as inputs for autograd and read from the parts.
+x, s, h, y (B, S, H); q (B, heads, S, D); a (B, S, heads * D). Gradients are for x, a and the factors (LoRA's, or the
+weights and norms that are trained), which are listed as inputs for autograd and read from the parts.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class AttentionInput(torch.autograd.Function):
         flat, raw, t = ctx.saved_tensors
         residual = _flat(dx) if ctx.needs_input_grad[0] else None
         dq, dk, dv = (heads.transpose(1, 2).flatten(0, 1) for heads in (dq, dk, dv))
-        out = torch.empty_like(flat)
+        out = None if residual is None else torch.empty_like(flat)
         factors = halves.project_in_backward(
             (dq, dk, dv), residual, flat, ctx.part, ctx.rotary, (raw, t), out
         )
-        return None if residual is None else out.view(dx.shape), None, None, *factors
+        return None if out is None else out.view(dx.shape), None, None, *factors
 
 
 class AttentionOutput(torch.autograd.Function):

@@ -5,9 +5,9 @@
     mlp:           s, h -> y                      gated MLP, residual
     tail:          x, attended -> y               project_out and mlp
 
-Everything is two-dimensional: x, s, h, y (T, H) with T = B * S; LoRA is part of every product (``Stack``). Base weights
-and norms are frozen. A forward returns what its backward needs; each backward returns the gradient of its inputs and
-those of the factors, in the order of ``factors``.
+Everything is two-dimensional: x, s, h, y (T, H) with T = B * S; LoRA is part of every product (``Stack``). A forward
+returns what its backward needs; each backward returns the gradient of its inputs and those of the factors: what is
+trained of a part, in the order of its ``factors``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from pantheraml.kernels.add_norm import add_norm, norm_backward
-from pantheraml.kernels.rms_norm import rms_norm_into
+from pantheraml.kernels.rms_norm import RMSNorm, rms_norm_into
 from pantheraml.kernels.rope import Rotary
-from pantheraml.kernels.rope_qkv import rotate_qkv_, rotate_qkv_back
+from pantheraml.kernels.rope_qkv import HeadNorms, rotate_qkv_, rotate_qkv_back
 from pantheraml.kernels.swiglu import glu_backward, glu_forward
 from pantheraml.models.fused.parts import InputPart, MiddlePart, MLPPart
 
@@ -52,24 +52,26 @@ def project_in_backward(
     part: InputPart,
     rotary: Rotary,
     kept: tuple[Tensor | None, Tensor | None],
-    out: Tensor,
+    out: Tensor | None,
 ) -> Gradients:
-    """Writes the gradient of x to out (T, H), with ``residual`` (T, H) added; nothing without a residual, where nothing
-    before x is trained.
+    """Writes the gradient of x to out (T, H), with ``residual`` (T, H) added; both are None where nothing before x is
+    trained.
 
     ``grads`` are those of q, k and v, (T, heads, D) each; ``kept`` is raw and t of the forward.
     """
     raw, t = kept
     dy = part.qkv.widened(x, part.qkv.rows)
-    rotate_qkv_back(grads, rotary, dy[:, : part.qkv.rows], part.head_norms, raw)
-    if residual is None:
-        inner = part.qkv.inner(dy)
-        h = None if inner is None else rms_norm_into(torch.empty_like(x), x, part.norm)
-    else:
+    heads = _rotate_back(grads, rotary, dy[:, : part.qkv.rows], part.head_norms, raw)
+    h = torch.empty_like(x) if part.qkv.has_factors else None
+    norm = None
+    if residual is not None or part.norm.is_trained:
         dh, inner = part.qkv.input_gradient(dy)
-        h = None if inner is None else torch.empty_like(dh)
-        norm_backward(dh, residual, x, part.norm, out, h)
-    return part.qkv.factor_gradients(dy, inner, x if h is None else h, t)
+        norm = _norm_back(dh, residual, x, part.norm, dh if out is None else out, h)
+    else:
+        inner = part.qkv.inner(dy)
+        if h is not None:
+            rms_norm_into(h, x, part.norm)
+    return [*part.qkv.factor_gradients(dy, inner, x if h is None else h, t), norm, *heads]
 
 
 class Middle(NamedTuple):
@@ -106,13 +108,13 @@ def project_out_backward(
     s, raw, t = middle
     width = s.shape[1]
     wide = part.o.widened(s, width)
-    dx = norm_backward(dh, ds, s, part.norm, wide[:, :width], h)
-    dy = wide
+    dx = wide[:, :width]
+    norm, post, dy = _norm_back(dh, ds, s, part.norm, dx, h), None, wide
     if part.post is not None and raw is not None:
         dy = part.o.widened(s, width)
-        norm_backward(dx, None, raw, part.post, dy[:, :width])
+        post = _norm_back(dx, None, raw, part.post, dy[:, :width])
     dattended, inner = part.o.input_gradient(dy)
-    return dx, dattended, part.o.factor_gradients(dy, inner, attended, t)
+    return dx, dattended, [*part.o.factor_gradients(dy, inner, attended, t), post, norm]
 
 
 class MLPOutput(NamedTuple):
@@ -139,7 +141,7 @@ def mlp(s: Tensor, h: Tensor, part: MLPPart, out: Tensor) -> MLPOutput:
 
 
 class MLPGradient(NamedTuple):
-    """dh (T, H); the widened gradient of gate and up and its ``i``, for their factors; down's factors."""
+    """dh (T, H); the widened gradient of gate and up and its ``i``, for their factors; those of down and its norm."""
 
     dh: Tensor
     wide: Tensor
@@ -155,10 +157,10 @@ def mlp_backward(
     dy is (T, H), or widened for ``part.down`` and completed here. ``t_down`` is computed anew where it is not given.
     With ``in_place``, gate_up is widened, and their gradients take the place of gate and up.
     """
-    ddown = dy
+    ddown, post = dy, None
     if part.post is not None and raw is not None:
         ddown = part.down.widened(raw, raw.shape[1])
-        norm_backward(dy[:, : raw.shape[1]], None, raw, part.post, ddown[:, : raw.shape[1]])
+        post = _norm_back(dy[:, : raw.shape[1]], None, raw, part.post, ddown[:, : raw.shape[1]])
     dvalue, inner_down = part.down.input_gradient(ddown)
     gate, up = gate_up[:, : part.gate_up.rows].chunk(2, dim=1)
     wide = gate_up if in_place else part.gate_up.widened(dy, part.gate_up.rows)
@@ -169,7 +171,7 @@ def mlp_backward(
     down = part.down.factor_gradients(ddown, inner_down, dvalue, t_down)
     del dvalue
     dh, inner = part.gate_up.input_gradient(wide)
-    return MLPGradient(dh, wide, inner, down)
+    return MLPGradient(dh, wide, inner, [*down, post])
 
 
 class Tail(NamedTuple):
@@ -220,16 +222,42 @@ def tail_backward(
     *,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Gradients]:
-    """Gradients of x and of what was attended, and of the factors of o, gate, up, down.
+    """Gradients of x and of what was attended, and of the factors of both parts.
 
     kept: a ``Tail`` without y; dy and ``in_place`` as in ``mlp_backward``.
     """
     s, raw_o, t_o, gate_up, raw, t, t_down = kept
     dh, wide, inner, down = mlp_backward(dy, gate_up, raw, t_down, part, in_place=in_place)
-    h = None if t is None else torch.empty_like(s)
+    h = torch.empty_like(s) if part.gate_up.has_factors else None
     dx, dattended, o = project_out_backward(dh, dy[:, : s.shape[1]], (s, raw_o, t_o), attended, middle, h)
     gate_up_factors = part.gate_up.factor_gradients(wide, inner, s if h is None else h, t)
     return dx, dattended, [*o, *gate_up_factors, *down]
+
+
+def _norm_back(
+    dh: Tensor, ds: Tensor | None, s: Tensor, norm: RMSNorm, out: Tensor, h: Tensor | None = None
+) -> Tensor | None:
+    """``norm_backward``; returns the gradient of the norm's weight where that is trained."""
+    dw = torch.empty_like(norm.weight, dtype=torch.float32) if norm.is_trained else None
+    norm_backward(dh, ds, s, norm, out, h, dw)
+    return None if dw is None else dw.to(norm.weight.dtype)
+
+
+def _rotate_back(
+    grads: tuple[Tensor, Tensor, Tensor],
+    rotary: Rotary,
+    out: Tensor,
+    norms: HeadNorms | None,
+    raw: Tensor | None,
+) -> Gradients:
+    """``rotate_qkv_back``; returns the gradients of the weights of the head norms, of those that are trained."""
+    if norms is None or not any(norm.is_trained for norm in norms):
+        rotate_qkv_back(grads, rotary, out, norms, raw)
+        return [None] * len(norms or ())
+    q, k = (torch.empty_like(norm.weight, dtype=torch.float32) for norm in norms)
+    rotate_qkv_back(grads, rotary, out, norms, raw, (q, k))
+    pairs = zip((q, k), norms, strict=True)
+    return [dw.to(norm.weight.dtype) if norm.is_trained else None for dw, norm in pairs]
 
 
 def shaped(out: Tensor, like: Tensor) -> Tensor:

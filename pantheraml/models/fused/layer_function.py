@@ -164,12 +164,27 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _summed(parts: list[Gradients]) -> Gradients:
-    """Factor gradients of all tiles."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = [a if a is None or b is None else a.add_(b) for a, b in zip(total, part, strict=True)]
-    return total
+class _Sum:
+    """Factor gradients of all tiles; those of several are added up in float32 and rounded once."""
+
+    def __init__(self) -> None:
+        self._total: Gradients = []
+        self._dtypes: list[torch.dtype | None] = []
+
+    def add(self, part: Gradients) -> None:
+        """Those of one more tile."""
+        if not self._dtypes:
+            self._total, self._dtypes = part, [None if one is None else one.dtype for one in part]
+            return
+        pairs = zip(self._total, part, strict=True)
+        self._total = [
+            None if a is None or b is None else (a.float() if a.itemsize < 4 else a).add_(b) for a, b in pairs
+        ]
+
+    def total(self) -> Gradients:
+        """All of them, in the dtype that they came in."""
+        pairs = zip(self._total, self._dtypes, strict=True)
+        return [None if one is None or dtype is None else one.to(dtype) for one, dtype in pairs]
 
 
 def _by_token(attended: Tensor) -> Tensor:
@@ -214,16 +229,18 @@ def _tail_backward(
     """
     if tail is not None:
         return halves.tail_backward(dy, attended, layer.middle, layer.mlp, tail)
-    found = []
+    found, factors = [], _Sum()
     for rows, part in layer.tiles(x.shape[0]):
         raw, s = (None if tensor is None else tensor[rows] for tensor in kept)
         again = halves.tail_again(x[rows], attended[rows], s, part.middle, part.mlp, raw)
-        found.append(
-            halves.tail_backward(dy[rows], attended[rows], part.middle, part.mlp, again, in_place=True)
+        *grads, of_factors = halves.tail_backward(
+            dy[rows], attended[rows], part.middle, part.mlp, again, in_place=True
         )
-        del again
-    dx, dattended, grads = zip(*found, strict=True)
-    return _joined(dx), _joined(dattended), _summed(list(grads))
+        found.append(grads)
+        factors.add(of_factors)
+        del again, of_factors
+    dx, dattended = zip(*found, strict=True)
+    return _joined(dx), _joined(dattended), factors.total()
 
 
 def _project_in_backward(
@@ -237,8 +254,8 @@ def _project_in_backward(
     factors of q, k and v; ``kept`` is raw and t.
     """
     dq, dk, dv = (grad.flatten(0, 1) for grad in grads)
-    wide = layer.mlp.down.widened(x, x.shape[1]) if residual is not None else x
-    factors = []
+    wide = layer.mlp.down.widened(x, x.shape[1]) if residual is not None else None
+    factors = _Sum()
     for rows, part in layer.tiles(x.shape[0]):
         found = halves.project_in_backward(
             (dq[rows], dk[rows], dv[rows]),
@@ -247,7 +264,8 @@ def _project_in_backward(
             part.input,
             part.rotary,
             (None if kept[0] is None else kept[0][rows], None if kept[1] is None else kept[1][rows]),
-            wide[rows, : x.shape[1]],
+            None if wide is None else wide[rows, : x.shape[1]],
         )
-        factors.append(found)
-    return None if residual is None else wide, _summed(factors)
+        factors.add(found)
+        del found
+    return wide, factors.total()

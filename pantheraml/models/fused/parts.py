@@ -9,7 +9,16 @@ from torch import Tensor
 
 from pantheraml.kernels.rms_norm import RMSNorm
 from pantheraml.kernels.rope_qkv import HeadNorms
+from pantheraml.models.fused.slots import factors
 from pantheraml.models.fused.stack import BoundStack
+from pantheraml.models.fused.trained_stack import TrainedStack
+
+Weights = BoundStack | TrainedStack
+
+
+def _weight(norm: RMSNorm | None) -> Tensor | None:
+    """What is trained of a norm."""
+    return norm.weight if norm is not None and norm.is_trained else None
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class InputPart:
     """
 
     norm: RMSNorm
-    qkv: BoundStack
+    qkv: Weights
     heads: int
     kv_heads: int
     head_dim: int
@@ -37,6 +46,12 @@ class InputPart:
     def at(self, row: int) -> InputPart:
         """For rows of the input that begin at ``row``."""
         return replace(self, qkv=self.qkv.at(row))
+
+    @cached_property
+    def factors(self) -> list[Tensor | None]:
+        """What is trained, in the order in which the backward gives gradients."""
+        norms = self.norm, *(self.head_norms or ())
+        return [*factors(*self.qkv.projections), *map(_weight, norms)]
 
     @cached_property
     def widths(self) -> tuple[int, int, int]:
@@ -62,13 +77,18 @@ class MiddlePart:
         norm: of the sum.
     """
 
-    o: BoundStack
+    o: Weights
     post: RMSNorm | None
     norm: RMSNorm
 
     def at(self, row: int) -> MiddlePart:
         """For rows of the input that begin at ``row``."""
         return replace(self, o=self.o.at(row))
+
+    @cached_property
+    def factors(self) -> list[Tensor | None]:
+        """As of the part before the attention."""
+        return [*factors(*self.o.projections), _weight(self.post), _weight(self.norm)]
 
 
 @dataclass(frozen=True)
@@ -82,11 +102,16 @@ class MLPPart:
         activation: of the gate.
     """
 
-    gate_up: BoundStack
-    down: BoundStack
+    gate_up: Weights
+    down: Weights
     post: RMSNorm | None
     activation: str
 
     def at(self, row: int) -> MLPPart:
         """For rows of the input that begin at ``row``."""
         return replace(self, gate_up=self.gate_up.at(row), down=self.down.at(row))
+
+    @cached_property
+    def factors(self) -> list[Tensor | None]:
+        """As of the part before the attention."""
+        return [*factors(*self.gate_up.projections, *self.down.projections), _weight(self.post)]

@@ -22,13 +22,15 @@ class Projection(NamedTuple):
     """``y = x W^T + bias + scale * (dropped(x) A^T B^T + lora_bias)``.
 
     Attributes:
-        linear: the frozen base layer (nn.Linear, bitsandbytes' 4-bit one, or Fp8Linear).
+        linear: the base layer (nn.Linear, bitsandbytes' 4-bit one, or Fp8Linear).
         a: LoRA's A, (R, K), or None without an active adapter.
         b: LoRA's B, (N, R), or None.
         scale: the adapter's scale.
         lora_bias: LoRA's own bias, (N,), or None.
         dropout: the share of the adapter's input that is dropped at this call.
         number: of the adapter in the model, for masks that follow from samples; None where they do not.
+        weight: that of the base layer where it is trained, else None.
+        bias: likewise.
     """
 
     linear: nn.Linear
@@ -38,11 +40,18 @@ class Projection(NamedTuple):
     lora_bias: Tensor | None = None
     dropout: float = 0.0
     number: int | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
-    def factors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What the adapter trains."""
-        return self.a, self.b, self.lora_bias
+    def is_trained(self) -> bool:
+        """Whether the base layer is trained."""
+        return self.weight is not None or self.bias is not None
+
+    @property
+    def factors(self) -> tuple[Tensor | None, ...]:
+        """What is trained: A, B and bias of the adapter, or without one weight and bias of the base layer."""
+        return (self.weight, self.bias) if self.a is None else (self.a, self.b, self.lora_bias)
 
     @property
     def is_packed(self) -> bool:
@@ -84,11 +93,12 @@ def is_same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     return all(a is b or (isinstance(a, float) and a == b) for a, b in zip(one, other, strict=True))
 
 
-def read_projection(layer: nn.Module, *, trained: bool = False) -> Projection | str:
+def read_projection(layer: nn.Module, *, as_frozen: bool = False) -> Projection | str:
     """The projection of ``layer``, or why it cannot be computed by a fused function.
 
-    Covered are frozen linears without adapter or with one plain LoRA adapter (rank-stabilised or not, any start, with
-    dropout or a bias of its own); with ``trained`` also linears that are trained, for who wants no gradients.
+    Covered are linears that are trained, and frozen ones without adapter or with one plain LoRA adapter
+    (rank-stabilised or not, any start, with dropout or a bias of its own); ``as_frozen`` takes those that are trained
+    for frozen, for who wants no gradients.
     """
     # Through the dictionaries: modules' own search for a name costs more than all else here, in every layer of a step.
     module: Any = layer
@@ -101,17 +111,21 @@ def read_projection(layer: nn.Module, *, trained: bool = False) -> Projection | 
     kind = type(base).__name__
     if kind not in _KINDS or weight is None or "forward" in vars(base):
         return f"{kind} computes in a way of its own"
-    if not trained and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return "base weights are trained"
     if kind == "Linear4bit" and getattr(weight.quant_state, "packing_format_for_cpu", False):
         return "4-bit weights are packed for inference"
+    plain = Projection(base, None, None, 0.0)
+    if not as_frozen:
+        trained = (one if one is not None and one.requires_grad else None for one in (weight, bias))
+        plain = Projection(base, None, None, 0.0, None, 0.0, None, *trained)
     if not adapted or module.disable_adapters or module.merged:
-        return Projection(base, None, None, 0.0)
+        return plain
     factors = module._modules
     first, second = factors["lora_A"]._modules, factors["lora_B"]._modules
     names = [name for name in module.active_adapters if name in first]
     if not names:
-        return Projection(base, None, None, 0.0)
+        return plain
+    if plain.is_trained:
+        return "base weights are trained beside an adapter"
     if len(names) > 1:
         return "several adapters are active"
     (name,) = names

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from pantheraml.kernels.rms_norm import RMSNorm
 from pantheraml.models.families import ModelFamily
 from pantheraml.models.fused.fp8_stack import Fp8Stack
-from pantheraml.models.fused.parts import InputPart, MiddlePart, MLPPart
+from pantheraml.models.fused.parts import InputPart, MiddlePart, MLPPart, Weights
 from pantheraml.models.fused.projection import Projection, is_same, read_projection
-from pantheraml.models.fused.slots import factors
-from pantheraml.models.fused.stack import BoundStack, Stack
+from pantheraml.models.fused.stack import Stack
+from pantheraml.models.fused.trained_stack import TrainedStack
 
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -32,7 +32,7 @@ class LayerParts(NamedTuple):
         middle: after it, up to the MLP's input.
         mlp: the gated MLP, or None where the layer's MLP is of another kind (a mixture of experts).
         dtype: what they compute in.
-        factors: of all adapters, in the order of the stacks.
+        factors: what is trained, in the order of the parts.
     """
 
     input: InputPart
@@ -42,7 +42,7 @@ class LayerParts(NamedTuple):
     factors: tuple[Tensor | None, ...]
 
     @property
-    def stacks(self) -> list[BoundStack]:
+    def stacks(self) -> list[Weights]:
         """Those of all parts."""
         mlp = [] if self.mlp is None else [self.mlp.gate_up, self.mlp.down]
         return [self.input.qkv, self.middle.o, *mlp]
@@ -81,38 +81,38 @@ class LayerReader:
         """Let the next reading serve all calls until ``hold(False)``; adapters that drop are read at every call."""
         self._holds, self._held = hold, None
 
-    def read(self, layer: nn.Module, *, trained: bool = False) -> LayerParts | str:
+    def read(self, layer: nn.Module, *, as_frozen: bool = False) -> LayerParts | str:
         """The parts of ``layer``, or why it runs as transformers wrote it.
 
-        With ``trained``, also of layers whose own weights are trained, for who wants no gradients: they lie in stacks
-        then, until ``release``.
+        With ``as_frozen``, for who wants no gradients, weights that are trained lie in stacks, too, until ``release``.
         """
-        if self._held is not None and not trained:
+        if self._held is not None and not as_frozen:
             return self._held
-        found = self._read(layer, trained)
-        if self._holds and not trained and isinstance(found, LayerParts) and not found.drop:
+        found = self._read(layer, as_frozen)
+        if self._holds and not as_frozen and isinstance(found, LayerParts) and not found.drop:
             self._held = found
         return found
 
-    def _read(self, layer: nn.Module, trained: bool) -> LayerParts | str:
+    def _read(self, layer: nn.Module, as_frozen: bool) -> LayerParts | str:
         family = self.family
         attention, mlp = layer.get_submodule(family.attention), layer.get_submodule(family.mlp)
-        norms = [norm for name in family.layer_norms if (norm := self._norm(layer, name, trained))]
-        head_norms = [norm for name in family.head_norms if (norm := self._norm(attention, name, trained))]
-        if len(norms) < len(family.layer_norms) or len(head_norms) < len(family.head_norms):
-            return "norms are trained"
+        norms = [self._norm(layer, name) for name in family.layer_norms]
+        head_norms = [self._norm(attention, name) for name in family.head_norms]
         if layer.training and _has_residual_dropout(layer):
             return "the residual has dropout"
         groups = _groups(family, attention, mlp)
         found: list[Projection] = []
         for module in (module for modules in groups.values() for module in modules):
-            projection = read_projection(module, trained=trained)
+            projection = read_projection(module, as_frozen=as_frozen)
             if isinstance(projection, str):
                 return projection
             if self.is_passing and projection.is_fp8:
                 return "FP8 weights that ranks share out are computed one by one"
             found.append(projection)
-        read_from = [*found, *norms, *head_norms]
+        of_norms = tuple(norm.is_trained for norm in (*norms, *head_norms))
+        if any(of_norms) and not as_frozen and not any(projection.is_trained for projection in found):
+            return "norms are trained, and no weights"
+        read_from = [*found, *norms, *head_norms, of_norms]
         if self._known is not None and self._is_known(read_from):
             return self._known
         taken = iter(found)
@@ -130,7 +130,9 @@ class LayerReader:
             return False
         return self._known is not None and all(stack.renew() for stack in self._known.stacks)
 
-    def _bind(self, name: str, projections: tuple[Projection, ...]) -> BoundStack:
+    def _bind(self, name: str, projections: tuple[Projection, ...]) -> Weights:
+        if any(projection.is_trained for projection in projections):
+            return TrainedStack(projections)
         if name not in self._stacks:
             stack = self._stacks[name] = Fp8Stack() if projections[0].is_fp8 else Stack()
             stack.keeps_unpacked, stack.is_passing = self.keeps_unpacked, self.is_passing
@@ -175,7 +177,7 @@ class LayerReader:
     def _assemble(
         self,
         attention: Any,
-        bound: dict[str, BoundStack],
+        bound: dict[str, Weights],
         norms: list[RMSNorm],
         head_norms: list[RMSNorm],
     ) -> LayerParts:
@@ -194,14 +196,12 @@ class LayerReader:
         if "down" in bound:
             activation = _ACTIVATIONS[self.family.activation]
             mlp = MLPPart(bound["gate_up"], bound["down"], norms[3] if sandwich else None, activation)
-        found = factors(*(projection for stack in bound.values() for projection in stack.projections))
+        found = [*before.factors, *middle.factors, *([] if mlp is None else mlp.factors)]
         return LayerParts(before, middle, mlp, bound["qkv"].projections[0].dtype, tuple(found))
 
-    def _norm(self, owner: nn.Module, name: str, trained: bool) -> RMSNorm | None:
+    def _norm(self, owner: nn.Module, name: str) -> RMSNorm:
         norm: Any = getattr(owner, name)
         kind = self.family.norm
-        if norm.weight.requires_grad and not trained:
-            return None
         eps = getattr(norm, "eps", None) or getattr(norm, kind.eps_name)
         return RMSNorm(norm.weight, float(eps), kind.offset, kind.cast_first)
 
@@ -225,9 +225,11 @@ def _groups(family: ModelFamily, attention: nn.Module, mlp: nn.Module) -> dict[s
 
 def _why_not_together(stacks: dict[str, tuple[Projection, ...]]) -> str | None:
     """Why these projections cannot be computed as stacks."""
-    dtypes = {projection.dtype for projections in stacks.values() for projection in projections}
-    if len(dtypes) > 1:
+    found = [projection for projections in stacks.values() for projection in projections]
+    if len({projection.dtype for projection in found}) > 1:
         return "weights of several dtypes"
+    if any(one.rank for one in found) and any(one.is_trained for one in found):
+        return "base weights are trained beside an adapter"
     for projections in stacks.values():
         if len({projection.is_packed for projection in projections}) > 1:
             return "4-bit and 16-bit weights side by side"

@@ -96,5 +96,5 @@ def _have_bias(projections: tuple[Projection, ...]) -> bool:
 
 
 def factors(*projections: Projection) -> list[Tensor | None]:
-    """A, B and bias of each adapter, in order: the trainable inputs of the functions that use a stack."""
+    """What is trained of each projection, in order: the trainable inputs of the functions that use a stack."""
     return [factor for projection in projections for factor in projection.factors]

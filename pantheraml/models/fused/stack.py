@@ -212,6 +212,11 @@ class BoundStack:
             return False
         return not self.inputs.drop
 
+    @property
+    def has_factors(self) -> bool:
+        """Whether there are gradients of factors, which need the input of the product."""
+        return self.margin > 0
+
     def at(self, row: int) -> BoundStack:
         """The stack for a part of the layer's input that begins at ``row``."""
         if not self.inputs.drop:
