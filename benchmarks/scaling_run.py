@@ -174,6 +174,7 @@ def main() -> None:
             "grad_norm": logs[-1]["grad_norm"],
             **clock.memory,
             "devices": devices,
+            "memory": json.loads((options.output / "memory.json").read_text()),
         }
         if clock.profiler is not None:
             from benchmarks.kernel_times import summary
