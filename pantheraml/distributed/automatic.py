@@ -104,8 +104,9 @@ def copies_fit(request: LoadRequest) -> bool:
 
 
 def _request_of_ranks(request: LoadRequest) -> PlanRequest | None:
-    told = [one for one in gather_objects(_mine(request)) if one is not None]
-    if not told:  # of the host, nobody knows what ranks may take
+    gathered = gather_objects(_mine(request))
+    told = [one for one in gathered if one is not None]
+    if len(told) < len(gathered):  # of the host, nobody knows what ranks may take
         return None
     hosts = {one.host for one in told}
     # Whether the GPUs multiply FP8 is asked when weights are loaded.
