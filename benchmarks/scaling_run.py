@@ -156,6 +156,7 @@ def main() -> None:
         first, watched, last = zip(*shares, strict=True)
         # Of all ranks together: before loading, at most while loading, at the end.
         host_gib = [sum(first), peak_together(watched), sum(last)] if None not in first else None
+        record = options.output / "memory.json"  # predicted and measured, where a GPU was
         result = {
             "ranks": ranks,
             "config": options.config,
@@ -174,7 +175,7 @@ def main() -> None:
             "grad_norm": logs[-1]["grad_norm"],
             **clock.memory,
             "devices": devices,
-            "memory": json.loads((options.output / "memory.json").read_text()),
+            "memory": json.loads(record.read_text()) if record.exists() else None,
         }
         if clock.profiler is not None:
             from benchmarks.kernel_times import summary
