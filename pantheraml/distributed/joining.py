@@ -28,7 +28,7 @@ from pantheraml.log import say
 from pantheraml.models.placement import PipelineDevices, fits_on_each, names_several
 
 if TYPE_CHECKING:
-    from pantheraml.models.assembly import LoadRequest
+    from pantheraml.models.request import LoadRequest
 
 # A checkpoint of less than this share of a GPU fits there without a closer look, trained by an adapter.
 _SURELY = 0.4
