@@ -94,7 +94,9 @@ run_training(load_config("run.yaml"))
 def test_a_process_that_starts_ranks_loads_none_of_their_libraries(tmp_path):
     """Ranks begin seconds earlier. Rows are read before, for what is wrong with them is told at once."""
     (tmp_path / "rows.jsonl").write_text('{"text": "one two three"}\n')
-    run = f"{{model: {{model_name: {tmp_path}}}, data: {{path: rows.jsonl}}, multi_gpu: {{num_processes: 2}}}}"
+    run = (
+        f"{{model: {{model_name: {tmp_path}}}, data: {{path: rows.jsonl}}, multi_gpu: {{num_processes: 2}}}}"
+    )
     (tmp_path / "run.yaml").write_text(run)
     assert json.loads(python("-c", STARTS_RANKS, cwd=tmp_path)) == [2, [], True]
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from pantheraml.checkpoint.manifest import problems
 from pantheraml.checkpoint.names import step_of
-from tests import tiny
+from tests import forked, tiny
 from tests.launch.test_agent import environment, run
 
 SCRIPT = Path(__file__).with_name("train.py")
@@ -31,17 +31,17 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(model, tmp_path_factory):
     """One process's run."""
-    return train(model, tmp_path_factory.mktemp("alone"), 1, [])
+    output = tmp_path_factory.mktemp("alone")
+    return result(output, 1, *forked.run(SCRIPT, model, output, 1))
 
 
-def train(model, output, ranks, launcher, *more):
-    code, out, err = run(*launcher, SCRIPT, model, output, ranks, *more)
+def result(output, ranks, code, out, err):
     assert code == 0, err
     assert sorted(line for line in out.splitlines() if line.endswith("is done")) == [
         f"rank {rank} is done" for rank in range(ranks)
     ]
-    result = json.loads((output / "result.json").read_text())
-    return result | {"err": err, "telemetry": (output / "telemetry.jsonl").read_text().splitlines()}
+    told = json.loads((output / "result.json").read_text())
+    return told | {"err": err, "telemetry": (output / "telemetry.jsonl").read_text().splitlines()}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def train(model, output, ranks, launcher, *more):
     ids=["python", "python, arguments first", "torchrun", "accelerate"],
 )
 def test_the_same_script_gives_the_same_numbers(model, alone, tmp_path, ranks, launcher, more):
-    found = train(model, tmp_path, ranks, launcher, *more)
+    found = result(tmp_path, ranks, *run(*launcher, SCRIPT, model, tmp_path, ranks, *more))
     assert len(found["logs"]) == len(alone["logs"]) == 4
     for mine, theirs in zip(found["logs"], alone["logs"], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-6)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests import forked, tiny
 from tests.launch import namespaces
 from tests.launch.namespaces import Machines
-from tests.launch.test_agent import environment, run
+from tests.launch.test_agent import environment
 
 pytestmark = pytest.mark.skipif(bool(namespaces.why_not()), reason=namespaces.why_not())
 
@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).with_name("train.py")
 def test_torchrun_on_two_machines_gives_the_numbers_of_one_process(tmp_path):
     model = tiny.save_checkpoint(tmp_path / "model", "llama")
     alone, together = tmp_path / "alone", tmp_path / "together"
-    code, _, err = run(SCRIPT, model, alone, 1)
+    code, _, err = forked.run(SCRIPT, model, alone, 1)
     assert code == 0, err
     with Machines(tmp_path, {"one": "10.93.0.1", "two": "10.93.0.2"}) as machines:
         agents = [
