@@ -1,6 +1,6 @@
 """A script in a process that is forked after the imports: it begins at once, where a new Python takes five seconds.
 
-For one process, and where what a new Python would find is not what is tested.
+For what depends on nothing that a new Python would find; ranks that the script starts are new ones.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def _run(script, words, out, err):
     warnings.resetwarnings()
     sys.path.insert(0, str(Path(script).parent))
     sys.argv = [script, *map(str, words)]
+    sys.orig_argv = [sys.executable, *sys.argv]
     os.dup2(os.open(os.devnull, os.O_WRONLY) if out is None else out, 1)
     os.dup2(err, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")

@@ -78,14 +78,16 @@ def test_strategy(strategy):
     assert out.count("ranks 2" if strategy == "ddp" else "ranks 1") == (2 if strategy == "ddp" else 1)
 
 
-def ask_for_none():
+def ask_for_others():
+    with pytest.raises(ConfigError, match=r"num_processes=3.*one of 2 ranks that torchrun started"):
+        setup_multi_gpu(MultiGPUConfig(num_processes=3))
     with pytest.raises(ConfigError, match=r"strategy='none'.*one of 2 ranks that torchrun started"):
         FastLanguageModel.from_pretrained("nothing", use_multi_gpu=MultiGPUConfig(strategy="none"))
     return True
 
 
-def test_ranks_cannot_be_asked_to_be_one_process():
-    assert run_ranks(2, ask_for_none) == [True, True]
+def test_ranks_cannot_be_asked_to_be_another_number():
+    assert run_ranks(2, ask_for_others) == [True, True]
 
 
 def train(folder, output, config, skipped=False):
