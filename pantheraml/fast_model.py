@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pantheraml.config.multi_gpu import MultiGPUConfig
-    from pantheraml.models.assembly import LoadRequest
+    from pantheraml.models.request import LoadRequest
 
 # Arguments of other frameworks' from_pretrained, and what to do here instead.
 _ELSEWHERE = {
@@ -121,10 +121,8 @@ class FastLanguageModel:
         _check_kernels(kernels)
         _check_device_map(auto_device_map, device_map)
         from pantheraml.distributed.joining import join
-        from pantheraml.models.assembly import LoadRequest, assemble
         from pantheraml.models.precision import PrecisionFlags
-        from pantheraml.models.recompute import check_policy
-        from pantheraml.models.saved_adapters import load_adapter
+        from pantheraml.models.request import LoadRequest, check_policy
 
         request = LoadRequest(
             model_name=model_name,
@@ -151,6 +149,8 @@ class FastLanguageModel:
         request = join(request, use_multi_gpu, auto_device_map)
         from pantheraml.export.adapter import check_adapter_matches
         from pantheraml.export.binding import bind_saving
+        from pantheraml.models.assembly import assemble
+        from pantheraml.models.saved_adapters import load_adapter
 
         if Path(model_name).is_dir():
             recover(model_name)  # a save there that was killed between two renames is finished first
@@ -222,7 +222,7 @@ class FastLanguageModel:
             has_adapter,
         )
         from pantheraml.models.families import find_family
-        from pantheraml.models.recompute import check_policy
+        from pantheraml.models.request import check_policy
         from pantheraml.models.state import get_state
 
         state = get_state(model)
@@ -274,7 +274,8 @@ class FastLanguageModel:
     def for_training(model: Any, use_gradient_checkpointing: bool | str | None = None) -> Any:
         """Put the model in training mode, recompute as its policy (or the argument) says; returns the model."""
         from pantheraml.models.decoding import set_decoding
-        from pantheraml.models.recompute import check_policy, is_recompute_forced, set_recompute
+        from pantheraml.models.recompute import is_recompute_forced, set_recompute
+        from pantheraml.models.request import check_policy
         from pantheraml.models.state import get_state
 
         state = get_state(model)

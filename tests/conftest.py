@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -17,6 +18,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import pytest
 
 from tests import tiny
+
+
+def pytest_collection_finish():
+    """Libraries live as long as the process: looking through them for garbage was a third of each training's time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -129,9 +129,6 @@ def load_model(config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
     Returns:
         The model ready for a trainer, and its tokenizer.
     """
-    from peft import PeftModel
-
-    from pantheraml.data.chat_templates import get_chat_template
     from pantheraml.fast_model import FastLanguageModel
 
     # Not model_dump(), which leaves out the token.
@@ -142,6 +139,11 @@ def load_model(config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
     if config.multi_gpu is not None:
         settings["use_multi_gpu"] = config.multi_gpu.to_config()
     model, tokenizer = FastLanguageModel.from_pretrained(**settings)
+    # A process that starts ranks has ended here, and needs none of these.
+    from peft import PeftModel
+
+    from pantheraml.data.chat_templates import get_chat_template
+
     if template is not None:
         tokenizer = get_chat_template(tokenizer, chat_template=template)
     if isinstance(model, PeftModel):

@@ -28,7 +28,7 @@ from pantheraml.log import say
 from pantheraml.models.placement import PipelineDevices, names_several
 
 if TYPE_CHECKING:
-    from pantheraml.models.assembly import LoadRequest
+    from pantheraml.models.request import LoadRequest
 
 
 def join(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pantheraml.devices.memory import limit_gpu
 from pantheraml.errors import ConfigError
@@ -13,20 +11,20 @@ from pantheraml.log import say
 from pantheraml.models import loading
 from pantheraml.models.families import find_family
 from pantheraml.models.patching import PatchSet
-from pantheraml.models.placement import PipelineDevices, Place, Unplaced, find_place, first_device
+from pantheraml.models.placement import Place, Unplaced, find_place, first_device
 from pantheraml.models.positions import extend_positions
 from pantheraml.models.precision import (
     Precision,
-    PrecisionFlags,
     as_stored,
     check_dequantized,
     check_precision,
     choose_precision,
 )
 from pantheraml.models.recompute import watch
+from pantheraml.models.request import LoadRequest
 from pantheraml.models.saved_adapters import saved_vocabulary
 from pantheraml.models.source import ModelSource, resolve_config, resolve_source
-from pantheraml.models.state import ModelState, Recompute, set_state
+from pantheraml.models.state import ModelState, set_state
 from pantheraml.models.tokenizer import check_vocabulary, load_tokenizer
 from pantheraml.models.zero3 import check_storage, loaded_whole
 
@@ -35,45 +33,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from pantheraml.kernels.attention.backend import AttentionCall
-    from pantheraml.models.sharding import Sharding
-    from pantheraml.models.tensor_group import TensorGroup
-
-
-@dataclass(frozen=True)
-class LoadRequest:
-    """The arguments of ``FastLanguageModel.from_pretrained``, checked; see there for what each one means.
-
-    Attributes:
-        is_alone: whether all visible GPUs are this process's; ranks have one each.
-        sharding: how ranks share out the weights, if they do.
-        pipeline: what the layers are split over, whatever the model's size; None leaves it to ``device_map``.
-        zero_stage: of DeepSpeed, if it will train the model.
-        tensor_group: the ranks that compute each layer together with this one.
-    """
-
-    model_name: str
-    max_seq_length: int
-    dtype: str | torch.dtype | None
-    flags: PrecisionFlags
-    token: str | None
-    device_map: str | int | dict[str, Any] | None
-    max_memory: Mapping[Any, Any] | None
-    is_alone: bool
-    rope_scaling: dict[str, Any] | None
-    fix_tokenizer: bool
-    trust_remote_code: bool
-    recompute: Recompute
-    keep_dequantized: bool
-    resize_model_vocab: int | None
-    revision: str | None
-    random_state: int
-    kernels: str
-    attn_implementation: str | None
-    num_labels: int | None
-    sharding: Sharding | None = None
-    pipeline: PipelineDevices | None = None
-    zero_stage: int | None = None
-    tensor_group: TensorGroup | None = None
 
 
 def find_source(request: LoadRequest) -> ModelSource:

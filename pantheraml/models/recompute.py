@@ -19,10 +19,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pantheraml.config.multi_gpu import RECOMPUTE_POLICIES
 from pantheraml.devices.memory import free_gpu_bytes
 from pantheraml.devices.optimizer_states import moment_bytes
-from pantheraml.errors import ConfigError
 from pantheraml.log import say, say_once
 from pantheraml.models.activation_sizes import TILE
 from pantheraml.models.decoder_layers import layers_of
@@ -40,23 +38,6 @@ if TYPE_CHECKING:
     from pantheraml.models.state import ModelState
 
 _checkpoint = partial(checkpoint, use_reentrant=False)
-
-
-def check_policy(policy: object) -> Any:
-    """Return ``policy`` when it is one of True, False, "auto", "offload", "unsloth".
-
-    Raises:
-        ConfigError: any other value.
-    """
-    if not any(
-        policy is known or (isinstance(policy, str) and policy == known) for known in RECOMPUTE_POLICIES
-    ):
-        raise ConfigError(
-            got=f"use_gradient_checkpointing={policy!r} was given.",
-            need='It is True, False, "auto", "offload" or "unsloth" (a synonym of "offload").',
-            fix='Leave it out for "auto".',
-        )
-    return policy
 
 
 def is_recompute_forced(policy: object) -> bool:

@@ -23,7 +23,7 @@ from pantheraml.distributed.process_group import (
 from pantheraml.distributed.questions import Question
 from pantheraml.distributed.strategies.pipeline import check_is_split
 from pantheraml.log import say
-from pantheraml.models.recompute import check_policy
+from pantheraml.models.request import check_policy
 from pantheraml.models.split import is_split
 from pantheraml.models.state import get_state
 from pantheraml.training.banner import describe_ranks, device_names

@@ -91,6 +91,7 @@ trainer = PantheraMLTrainer(model, args, train_dataset=rows, tokenizer=tokenizer
 trainer.train()
 print("RESULT", json.dumps([[entry["loss"], entry["grad_norm"]] for entry in trainer.state.log_history[:2]]))
 """
+# The first and the last way that there is to begin, and two in between.
 ORDERS = [
     "pantheraml,torch,transformers,peft,trl",
     "trl,peft,transformers,torch,pantheraml",
@@ -99,7 +100,8 @@ ORDERS = [
 ]
 
 
-def test_the_order_of_imports_changes_no_number(llama, tmp_path):
+@pytest.mark.parametrize("orders", [ORDERS[:2], pytest.param(ORDERS, marks=pytest.mark.slow)], ids=["2", "4"])
+def test_the_order_of_imports_changes_no_number(llama, tmp_path, orders):
     def train(order: str) -> str:
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", TRAINING, order, str(llama), str(tmp_path / order)],
@@ -112,7 +114,7 @@ def test_the_order_of_imports_changes_no_number(llama, tmp_path):
         return done.stdout.split("RESULT ")[1]
 
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(train, ORDERS))
+        results = list(pool.map(train, orders))
     losses = json.loads(results[0])
     assert len(losses) == 2 and losses[0] != losses[1] and all(value > 0 for pair in losses for value in pair)
-    assert results == [results[0]] * len(ORDERS)
+    assert results == [results[0]] * len(orders)

@@ -16,17 +16,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(world_size, function, *arguments, timeout=240, grouped=False):
+def run_ranks(world_size, function, *arguments, timeout=240, grouped=None):
     """What ``function(*arguments)`` returned on each rank of a gloo group, by rank.
 
-    One rank runs here, without a group, unless it is to be ``grouped``, as torchrun's only one is.
+    One rank runs here, without a group, unless it is to be ``grouped``, as torchrun's only one is. Several have none
+    with ``grouped=False``: the function makes it.
     """
     if world_size == 1 and not grouped:
         return [function(*arguments)]
     context = multiprocessing.get_context("fork")
     queue, port = context.Queue(), free_port()
     processes = [
-        context.Process(target=_rank, args=(queue, rank, world_size, port, function, arguments))
+        context.Process(target=_rank, args=(queue, rank, world_size, port, grouped, function, arguments))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -46,7 +47,7 @@ class Failure(str):
     """The traceback of a rank."""
 
 
-def _rank(queue, rank, world_size, port, function, arguments):
+def _rank(queue, rank, world_size, port, grouped, function, arguments):
     import torch.distributed as dist
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -57,10 +58,12 @@ def _rank(queue, rank, world_size, port, function, arguments):
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        if grouped is not False:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=60))
         result = function(*arguments)
-        dist.barrier()
-        dist.destroy_process_group()
+        if grouped is not False:
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         result = Failure(f"rank {rank}:\n{traceback.format_exc()}")
     queue.put((rank, result))

@@ -118,7 +118,13 @@ def saved(folder, tmp_path_factory):
 
 
 # 29 rows are four steps of 8: step 3 is in the first epoch, 4 at its end, 6 in the second.
-@pytest.mark.parametrize(("ranks", "step"), [(1, 3), (1, 6), (2, 4), (3, 4), (3, 6), (4, 3), (4, 6)])
+@pytest.mark.parametrize(
+    ("ranks", "step"),
+    [
+        *[(1, 6), (2, 4), (3, 6), (4, 3)],
+        *[pytest.param(*other, marks=pytest.mark.slow) for other in [(1, 3), (3, 4), (4, 6)]],
+    ],
+)
 def test_it_goes_on_with_the_next_row(folder, tmp_path, whole, saved, ranks, step):
     compare(folder, tmp_path, whole, saved, rows, ranks, step)
 

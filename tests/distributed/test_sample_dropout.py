@@ -11,7 +11,8 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.test_elastic import stream
 from tests.distributed.test_parity import rows
 
-STEPS = 10
+# 29 rows are four steps of 8: the run is saved in its second epoch.
+STEPS, SAVED = 7, 5
 
 
 def train(folder, output, make=rows, resume=None, dropout=0.4, **settings):
@@ -24,7 +25,7 @@ def train(folder, output, make=rows, resume=None, dropout=0.4, **settings):
         output_dir=str(output),
         **{
             **dict(per_device_train_batch_size=2, global_batch_size=8, learning_rate=1e-3, logging_steps=1),
-            **dict(save_strategy="steps", save_steps=6, report_to="none", disable_tqdm=True, max_steps=STEPS),
+            **dict(save_strategy="steps", save_steps=SAVED, report_to="none", disable_tqdm=True, max_steps=STEPS),
             **settings,
         },
     )  # fmt: skip
@@ -47,7 +48,7 @@ def one(folder, tmp_path_factory):
     def get(make):
         if make not in found:
             output = tmp_path_factory.mktemp("one")
-            found[make] = train(folder, output, make), output / "checkpoint-6"
+            found[make] = train(folder, output, make), output / f"checkpoint-{SAVED}"
         return found[make]
 
     return get

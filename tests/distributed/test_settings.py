@@ -18,7 +18,7 @@ from pantheraml import (
     barrier,
     get_rank,
     get_world_size,
-    notebook_launch,
+    setup_multi_gpu,
 )
 from pantheraml.errors import ConfigError
 from pantheraml.models.recompute import is_recomputing
@@ -26,23 +26,30 @@ from tests.distributed.ranks import run_ranks
 from tests.launch.test_agent import run
 
 
-def backend():
+def backend(config):
+    setup_multi_gpu(config)
     return dist.get_backend(), get_world_size()
 
 
-@pytest.mark.parametrize("name", [pytest.param("gloo", marks=pytest.mark.slow), "nccl"])
+@pytest.mark.parametrize("name", ["gloo", "nccl"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nccl is what it says where there are GPUs")
 def test_backend_and_num_processes(name):
-    assert notebook_launch(backend, config=MultiGPUConfig(backend=name, num_processes=2)) == ("gloo", 2)
+    config = MultiGPUConfig(backend=name, num_processes=2)
+    assert run_ranks(2, backend, config, grouped=False) == [("gloo", 2)] * 2
+
+
+def backend_that_torch_lacks():
+    with pytest.raises(ConfigError, match="built without MPI"):
+        backend(MultiGPUConfig(backend="mpi", num_processes=2))
 
 
 @pytest.mark.skipif(dist.is_mpi_available(), reason="this torch has MPI")
 def test_a_backend_that_torch_lacks():
-    with pytest.raises(ConfigError, match="built without MPI"):
-        notebook_launch(backend, config=MultiGPUConfig(backend="mpi", num_processes=2))
+    run_ranks(2, backend_that_torch_lacks, grouped=False)
 
 
 def wait_for_one_that_does_not_come(seconds):
+    setup_multi_gpu(MultiGPUConfig(timeout_minutes=0.05))  # three seconds
     if get_rank() == 1:
         time.sleep(seconds)
         return None
@@ -55,8 +62,7 @@ def wait_for_one_that_does_not_come(seconds):
 
 
 def test_timeout_minutes():
-    config = MultiGPUConfig(timeout_minutes=0.05, num_processes=2)  # three seconds
-    waited, said = notebook_launch(wait_for_one_that_does_not_come, 6, config=config)
+    waited, said = run_ranks(2, wait_for_one_that_does_not_come, 6, grouped=False)[0]
     assert 2.5 < waited < 6 and "imed out" in said
 
 
@@ -72,14 +78,16 @@ def test_strategy(strategy):
     assert out.count("ranks 2" if strategy == "ddp" else "ranks 1") == (2 if strategy == "ddp" else 1)
 
 
-def ask_for_none():
+def ask_for_others():
+    with pytest.raises(ConfigError, match=r"num_processes=3.*one of 2 ranks that torchrun started"):
+        setup_multi_gpu(MultiGPUConfig(num_processes=3))
     with pytest.raises(ConfigError, match=r"strategy='none'.*one of 2 ranks that torchrun started"):
         FastLanguageModel.from_pretrained("nothing", use_multi_gpu=MultiGPUConfig(strategy="none"))
     return True
 
 
-def test_ranks_cannot_be_asked_to_be_one_process():
-    assert run_ranks(2, ask_for_none) == [True, True]
+def test_ranks_cannot_be_asked_to_be_another_number():
+    assert run_ranks(2, ask_for_others) == [True, True]
 
 
 def train(folder, output, config, skipped=False):

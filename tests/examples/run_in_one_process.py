@@ -6,6 +6,7 @@ current folder; what it prints goes to the file ``printed``, with the traceback 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -19,6 +20,7 @@ for run in json.load(sys.stdin):
         # The streams stay the same objects: logging handlers made during an earlier script keep writing to them.
         os.dup2(printed.fileno(), sys.stdout.fileno())
         os.dup2(printed.fileno(), sys.stderr.fileno())
+    gc.freeze()  # the libraries: looking through them for garbage takes a third of a short training
     try:
         runpy.run_path(run["script"], run_name="__main__")
     except BaseException:  # one script that fails must not keep the others from running

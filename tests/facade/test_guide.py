@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests import forked, tiny
 from tests.launch.test_agent import run
 
 SCRIPT = Path(__file__).with_name("guide.py")
@@ -28,7 +28,8 @@ def test_every_call_of_the_guide(tmp_path, launcher, ranks):
             for i in range(24)
         )
     )
-    code, _, err = run(*launcher, SCRIPT, model, rows, tmp_path / "output")
+    words = [SCRIPT, model, rows, tmp_path / "output"]
+    code, _, err = run(*launcher, *words) if launcher else forked.run(*words)
     assert code == 0, err
     for rank in range(ranks):
         facts = json.loads((tmp_path / "output" / f"facts_{rank}.json").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 import time
@@ -43,8 +44,12 @@ print(json.dumps({{
 """
 
 
-def python(*words: str) -> str:
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+def python(*words: str, cwd: Path = ROOT) -> str:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, *words], cwd=cwd, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -68,6 +73,32 @@ def test_asking_what_started_a_process_loads_no_library():
         "print(json.dumps([heavy, before == dict(os.environ)]))"
     )
     assert json.loads(python("-c", program)) == [[], True]
+
+
+STARTS_RANKS = """
+import gc, json, os, sys
+from pantheraml.launch import start
+
+def become_agent(ranks):
+    heavy = [name for name in ("transformers", "trl", "peft", "accelerate") if name in sys.modules]
+    os.write(1, json.dumps([ranks.here, heavy, gc.isenabled()]).encode())
+    os._exit(0)
+
+start.become_agent = become_agent
+from pantheraml.cli.train import run_training
+from pantheraml.config.load import load_config
+run_training(load_config("run.yaml"))
+"""
+
+
+def test_a_process_that_starts_ranks_loads_none_of_their_libraries(tmp_path):
+    """Ranks begin seconds earlier. Rows are read before, for what is wrong with them is told at once."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "one two three"}\n')
+    run = (
+        f"{{model: {{model_name: {tmp_path}}}, data: {{path: rows.jsonl}}, multi_gpu: {{num_processes: 2}}}}"
+    )
+    (tmp_path / "run.yaml").write_text(run)
+    assert json.loads(python("-c", STARTS_RANKS, cwd=tmp_path)) == [2, [], True]
 
 
 def test_help_answers_at_once():

@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pantheraml.kernels import keyed_dropout as op
 from pantheraml.kernels.keyed_dropout import add_dropped, dropped, kept_values
 from tests.kernels.dropout_cases import SEED, SHAPES, SHARES, expected, make
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """An interpreted program costs the same for one row as for many."""
+    monkeypatch.setitem(op._BLOCKS, "BLOCK_M", 16)
 
 
 @pytest.mark.parametrize(("dtype", "first_row"), [(torch.float32, 2**33 + 7), (torch.float16, 3)])
@@ -51,8 +58,6 @@ def test_rows_past_2_to_the_31():
 
 
 def test_another_number_of_rounds_is_seen(monkeypatch):
-    from pantheraml.kernels import keyed_dropout as op
-
     x, _, _ = make((5, 33), torch.float32)
     kept = kept_values(torch.arange(5), 33, 0.5, SEED)
     monkeypatch.setitem(op._BLOCKS, "ROUNDS", 6)

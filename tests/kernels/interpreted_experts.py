@@ -1,4 +1,4 @@
-"""The Triton kernels of experts under Triton's interpreter; run by ``test_experts_interpreted.py``."""
+"""The Triton kernels of experts under Triton's interpreter; run by ``test_triton_without_gpu.py``."""
 
 from __future__ import annotations
 

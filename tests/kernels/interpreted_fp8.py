@@ -132,14 +132,13 @@ def test_turning(shape):
 
 
 def test_offsets_past_2_to_the_31():
-    x = torch.empty(2**31 + 2**21, dtype=torch.float16).as_strided((2**11 + 2, 32), (2**20, 1))
-    values = rows("normal", (2**11 + 2, 32), torch.float16)
+    # Rows 2^30 elements apart, so the last one starts at 2^31, in memory that is mostly never touched.
+    x = torch.empty(2**31 + 32, dtype=torch.float16).as_strided((3, 32), (2**30, 1))
+    values = rows("normal", (3, 32), torch.float16)
     x.copy_(values)
-    tail = slice(2**11 - 4, None)  # rows on both sides of 2^31
-    out, scales = torch.empty(2**11 + 2, 32), torch.empty(2**11 + 2, 1)
+    out, scales = torch.empty(3, 32), torch.empty(3, 1)
     fp8.triton_quantise(x, None, None, out, scales)
-    exact = quantise(fp8._eager_quantise, values[tail])
-    check((out[tail], scales[tail]), exact)
+    check((out, scales), quantise(fp8._eager_quantise, values))
 
 
 def test_a_wrong_scale_is_seen():

@@ -1,4 +1,4 @@
-"""The kernels of 4-bit and FP8 weights without a GPU: interpreted, and compiled for GPUs that are not there."""
+"""The kernels of 4-bit and FP8 weights compile for GPUs that are not there."""
 
 from __future__ import annotations
 
@@ -7,13 +7,6 @@ import triton.language as tl
 
 from pantheraml.kernels import fp8, fp8_factor, fp8_norm, fp8_product, nf4, unpack_table
 from tests.kernels.test_triton_without_gpu import compile_for
-from tests.kernels.test_triton_without_gpu import test_interpreted as run_interpreted
-
-
-@pytest.mark.parametrize("file", ["interpreted_nf4.py", "interpreted_fp8.py"])
-def test_interpreted_formats(file):
-    run_interpreted(file)
-
 
 TRITON = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 

@@ -19,9 +19,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def interpret(path, seconds=290):
-    """Run the tests of ``path`` interpreted, which cannot be switched on in a process that has imported Triton."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+def interpret(*paths, seconds=290):
+    """Run the tests of files interpreted, which cannot be switched on in a process that has imported Triton."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, paths)]
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=seconds, check=False
@@ -32,15 +32,14 @@ def interpret(path, seconds=290):
 
 
 # Of half a minute and more; what they put together is interpreted alone in the others.
-SLOW = {"interpreted_layers.py"}
-FILES = sorted(path.name for path in HERE.glob("interpreted_*.py"))
+SLOW = {HERE / "interpreted_layers.py"}
+FAST = set(HERE.glob("interpreted_*.py")) - SLOW
 
 
-@pytest.mark.parametrize(
-    "file", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FILES]
-)
-def test_interpreted(file):
-    assert "skipped" not in interpret(HERE / file)
+@pytest.mark.parametrize("files", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["fast", "slow"])
+def test_interpreted(files):
+    """All in one process: starting it takes as long as the tests of most of these files."""
+    assert "skipped" not in interpret(*sorted(files))
 
 
 @pytest.mark.slow

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from safetensors.torch import load_file
 
 from pantheraml.checkpoint.manifest import problems
 from pantheraml.checkpoint.names import step_of
-from tests import tiny
-from tests.launch.test_agent import environment, run
+from tests import forked, tiny
+from tests.launch.test_agent import run
 
 SCRIPT = Path(__file__).with_name("train.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
@@ -31,17 +30,17 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(model, tmp_path_factory):
     """One process's run."""
-    return train(model, tmp_path_factory.mktemp("alone"), 1, [])
+    output = tmp_path_factory.mktemp("alone")
+    return result(output, 1, *forked.run(SCRIPT, model, output, 1))
 
 
-def train(model, output, ranks, launcher, *more):
-    code, out, err = run(*launcher, SCRIPT, model, output, ranks, *more)
+def result(output, ranks, code, out, err):
     assert code == 0, err
     assert sorted(line for line in out.splitlines() if line.endswith("is done")) == [
         f"rank {rank} is done" for rank in range(ranks)
     ]
-    result = json.loads((output / "result.json").read_text())
-    return result | {"err": err, "telemetry": (output / "telemetry.jsonl").read_text().splitlines()}
+    told = json.loads((output / "result.json").read_text())
+    return told | {"err": err, "telemetry": (output / "telemetry.jsonl").read_text().splitlines()}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +54,8 @@ def train(model, output, ranks, launcher, *more):
     ids=["python", "python, arguments first", "torchrun", "accelerate"],
 )
 def test_the_same_script_gives_the_same_numbers(model, alone, tmp_path, ranks, launcher, more):
-    found = train(model, tmp_path, ranks, launcher, *more)
+    words = [SCRIPT, model, tmp_path, ranks, *more]
+    found = result(tmp_path, ranks, *(run(*launcher, *words) if launcher else forked.run(*words)))
     assert len(found["logs"]) == len(alone["logs"]) == 4
     for mine, theirs in zip(found["logs"], alone["logs"], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-6)
@@ -72,19 +72,19 @@ def test_the_same_script_gives_the_same_numbers(model, alone, tmp_path, ranks, l
     assert all(step["tokens_per_second"] > 0 and len(step["devices"]) == ranks for step in steps)
 
 
-def test_a_run_that_is_asked_to_stop_saves_on_all_ranks(model, tmp_path):
+def test_a_run_that_is_asked_to_stop_saves_on_all_ranks(model, tmp_path, monkeypatch):
     """Its agent is sent the signal, by a person or a scheduler, and ends as the ranks do."""
+    monkeypatch.setenv("MAX_STEPS", "5000")
     with (tmp_path / "said").open("w+") as said:
-        words = [sys.executable, str(SCRIPT), str(model), str(tmp_path), "2"]
-        process = subprocess.Popen(words, stderr=said, stdout=said, env=environment(MAX_STEPS="5000"))
+        agent = forked.start(SCRIPT, model, tmp_path, 2, out=said.fileno(), err=said.fileno())
         steps, end = tmp_path / "telemetry.jsonl", time.monotonic() + 100
         while not (steps.exists() and len(steps.read_text().splitlines()) > 3) and time.monotonic() < end:
             time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(100)
+        os.kill(agent.pid, signal.SIGTERM)
+        agent.join(100)
         said.seek(0)
         text = said.read()
     (checkpoint,) = tmp_path.glob("checkpoint-*")
     assert f"SIGTERM: stopped after step {step_of(checkpoint.name)} of 5000, saved in {checkpoint}; " in text
     assert not problems(checkpoint) and "rank 0 is done" not in text
-    assert code == 143 and "SIGTERM: all ranks were ended." in text and "Traceback" not in text
+    assert agent.exitcode == 143 and "SIGTERM: all ranks were ended." in text and "Traceback" not in text

@@ -9,13 +9,13 @@ from pantheraml import FastLanguageModel
 from pantheraml.errors import ConfigError
 from pantheraml.models.recompute import (
     apply_plan,
-    check_policy,
     is_recompute_forced,
     is_recomputing,
     sections,
     set_recompute,
 )
 from pantheraml.models.recompute_plan import RecomputePlan
+from pantheraml.models.request import check_policy
 from pantheraml.models.state import get_state
 from tests import tiny
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests import forked, tiny
 
 pty = pytest.importorskip("pty", reason="there are no pseudo terminals")
 termios = pytest.importorskip("termios")
-ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("terminal_run.py")
 TABLE = [
     "  GiB    allocated  reserved  peak  free  others  power   temp",
     "  gpu_0       39.7      41.0  40.1  66.0          690 W  61 °C",
@@ -25,12 +23,6 @@ TABLE = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny.save_checkpoint(tmp_path_factory.mktemp("model"), "llama")
-
-
-def start(model, output, stderr):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
-    words = [sys.executable, "-m", "tests.training.terminal_run", str(model), str(output)]
-    return subprocess.Popen(words, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr)
 
 
 def screen(written):
@@ -51,10 +43,11 @@ def screen(written):
     return [line.rstrip() for line in lines]
 
 
-def test_a_terminal_shows_a_table_above_the_bar(model, tmp_path):
+def test_a_terminal_shows_a_table_above_the_bar(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (50, 100))
-    process = start(model, tmp_path, follower)
+    process = forked.start(SCRIPT, model, tmp_path, err=follower)
     os.close(follower)
     written = b""
     try:
@@ -64,7 +57,8 @@ def test_a_terminal_shows_a_table_above_the_bar(model, tmp_path):
         pass
     os.close(leader)
     text = written.decode()
-    assert process.wait(60) == 0, text
+    process.join(60)
+    assert process.exitcode == 0, text
     assert "\x1b[" in text, "it is coloured"
     lines = screen(text.replace("\r\n", "\n"))
     for step in (2, 4, 6):
@@ -76,9 +70,8 @@ def test_a_terminal_shows_a_table_above_the_bar(model, tmp_path):
 
 
 def test_a_pipe_gets_plain_lines(model, tmp_path):
-    process = start(model, tmp_path, subprocess.PIPE)
-    text = process.communicate(timeout=120)[1].decode()
-    assert process.returncode == 0, text
+    code, _, text = forked.run(SCRIPT, model, tmp_path)
+    assert code == 0, text
     figures = r"step (\d), [\d,]+ tokens/s, gpu_0 39\.7 GiB \(reserved 41\.0, peak 40\.1, free 66\.0\) 690 W 61 °C, "
     figures += r"gpu_1 39\.7 GiB \(reserved 41\.0, peak 40\.1, free 66\.0, others 31\.2\) 690 W 61 °C"
     assert re.findall(rf"(?:^|\r)PantheraML: {figures}$", text, re.MULTILINE) == ["2", "4", "6"]
