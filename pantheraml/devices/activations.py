@@ -53,7 +53,7 @@ class ActivationSizes:
         keys: k.
         vocabulary: logits of a token.
         size: r.
-        is_fused: whether layers are ``FusedDecoderLayer`` and compute as such.
+        is_fused: whether layers are ``FusedDecoderLayer``; what they compute themselves: ``computes_fused``.
         has_head_norms: whether queries and keys are normalised.
         has_post_norms: whether the outputs of attention and MLP are.
         compute: c; 0 for r.
@@ -87,6 +87,13 @@ class ActivationSizes:
         return self.compute or self.size
 
     @property
+    def computes_fused(self) -> bool:
+        """Whether fused layers compute as such: trained weights of another dtype than the residual stream (masters in
+        float32 under autocast) are left to transformers' own forward.
+        """
+        return self.is_fused and (not self.is_trained or self.computed == self.size)
+
+    @property
     def projections(self) -> int:
         """Width of q, k and v side by side."""
         return self.queries + 2 * self.keys
@@ -111,11 +118,11 @@ class ActivationSizes:
         """What a layer keeps for a token."""
         if self.experts:
             return self._kept_of_experts()
-        return self._kept_fused() if self.is_fused and not self.is_trained else self._kept_stock()
+        return self._kept_fused() if self.computes_fused else self._kept_stock()
 
     def _kept_fused(self) -> Kept:
         """x, attended and its log-sum-exp, q k v, the sum s after it, gate, up, and m of each stack; before a norm of
-        the heads or of an output, what went into it, too.
+        the heads or of an output, what went into it, too. Where weights are trained, their inputs are computed again.
         """
         hidden, c = self.hidden, self.computed
         raw = hidden if self.has_post_norms else 0
@@ -158,20 +165,31 @@ class ActivationSizes:
         if self.experts:
             mlp = min(tokens, TILE) * 6 * inner * c
             return mlp + tokens * (2 * (hidden + self.queries) + 8 * hidden) * c
-        if not self.is_fused or self.is_trained:
+        if not self.computes_fused:
             # Gradients of gate, its activation, up and their product; of a trained weight, in c and as it is added up.
             passing = tokens * (4 * inner * c + 2 * hidden * (c + r))
             passing += hidden * inner * (c + r) if self.is_trained else 0
             return passing + (tokens * (self.kept.all - self.kept.input) if recomputes else 0)
         # dy twice (once with a margin), the gradient that the value takes the place of, those of gate and up; then
         # around o; then around the attention, whose kernels sum dq in float32 and repeat dk and dv for all heads.
-        attention = 2 * hidden + 6 * self.queries + 2 * self.keys
+        attention = tokens * (2 * hidden + 6 * self.queries + 2 * self.keys)
+        before_qkv, before_o, whole = self._weight_gradients(tokens, recomputes=recomputes)
         if not recomputes:
-            return tokens * c * max(3 * inner + 2 * hidden, 2 * inner + 4 * hidden + self.queries, attention)
-        tile = min(tokens, TILE)
-        return c * max(
-            tile * (3 * inner + 3 * hidden) + tokens * (2 * hidden + self.queries), tokens * attention
-        )
+            mlp = tokens * (3 * inner + 2 * hidden)
+            around_o = tokens * (2 * inner + 4 * hidden + self.queries)
+            return max(mlp * c + before_o, around_o * c + before_qkv, attention * c + whole)
+        tile = min(tokens, TILE) * (3 * inner + 3 * hidden) + tokens * (2 * hidden + self.queries)
+        return max(tile * c + before_qkv, attention * c + whole)
+
+    def _weight_gradients(self, tokens: int, *, recomputes: bool) -> tuple[int, int, int]:
+        """Bytes of the gradients of a layer's own weights that there are before those of q, k and v are made; before
+        that of o; and at the end. They are handed on together; of several tiles, they are added up in float32.
+        """
+        if not self.is_trained:
+            return 0, 0, 0
+        qkv, o, gate_up, down = (one.rows * one.cols for one in self.stacks)
+        size = self.computed + (max(4, self.computed) if recomputes and tokens > TILE else 0)
+        return (o + gate_up + down) * size, (gate_up + down) * size, (qkv + o + gate_up + down) * size
 
     def head_passing(self, tokens: int) -> int:
         """Bytes that come and go in the head and the loss: a chunk of logits, which their gradient replaces; the last
