@@ -53,7 +53,7 @@ class ActivationSizes:
         keys: k.
         vocabulary: logits of a token.
         size: r.
-        is_fused: whether layers are ``FusedDecoderLayer`` and compute as such.
+        is_fused: whether layers are ``FusedDecoderLayer``; what they compute themselves: ``computes_fused``.
         has_head_norms: whether queries and keys are normalised.
         has_post_norms: whether the outputs of attention and MLP are.
         compute: c; 0 for r.
@@ -87,6 +87,13 @@ class ActivationSizes:
         return self.compute or self.size
 
     @property
+    def computes_fused(self) -> bool:
+        """Whether fused layers compute as such: trained weights of another dtype than the residual stream (masters in
+        float32 under autocast) are left to transformers' own forward.
+        """
+        return self.is_fused and (not self.is_trained or self.computed == self.size)
+
+    @property
     def projections(self) -> int:
         """Width of q, k and v side by side."""
         return self.queries + 2 * self.keys
@@ -111,11 +118,11 @@ class ActivationSizes:
         """What a layer keeps for a token."""
         if self.experts:
             return self._kept_of_experts()
-        return self._kept_fused() if self.is_fused and not self.is_trained else self._kept_stock()
+        return self._kept_fused() if self.computes_fused else self._kept_stock()
 
     def _kept_fused(self) -> Kept:
         """x, attended and its log-sum-exp, q k v, the sum s after it, gate, up, and m of each stack; before a norm of
-        the heads or of an output, what went into it, too.
+        the heads or of an output, what went into it, too. Where weights are trained, their inputs are computed again.
         """
         hidden, c = self.hidden, self.computed
         raw = hidden if self.has_post_norms else 0
@@ -165,18 +172,22 @@ class ActivationSizes:
         if self.experts:
             mlp = min(tokens, TILE) * 6 * inner * c
             return mlp + tokens * (2 * (hidden + self.queries) + 8 * hidden) * c
-        if not self.is_fused or self.is_trained:
+        if not self.computes_fused:
             # Gradients of gate, its activation, up and their product; of a trained weight, in c and as it is added up.
             passing = tokens * (4 * inner * c + 2 * hidden * (c + r))
             passing += hidden * inner * (c + r) if self.is_trained else 0
             return passing + (tokens * (self.kept.all - self.kept.input) if recomputes else 0)
+        before_qkv, before_o, whole = self._weight_gradients(tokens, recomputes=recomputes)
         if recomputes:
-            return c * max(self._forward_passing(tokens, attends), self._backward_again(tokens, attends))
+            around_mlp, around_attention = self._backward_again(tokens, attends)
+            forward = self._forward_passing(tokens, attends)
+            return max(forward * c, around_mlp * c + before_qkv, around_attention * c + whole)
         raw = hidden if self.has_post_norms else 0
         # dy, the value that takes the place of its gradient, and gradients of gate and up; or these two beside dh, h,
         # dx and what goes to the attention; or the attention.
-        around_o = 2 * inner + 4 * hidden + raw + self.queries
-        return tokens * c * max(3 * inner + hidden + raw, around_o, self._attention_passing)
+        mlp, around_o = 3 * inner + hidden + raw, 2 * inner + 4 * hidden + raw + self.queries
+        attention = tokens * c * self._attention_passing
+        return max(tokens * c * mlp + before_o, tokens * c * around_o + before_qkv, attention + whole)
 
     @property
     def _attention_passing(self) -> int:
@@ -194,10 +205,10 @@ class ActivationSizes:
         of_tile = 3 * (self.inner + self.hidden) + raw + sum(margins) + sum(margins[1:])
         return min(tokens, TILE) * of_tile + tokens * (self.hidden + self.queries * attends)
 
-    def _backward_again(self, tokens: int, attends: bool) -> int:
-        """Numbers in the backward of a layer that computes again what it did not keep.
+    def _backward_again(self, tokens: int, attends: bool) -> tuple[int, int]:
+        """Numbers in the backward of a layer that computes again what it did not keep, before its attention, and there.
 
-        That is dy and, tile after tile, s, gate, up, and either the value, or dh, h, dx and what goes to the attention;
+        First dy and, tile after tile, s, gate, up, and either the value, or dh, h, dx and what goes to the attention;
         then dx and that are joined; then the attention has q, k and v again.
         """
         hidden, inner, queries = self.hidden, self.inner, self.queries
@@ -209,7 +220,17 @@ class ActivationSizes:
         joined = tokens * (hidden + 2 * given) if tokens > tile else 0
         again = tokens * (queries + heads) if attends else 0
         around = tokens * (self._attention_passing + heads + queries * attends)
-        return max(max(tiled, joined) + again, around)
+        return max(tiled, joined) + again, around
+
+    def _weight_gradients(self, tokens: int, *, recomputes: bool) -> tuple[int, int, int]:
+        """Bytes of the gradients of a layer's own weights that there are before those of q, k and v are made; before
+        that of o; and at the end. They are handed on together; of several tiles, they are added up in float32.
+        """
+        if not self.is_trained:
+            return 0, 0, 0
+        qkv, o, gate_up, down = (one.rows * one.cols for one in self.stacks)
+        size = self.computed + (max(4, self.computed) if recomputes and tokens > TILE else 0)
+        return (o + gate_up + down) * size, (gate_up + down) * size, (qkv + o + gate_up + down) * size
 
     def head_passing(self, tokens: int) -> int:
         """Bytes that come and go in the head and the loss: a chunk of logits, which their gradient replaces; the last

@@ -173,10 +173,12 @@ def is_fused(parts: ModelParts, layout: Layout) -> bool:
 
 
 def _computed_in(parts: ModelParts, layout: Layout) -> ActivationSizes:
-    """The widths on one GPU; FSDP2 and ZeRO keep the residual stream in 16 bits, too, where masters are in 32."""
+    """The widths on one GPU; FSDP2 and ZeRO keep the residual stream in 16 bits, too, where masters are in 32. Fused
+    layers compute what FSDP2 gathers in 16 bits.
+    """
     sizes = replace(sizes_of(parts), is_fused=is_fused(parts, layout)).split(layout.tensor)
     if parts.full_finetuning and layout.strategy in ("fsdp", "deepspeed"):
-        return replace(sizes, size=sizes.computed)
+        return replace(sizes, size=sizes.computed, is_fused=sizes.is_fused and layout.strategy == "fsdp")
     return sizes
 
 
@@ -244,7 +246,7 @@ def _gathered(parts: ModelParts, layout: Layout, stage: Stage) -> tuple[int, int
 
     Beside an adapter, layers alone are. What FSDP2 trains in full and is in no layer is gathered once a step.
     """
-    sizes, full = sizes_of(parts), parts.full_finetuning
+    sizes, full = _computed_in(parts, layout), parts.full_finetuning
     if layout.strategy == "deepspeed" and layout.zero_stage in (1, 2):
         return 2 * _HALF * sizes.hidden**2, 0
     if not layout.is_sharded or layout.shard == 1:
@@ -255,7 +257,9 @@ def _gathered(parts: ModelParts, layout: Layout, stage: Stage) -> tuple[int, int
         return frozen + part.trainable * (_HALF if full else parts.trained_size)
 
     def reduced(part: PartSizes) -> int:
-        return part.trainable * ((_HALF if full else parts.trained_size) + _REDUCED)
+        # The gradients that a fused layer hands on pass with what else passes around it.
+        made = 0 if full and sizes.computes_fused else _HALF if full else parts.trained_size
+        return part.trainable * (made + _REDUCED)
 
     layer = max(stage.layers, key=size)
     if not full and layout.strategy == "fsdp":

@@ -29,6 +29,7 @@ def activation_sizes(
         has_post_norms: whether the outputs of attention and MLP are.
         rank: of the adapters; 0 without.
         trained_in: bytes of a number that is computed with, where the base weights are trained; 0 where they are not.
+            Fused layers compute those in what the hidden states are in, only.
     """
     config = config.get_text_config()
     heads = config.num_attention_heads

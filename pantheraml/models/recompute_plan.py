@@ -88,15 +88,18 @@ def sizes_of(model: Any) -> ActivationSizes:
     first = next(
         (p for name, p in model.named_parameters() if name.endswith("layers.0.self_attn.o_proj.weight")), None
     )
-    trained_in = 0
+    fused, trained_in, size = _fused_layers(model), 0, model.dtype.itemsize
     if first is not None and first.requires_grad:
         # The trainer computes in 16 bits on GPUs, whatever masters are in.
         trained_in = min(first.itemsize, 2) if first.device.type == "cuda" else first.itemsize
+        gathered_in = fused[0].reader.gathered_in if fused else None
+        if gathered_in is not None:  # shares of masters; the residual stream is as they are gathered
+            trained_in = size = gathered_in.itemsize
     group = tensor_group_of(model)
     return activation_sizes(
         model.config,
-        model.dtype.itemsize,
-        is_fused=bool(_fused_layers(model)),
+        size,
+        is_fused=bool(fused),
         has_head_norms=any(name.endswith("self_attn.q_norm") for name, _ in model.named_modules()),
         has_post_norms=family is not None and "sandwich_norm" in family.deviations,
         rank=_rank_of(model),

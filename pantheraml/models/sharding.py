@@ -79,6 +79,7 @@ def shard_model(model: PreTrainedModel, sharding: Sharding, dtype: torch.dtype |
         packed.watch(layer)
         if isinstance(layer, FusedDecoderLayer):
             layer.reader.is_passing = True
+            layer.reader.gathered_in = sharding.compute_dtype if sharding.trained else None
     # The root, by which the next layer is gathered while one is computed: where adapters are, PEFT calls the backbone.
     root: Any = model if sharding.trained else model.base_model
     left = {parameter for parameter in root.parameters() if not isinstance(parameter, DTensor)}

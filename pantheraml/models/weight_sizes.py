@@ -103,7 +103,7 @@ def measure_parts(
     sizes = activation_sizes(
         config,
         precision.dtype.itemsize,
-        is_fused=fused and not full_finetuning and precision.storage != "8bit",
+        is_fused=fused and precision.storage != "8bit",
         has_head_norms=bool(family.head_norms),
         has_post_norms="sandwich_norm" in family.deviations,
         rank=rank,
@@ -137,7 +137,7 @@ def _as_parts(embedding: _Count, layers: list[_Count], head: _Count, facts: _Fac
         kept_per_token=activations.kept.all,
         kept_when_recomputing=activations.kept.attended,
         # What is computed again of transformers' own layers comes and goes as a whole.
-        layer_passing=partial(activations.layer_passing, recomputes=not activations.is_fused),
+        layer_passing=partial(activations.layer_passing, recomputes=not activations.computes_fused),
         head_passing=activations.head_passing,
         is_4bit=facts.precision.storage == "4bit",
         activations=activations,

@@ -39,7 +39,7 @@ def llama(shape=SHAPES["8B"], method="lora", rank=16):
 
     sizes = ActivationSizes(
         hidden=hidden, inner=inner, experts=0, heads=heads, queries=queries, keys=keys, vocabulary=vocabulary,
-        size=size, is_fused=not full, has_head_norms=False, compute=2 if full else 0,
+        size=size, is_fused=True, has_head_norms=False, compute=2 if full else 0,
         rank=0 if full else rank, is_trained=full,
     )  # fmt: skip
     return ModelParts(

@@ -166,6 +166,23 @@ def test_gradients_are_not_there_before_the_backward():
     assert full.gradients == full.trainable > 0 and "first layer" in full.moment
 
 
+def test_trained_layers_are_fused_where_they_are_gathered_in_what_they_compute_in():
+    """FSDP2 gathers masters in 16 bits; autocast copies them, beside a residual stream in float32."""
+    parts, work = llama(method="full"), Work(8192)
+    off = replace(parts, activations=replace(parts.activations, is_fused=False))
+    shared = Layout("fsdp", data=4, shard=4, shard_frozen=True)
+    for layout, fused in (
+        (shared, True),
+        (ONE, False),
+        (Layout("deepspeed", data=4, shard=4, zero_stage=2), False),
+    ):
+        one, other = (estimate(each, layout, work)[0] for each in (parts, off))
+        assert (one.activations < other.activations) == fused
+        assert fused or one == other
+    memory = estimate(parts, shared, work)[0]
+    assert memory.moment == "head and loss" and memory.activations == 32 * 8192 * (92 * 1024 + 128)
+
+
 def test_masters_are_copied_for_the_pass():
     """16-bit copies of the layers' weights lie beside masters until they have been used."""
     parts = llama(method="full")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -16,6 +18,9 @@ from pantheraml.distributed.strategies.fsdp import sharding_of
 from pantheraml.errors import ConfigError
 from pantheraml.export.quantized import is_4bit
 from pantheraml.models.fused.decoder_layer import FusedDecoderLayer, apply_layers
+from pantheraml.models.fused.functions import AttentionInput
+from pantheraml.models.fused.layer_function import FusedLayer
+from pantheraml.models.recompute_plan import sizes_of
 from pantheraml.models.sharding import (
     bring_whole,
     gathered_weights,
@@ -293,6 +298,94 @@ def test_fused_layers_compute_from_what_is_gathered(folder, tmp_path):
     copied, _ = run_ranks(2, train_fused, folder, tmp_path, False)[0]
     assert is_passing
     np.testing.assert_allclose(shared, copied, rtol=1e-6)
+
+
+# Whether layers recompute, whether rows are padded, and so what computes a step's layers, forward and again.
+CASES = [
+    (False, False, 2 * ["FusedLayer"]),
+    (True, False, 2 * ["FusedLayer"]),
+    (True, True, 4 * ["AttentionInput"]),
+]
+
+
+def watched_calls():
+    """The names of the functions that compute layers, as they are called in this process from now on."""
+    calls = []
+    for function in (FusedLayer, AttentionInput):
+        original, name = function.apply, function.__name__
+        function.apply = lambda *a, original=original, name=name: calls.append(name) or original(*a)
+    return calls
+
+
+def share_out(model, *, fused, dtype=None):
+    state = get_state(model)
+    if fused:
+        apply_layers(model, state.family, state.patches, on_cpu=True)
+    state.sharding = replace(sharding_of(SHARED, trained=True), compute_dtype=dtype)
+    shard_model(model, state.sharding)
+
+
+def train_in_full(folder, output, per_device):
+    """All weights after four steps, by fused layers from shares of every rank; in one process by transformers' own."""
+    is_shared, found = dist.is_initialized(), []
+    where = dict(use_multi_gpu=MultiGPUConfig()) if is_shared else dict(device_map="cpu")
+    calls = watched_calls() if is_shared else []
+    for recompute, padded, _ in CASES:
+        load = dict(LOADS["full"], max_seq_length=64, use_gradient_checkpointing=recompute)
+        model, tokenizer = FastLanguageModel.from_pretrained(str(folder), **load, **where)
+        if is_shared:
+            share_out(model, fused=True)
+        data = rows()
+        if not padded:
+            data = data.map(lambda row: {name: (4 * value)[:16] for name, value in row.items()})
+        args = PantheraMLTrainingArguments(
+            output_dir=str(output), per_device_train_batch_size=per_device, learning_rate=1.0, optim="sgd",
+            max_grad_norm=0.5, max_steps=4, logging_steps=1, report_to="none", disable_tqdm=True, save_strategy="no",
+        )  # fmt: skip
+        PantheraMLTrainer(model, args, train_dataset=data, tokenizer=tokenizer).train()
+        weights = {name: whole(weight).detach().numpy() for name, weight in model.named_parameters()}
+        found.append((calls[:], weights))
+        calls.clear()
+    return found
+
+
+def test_fused_layers_train_what_is_gathered(folder, tmp_path):
+    (one,) = run_ranks(1, train_in_full, folder, tmp_path, 8)
+    shared = run_ranks(2, train_in_full, folder, tmp_path, 4)[0]
+    before = load(folder, "full", None)[0].state_dict()
+    for (calls, weights), (_, expected), (*_, computed) in zip(shared, one, CASES, strict=True):
+        assert calls == 4 * computed and len(weights) == 21
+        for name, weight in expected.items():
+            most = np.abs(weight).max()
+            np.testing.assert_allclose(weights[name], weight, rtol=0, atol=1e-6 * most, err_msg=name)
+            assert np.abs(weight - before[name].numpy()).max() > 1e-4 * most, name
+
+
+def gradients_in_16_bits(folder):
+    """Gradients of float32 masters that are gathered in bfloat16, by fused layers and by transformers' own."""
+    calls, found = watched_calls(), []
+    for fused in (True, False):
+        model, _ = load(folder, "full", MultiGPUConfig())
+        share_out(model, fused=fused, dtype=torch.bfloat16)
+        ids = torch.arange(5, 53).reshape(2, 24)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found.append({name: whole(weight.grad) for name, weight in model.named_parameters()})
+        sizes = sizes_of(model)
+        assert sizes.is_trained and (sizes.size, sizes.computed, sizes.computes_fused) == (
+            (2, 2, True) if fused else (4, 4, False)
+        )
+    assert calls == 2 * ["FusedLayer"]
+    return [{name: (one.dtype, one.numpy()) for name, one in gradients.items()} for gradients in found]
+
+
+def test_masters_are_trained_in_16_bits_by_fused_layers(folder):
+    fused, stock = run_ranks(2, gradients_in_16_bits, folder)[0]
+    for name, (dtype, gradient) in fused.items():
+        assert dtype == torch.float32
+        np.testing.assert_allclose(
+            gradient, stock[name][1], rtol=0, atol=0.03 * np.abs(gradient).max(), err_msg=name
+        )
 
 
 def train_away(folder, output, kind):

@@ -7,6 +7,7 @@ import torch
 
 from pantheraml.devices.estimate import Work, estimate
 from pantheraml.devices.layout import Layout
+from pantheraml.models.activation_sizes import TILE
 from pantheraml.models.memory_estimate import predicted_bytes
 from pantheraml.models.precision import Precision
 from pantheraml.models.recompute_plan import RecomputePlan, sizes_of
@@ -14,13 +15,14 @@ from pantheraml.models.stack_memory import beside_bytes, missing_bytes
 from pantheraml.models.weight_sizes import measure_parts
 from tests.fused.test_decoder_layer import FAMILIES, MIXTURES
 from tests.fused.test_fp8_layer import in_fp8
+from tests.fused.test_trained_layer import build_trained
 from tests.fused.test_whole_layer import build_whole
 
 TOKENS = 24
 DENSE = [family for family in FAMILIES if family not in MIXTURES]
 
 
-def kept_bytes(model, held_before):
+def kept_bytes(model, backbone, held_before):
     """Bytes that autograd holds after a forward of the backbone, weights left out."""
     held = {}
 
@@ -28,7 +30,6 @@ def kept_bytes(model, held_before):
         held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    backbone = model.get_base_model().model
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
         output = backbone(input_ids=torch.arange(5, 5 + TOKENS).reshape(2, -1), use_cache=False)
     for place in held_before(model):
@@ -43,20 +44,21 @@ def storages(model):
     }
 
 
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("family", DENSE)
 @pytest.mark.parametrize("keep", ["all", "projected", "attended", "input"])
-def test_a_layer_keeps_what_is_counted(family, keep):
+def test_a_layer_keeps_what_is_counted(family, keep, trained):
     """The difference between a model of two layers and one of one; on a CPU attention keeps its own log-sum-exp."""
     found = []
     for count in (1, 2):
         torch.manual_seed(0)
-        model, layers = build_whole(family, keep)
-        stack = model.get_base_model().model.layers
-        del stack[count:]
-        kept, _ = kept_bytes(model, storages)
+        model = build_trained(family, keep, TILE) if trained else build_whole(family, keep)[0]
+        backbone = model.model if trained else model.get_base_model().model
+        del backbone.layers[count:]
+        kept, _ = kept_bytes(model, backbone, storages)
         found.append(kept)
     sizes = sizes_of(model)
-    assert sizes.is_fused and not sizes.is_trained and len(layers) >= 2
+    assert sizes.computes_fused and sizes.is_trained == trained
     counted = TOKENS * getattr(sizes.kept, keep)
     assert found[1] - found[0] == pytest.approx(counted, rel=0.03)
 

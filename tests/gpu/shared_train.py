@@ -15,6 +15,13 @@ LOADS = {
 }
 
 
+def read_before(module):
+    """What a fused layer has computed with; None of other modules, and where transformers' own forward computes."""
+    from pantheraml.models.fused import FusedDecoderLayer
+
+    return module.reader._known if isinstance(module, FusedDecoderLayer) else None
+
+
 def main(model_name: str, folder: str, ranks: int, kind: str, config: dict) -> None:
     from pantheraml import MultiGPUConfig, setup_multi_gpu
 
@@ -27,7 +34,6 @@ def main(model_name: str, folder: str, ranks: int, kind: str, config: dict) -> N
         PantheraMLTrainingArguments,
         is_main_process,
     )
-    from pantheraml.models.fused import FusedDecoderLayer
     from pantheraml.models.sharding import local
     from tests.distributed.test_parity import rows
 
@@ -57,7 +63,7 @@ def main(model_name: str, folder: str, ranks: int, kind: str, config: dict) -> N
         "figures": logs,
         "layers": sum(local(p).nbytes for p in layers),
         "said": trainer._strategy.describe(),
-        "fused": any(isinstance(module, FusedDecoderLayer) for module in model.modules()) and kind != "full",
+        "fused": [str(known.dtype) for known in map(read_before, model.modules()) if known is not None],
         "peak": torch.cuda.max_memory_allocated(),
     }
     if is_main_process():

@@ -44,9 +44,10 @@ def test_interpreted(files):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_fused_layers_interpreted():
+@pytest.mark.parametrize("file", ["test_whole_layer.py", "test_trained_layer.py"])
+def test_fused_layers_interpreted(file):
     """What the CPU tests of whole fused layers check of the plain paths holds for the kernels."""
-    interpret(ROOT / "tests" / "fused" / "test_whole_layer.py", seconds=1700)
+    interpret(ROOT / "tests" / "fused" / file, seconds=1700)
 
 
 def compile_for(kernel, types, constants, capability, num_warps, by_16=()):

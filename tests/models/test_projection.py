@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -65,6 +66,12 @@ def trained_base():
     return lora
 
 
+def biased_4_bit():
+    linear = bitsandbytes.nn.Linear4bit(64, 64, bias=True, quant_type="nf4").to("cpu")
+    linear.weight.requires_grad_(False)
+    return linear
+
+
 def own_forward():
     linear = nn.Linear(4, 4).requires_grad_(False)
     linear.forward = lambda x: x
@@ -100,8 +107,8 @@ class Own(nn.Linear):
     ("build", "reason"),
     [
         (lambda: nn.Embedding(4, 4), "Embedding is no linear layer"),
-        (lambda: nn.Linear(4, 4), "base weights are trained"),
-        (trained_base, "base weights are trained"),
+        (trained_base, "base weights are trained beside an adapter"),
+        (biased_4_bit, "biases of quantised weights are trained"),
         (lambda: Own(4, 4).requires_grad_(False), "Own computes in a way of its own"),
         (own_forward, "Linear computes in a way of its own"),
         (two_adapters, "several adapters are active"),
@@ -112,6 +119,17 @@ class Own(nn.Linear):
 )
 def test_what_is_left_and_why(build, reason):
     assert read_projection(build()) == reason
+
+
+def test_weights_that_are_trained_are_factors():
+    linear = nn.Linear(4, 4)
+    found = read_projection(linear)
+    assert found.is_trained and found.factors == (linear.weight, linear.bias)
+    linear.weight.requires_grad_(False)
+    assert read_projection(linear).factors == (None, linear.bias)
+    for frozen in (read_projection(linear, as_frozen=True), read_projection(linear.requires_grad_(False))):
+        assert not frozen.is_trained and frozen.factors == (None, None)
+    assert not read_projection(trained_base(), as_frozen=True).is_trained
 
 
 def test_dropout_matters_in_training_alone():

@@ -56,9 +56,15 @@ def test_the_estimate_is_what_was_measured(fused):
     assert replace(sizes_of(fused), rank=16).kept.all == 92 * 1024 + 128 + 2 * 4 * 64
 
 
-def test_what_is_trained_is_computed_by_stock_layers(fused):
-    """Masters in float32 under autocast: norms and sums in float32, a 16-bit copy for each of five linears."""
+def test_masters_are_computed_by_stock_layers_under_autocast(fused):
+    """Norms and sums in float32, a 16-bit copy for each of five linears; of one dtype, trained layers are fused."""
     frozen = sizes_of(fused)
+    in_16_bits = replace(frozen, compute=2, rank=0, is_trained=True)
+    assert in_16_bits.kept == replace(frozen, rank=0).kept and in_16_bits.computes_fused
+    numbers = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336
+    assert in_16_bits.layer_passing(1) - frozen.layer_passing(1) == pytest.approx(2 * numbers, rel=0.001)
+    tiled = [sizes.layer_passing(65536, recomputes=True) for sizes in (in_16_bits, frozen)]
+    assert 0 < tiled[0] - tiled[1] <= (2 + 4) * numbers
     trained = replace(frozen, size=4, compute=2, rank=0, is_trained=True).kept
     hidden, queries, keys, inner = 4096, 4096, 1024, 14336
     assert trained.all == 18 * hidden + 4 * queries + 4 * keys + 8 * inner + 4 * 32

@@ -113,18 +113,18 @@ def read_projection(layer: nn.Module, *, as_frozen: bool = False) -> Projection 
         return f"{kind} computes in a way of its own"
     if kind == "Linear4bit" and getattr(weight.quant_state, "packing_format_for_cpu", False):
         return "4-bit weights are packed for inference"
-    plain = Projection(base, None, None, 0.0)
-    if not as_frozen:
-        trained = (one if one is not None and one.requires_grad else None for one in (weight, bias))
-        plain = Projection(base, None, None, 0.0, None, 0.0, None, *trained)
+    own = weight if weight.requires_grad and not as_frozen else None
+    own_bias = bias if bias is not None and bias.requires_grad and not as_frozen else None
+    if own_bias is not None and kind != "Linear":
+        return "biases of quantised weights are trained"
     if not adapted or module.disable_adapters or module.merged:
-        return plain
+        return Projection(base, None, None, 0.0, weight=own, bias=own_bias)
     factors = module._modules
     first, second = factors["lora_A"]._modules, factors["lora_B"]._modules
     names = [name for name in module.active_adapters if name in first]
     if not names:
-        return plain
-    if plain.is_trained:
+        return Projection(base, None, None, 0.0, weight=own, bias=own_bias)
+    if own is not None or own_bias is not None:
         return "base weights are trained beside an adapter"
     if len(names) > 1:
         return "several adapters are active"
