@@ -80,11 +80,11 @@ def test_a_run_that_is_asked_to_stop_saves_on_all_ranks(model, tmp_path, monkeyp
         steps, end = tmp_path / "telemetry.jsonl", time.monotonic() + 100
         while not (steps.exists() and len(steps.read_text().splitlines()) > 3) and time.monotonic() < end:
             time.sleep(0.1)
-        os.kill(agent.pid, signal.SIGTERM)
-        agent.join(100)
+        os.kill(agent, signal.SIGTERM)
+        code = forked.end(agent)
         said.seek(0)
         text = said.read()
     (checkpoint,) = tmp_path.glob("checkpoint-*")
     assert f"SIGTERM: stopped after step {step_of(checkpoint.name)} of 5000, saved in {checkpoint}; " in text
     assert not problems(checkpoint) and "rank 0 is done" not in text
-    assert agent.exitcode == 143 and "SIGTERM: all ranks were ended." in text and "Traceback" not in text
+    assert code == 143 and "SIGTERM: all ranks were ended." in text and "Traceback" not in text

@@ -57,8 +57,7 @@ def test_a_terminal_shows_a_table_above_the_bar(model, tmp_path, monkeypatch):
         pass
     os.close(leader)
     text = written.decode()
-    process.join(60)
-    assert process.exitcode == 0, text
+    assert forked.end(process) == 0, text
     assert "\x1b[" in text, "it is coloured"
     lines = screen(text.replace("\r\n", "\n"))
     for step in (2, 4, 6):
