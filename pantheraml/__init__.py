@@ -25,14 +25,19 @@ _EXPORTS: dict[str, str] = {
     "barrier": "distributed.process_group",
     "broadcast_object": "distributed.process_group",
     "cleanup_multi_gpu": "distributed.process_group",
+    "disable_multi_gpu": "hooks.enable",
     "distributed_context": "distributed.process_group",
+    "enable_multi_gpu": "hooks.enable",
+    "get_active_config": "hooks.enable",
     "get_chat_template": "data.chat_templates",
     "get_local_rank": "distributed.process_group",
+    "get_multi_gpu_status": "hooks.enable",
     "get_rank": "distributed.process_group",
     "get_world_size": "distributed.process_group",
     "is_bfloat16_supported": "devices.inventory",
     "is_distributed_available": "distributed.process_group",
     "is_main_process": "distributed.process_group",
+    "is_multi_gpu_enabled": "hooks.enable",
     "notebook_launch": "distributed.notebook",
     "setup_multi_gpu": "distributed.process_group",
     "standardize_data_formats": "data.conversations",
@@ -62,6 +67,13 @@ if TYPE_CHECKING:
         setup_multi_gpu,
     )
     from pantheraml.fast_model import FastLanguageModel, FastModel
+    from pantheraml.hooks.enable import (
+        disable_multi_gpu,
+        enable_multi_gpu,
+        get_active_config,
+        get_multi_gpu_status,
+        is_multi_gpu_enabled,
+    )
     from pantheraml.training.arguments import PantheraMLTrainingArguments, UnslothTrainingArguments
     from pantheraml.training.distributed import PantheraMLDistributedTrainer, UnslothDistributedTrainer
     from pantheraml.training.trainer import PantheraMLTrainer, UnslothTrainer
@@ -81,14 +93,19 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "cleanup_multi_gpu",
+    "disable_multi_gpu",
     "distributed_context",
+    "enable_multi_gpu",
+    "get_active_config",
     "get_chat_template",
     "get_local_rank",
+    "get_multi_gpu_status",
     "get_rank",
     "get_world_size",
     "is_bfloat16_supported",
     "is_distributed_available",
     "is_main_process",
+    "is_multi_gpu_enabled",
     "notebook_launch",
     "setup_multi_gpu",
     "standardize_data_formats",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,16 +14,8 @@ from pantheraml.devices.model_parts import ModelParts
 from pantheraml.devices.peak_memory import COMPONENTS
 from pantheraml.devices.plan import Plan, PlanChoice, PlanRequest, choose_plan
 from pantheraml.errors import ConfigError, ModelLoadError, did_you_mean
+from pantheraml.models.method_parts import METHODS, parts_of, smaller_parts
 
-# Flags of from_pretrained for each method.
-METHODS: dict[str, dict[str, bool]] = {
-    "lora": {"load_in_16bit": True},
-    "qlora": {"load_in_4bit": True},
-    "fp8": {"load_in_fp8": True},
-    "full": {"full_finetuning": True},
-}
-# What is advised where a method does not fit.
-_SMALLER = {"lora": ("fp8", "qlora"), "fp8": ("qlora",), "full": ("lora", "qlora"), "qlora": ()}
 # By how much stored weights may differ from those that are counted: a head that is stored beside its embedding, say.
 _FAR = 0.02
 _RECOMPUTE: dict[str, bool | Literal["auto"]] = {"auto": "auto", "true": True, "false": False}
@@ -56,10 +47,11 @@ def plan_of(options: PlanOptions) -> tuple[PlanRequest, PlanChoice]:
     _one_of("--method", options.method, list(METHODS))
     _one_of("--recompute", options.recompute, list(_RECOMPUTE))
     gpus = read_gpus(options.gpus)
+    from pantheraml.models.loading import load_config
     from pantheraml.models.source import resolve_config
 
-    folder = resolve_config(options.model)
-    parts = _measure(folder, options.method, options.rank)
+    config = load_config(resolve_config(options.model))
+    parts = parts_of(config, options.method, options.rank)
     if parts is None:
         raise ModelLoadError(
             got=f"No family describes the architecture of '{options.model}'.",
@@ -76,10 +68,8 @@ def plan_of(options: PlanOptions) -> tuple[PlanRequest, PlanChoice]:
         cast("Spread | None", options.strategy),
         options.offload,
     )
-    smaller = {
-        f"--method {one}": partial(_measure, folder, one, options.rank) for one in _SMALLER[options.method]
-    }
-    return request, choose_plan(request, smaller)
+    smaller = smaller_parts(config, options.method, options.rank)
+    return request, choose_plan(request, {f"--method {one}": parts for one, parts in smaller.items()})
 
 
 def _one_of(name: str, value: str, known: list[str]) -> None:
@@ -89,22 +79,6 @@ def _one_of(name: str, value: str, known: list[str]) -> None:
             need=f"It is one of {', '.join(known)}.",
             fix=did_you_mean(value, known) or f"Leave it out for {known[0]}.",
         )
-
-
-def _measure(folder: Path, method: str, rank: int) -> ModelParts | None:
-    """The sizes of the model in ``folder``, trained by ``method``."""
-    import torch
-
-    from pantheraml.models.loading import load_config
-    from pantheraml.models.precision import PrecisionFlags, choose_precision
-    from pantheraml.models.weight_sizes import measure_parts
-
-    config = load_config(folder)
-    flags = PrecisionFlags(**METHODS[method])
-    stored = getattr(config, "quantization_config", None)
-    dtype = None if flags.full_finetuning else "bfloat16"
-    precision = choose_precision(flags, dtype, torch.device("cpu"), stored)
-    return measure_parts(config, precision, full_finetuning=flags.full_finetuning, rank=rank)
 
 
 def stored_note(model: str, parts: ModelParts) -> str | None:
