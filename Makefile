@@ -49,7 +49,8 @@ SAME := $(patsubst %,tests/distributed/test_%.py,settings process_group schedule
 	joining deepspeed pipeline_ranks) \
 	tests/training/test_prepared_once.py tests/training/test_terminal.py tests/export/test_hub.py
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest $(SPREAD) $(addprefix --ignore=,$(SAME)) tests/families tests/fused tests/training tests/distributed tests/export tests/facade
+	$(OLDEST)/bin/python -m pytest $(SPREAD) $(addprefix --ignore=,$(SAME)) tests/families tests/fused tests/training tests/distributed tests/export tests/facade \
+		tests/hooks/test_enable.py tests/hooks/test_ranks.py
 
 # What CI leaves out, since it takes long: more ranks, more ways to start them, a queue.
 test-slow: $(VENV)/installed
