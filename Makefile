@@ -46,7 +46,7 @@ coverage: $(VENV)/installed
 
 # What calls, reads or replaces parts of transformers, TRL and PEFT: every family loaded, fused, split, trained and saved,
 # the trainers, and a run of each strategy. Kernels, processes, files and arithmetic of ours are the same with all of them.
-OF_VERSIONS := tests/families tests/facade \
+OF_VERSIONS := tests/families tests/facade tests/hooks/test_enable.py tests/hooks/test_ranks.py \
 	$(addprefix tests/fused/test_,decoder_layer.py experts.py known_layers.py) \
 	$(addprefix tests/training/test_,arguments.py checkpoints.py head.py merging.py packing.py preference.py \
 		resume_oracle.py::test_two_ranks router_balance.py trainer.py trainer_edges.py) \

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -16,13 +15,11 @@ from pantheraml.devices.peak_memory import COMPONENTS
 from pantheraml.devices.plan import Plan, PlanChoice, PlanRequest, choose_plan
 from pantheraml.devices.plan_words import describe_choice
 from pantheraml.errors import ConfigError, HardwareError
-from pantheraml.models.optimal_config import check_method, parts_of, unknown_architecture
+from pantheraml.models.optimal_config import check_method, parts_of, smaller_parts, unknown_architecture
 
 if TYPE_CHECKING:
     from pantheraml.training.probe import Probe
 
-# What is advised where a method does not fit.
-_SMALLER = {"lora": ("fp8", "qlora"), "fp8": ("qlora",), "full": ("lora", "qlora"), "qlora": ()}
 # By how much stored weights may differ from those that are counted: a head that is stored beside its embedding, say.
 _FAR = 0.02
 _RECOMPUTE: dict[str, bool | Literal["auto"]] = {"auto": "auto", "true": True, "false": False}
@@ -76,10 +73,8 @@ def plan_of(options: PlanOptions) -> tuple[PlanRequest, PlanChoice]:
         cast("Spread | None", options.strategy),
         options.offload,
     )
-    smaller = {
-        f"--method {one}": partial(parts_of, config, one, options.rank) for one in _SMALLER[options.method]
-    }
-    return request, choose_plan(request, smaller)
+    smaller = smaller_parts(config, options.method, options.rank)
+    return request, choose_plan(request, {f"--method {one}": parts for one, parts in smaller.items()})
 
 
 def stored_note(model: str, parts: ModelParts) -> str | None:

@@ -93,8 +93,12 @@ def gpu_of(name: str, memory: int) -> GpuKind:
     return replace(kind or replace(usual, has_fp8=True), name=name, memory=memory)
 
 
-def read_gpus(text: str) -> tuple[GpuKind, ...]:
+def read_gpus(text: str, option: str = "--gpus") -> tuple[GpuKind, ...]:
     """The GPUs that ``8xH200``, ``H200``, ``2 x 80GB`` or ``4x24GiB`` means.
+
+    Args:
+        text: how many, and what they are.
+        option: what the user wrote it for, for the error.
 
     Raises:
         ConfigError: a text that means none.
@@ -103,7 +107,7 @@ def read_gpus(text: str) -> tuple[GpuKind, ...]:
     count = int(found[1]) if found is not None and found[1] else 1
     if found is None or not 1 <= count <= 4096:
         raise ConfigError(
-            got=f"--gpus {text!r} was given.",
+            got=f"{option} {text!r} was given.",
             need="It is how many there are and what they are.",
             fix=_EXAMPLE,
         )
@@ -113,7 +117,7 @@ def read_gpus(text: str) -> tuple[GpuKind, ...]:
         memory = int(float(size[1]) * unit)
         if memory < GIB:
             raise ConfigError(
-                got=f"--gpus {text!r} was given.",
+                got=f"{option} {text!r} was given.",
                 need="A GPU has 1 GiB of memory or more.",
                 fix=_EXAMPLE,
             )
@@ -121,7 +125,7 @@ def read_gpus(text: str) -> tuple[GpuKind, ...]:
     kind = known_gpu(found[2])
     if kind is None:
         raise ConfigError(
-            got=f"--gpus {text!r} names {found[2]!r}, which is not in the table of GPUs.",
+            got=f"{option} {text!r} names {found[2]!r}, which is not in the table of GPUs.",
             need=f"It has {', '.join(_TABLE)}.",
             fix=f"{did_you_mean(found[2], list(_TABLE))} {_EXAMPLE}".strip(),
         )

@@ -15,6 +15,7 @@ from typing import NamedTuple
 NVML_LIBRARY = "libnvidia-ml.so.1"
 GIB = 1024**3
 _UUID_BYTES = 96
+_NAME_BYTES = 96
 _TEMPERATURE_OF_GPU = 0
 # GiB that CUDA's context, NCCL's buffers and the driver itself may take beside what a process allocates.
 _BESIDE = 3.0
@@ -46,6 +47,7 @@ class GPUState:
         power: W.
         temperature: degrees Celsius.
         processes: GiB of each process, by its number as the driver counts them (in a container: another than ours).
+        name: as ``nvidia-smi`` prints it; empty where the driver does not tell.
     """
 
     used: float
@@ -53,6 +55,7 @@ class GPUState:
     power: float | None
     temperature: int | None
     processes: dict[int, float | None]
+    name: str = ""
 
     def used_by_others(self, pid: int, reserved: float) -> float:
         """GiB that other processes took; where the driver does not name ours, what is far more than we need, or 0.
@@ -147,6 +150,7 @@ class NVML:
             power=None if power is None else power / 1000,
             temperature=temperature.value if known == _OK else None,
             processes=self._processes(device),
+            name=self._name(device),
         )
 
     def driver(self) -> Driver | None:
@@ -186,6 +190,11 @@ class NVML:
     def _number(self, function: str, device: c_void_p) -> int | None:
         value = c_uint()
         return value.value if getattr(self._library, function)(device, byref(value)) == _OK else None
+
+    def _name(self, device: c_void_p) -> str:
+        name = (c_char * _NAME_BYTES)()
+        known = self._library.nvmlDeviceGetName(device, name, c_uint(_NAME_BYTES))
+        return name.value.decode() if known == _OK else ""
 
     def _processes(self, device: c_void_p) -> dict[int, float | None]:
         count = c_uint(0)

@@ -24,17 +24,26 @@ def visible_memory(
         variables: the environment; None is that of this process.
         nvml: the driver's library; None is that of the machine.
     """
-    variables = os.environ if variables is None else variables
-    nvml = nvml or open_nvml()
-    states = _states(nvml, variables) if nvml is not None else None
+    states = visible_states(variables, nvml)
     if states is None:
         return _torch_memory(what)
     left = {index: state.total - (state.used if what == "free" else 0) for index, state in enumerate(states)}
     return {index: int(size * GIB) for index, size in left.items()}
 
 
-def _states(nvml: NVML, variables: Mapping[str, str]) -> list[GPUState] | None:
-    """The visible GPUs in CUDA's order; None where NVML cannot tell."""
+def visible_states(
+    variables: Mapping[str, str] | None = None, nvml: NVML | None = None
+) -> list[GPUState] | None:
+    """The GPUs that this process sees as they are now, in CUDA's order; None where NVML cannot tell.
+
+    Args:
+        variables: as for ``visible_memory``.
+        nvml: likewise.
+    """
+    variables = os.environ if variables is None else variables
+    nvml = nvml or open_nvml()
+    if nvml is None:
+        return None
     gpus = nvml.gpus()
     visible = select_visible(gpus, variables.get("CUDA_VISIBLE_DEVICES"))
     if visible is None or any(gpu.is_split for gpu in visible):

@@ -50,10 +50,9 @@ def setup_multi_gpu(config: MultiGPUConfig | None = None) -> MultiGPUConfig:
     Raises:
         ConfigError: the script cannot be started again, or its surroundings contradict the settings.
     """
-    global _settings  # noqa: PLW0603
     config = config_of(config)
     if config != MultiGPUConfig():
-        _settings = config
+        set_settings_of_run(config)
     environment = ensure_ranks(config)
     if environment.world_size > 1 and not dist.is_initialized():
         _create(config, environment)
@@ -65,6 +64,12 @@ def setup_multi_gpu(config: MultiGPUConfig | None = None) -> MultiGPUConfig:
 def settings_of_run() -> MultiGPUConfig:
     """The settings that ``setup_multi_gpu`` was given last, for a trainer that gets none of its own."""
     return _settings
+
+
+def set_settings_of_run(config: MultiGPUConfig) -> None:
+    """Let ``config`` be the settings for trainers that get none of their own."""
+    global _settings  # noqa: PLW0603
+    _settings = config
 
 
 def cleanup_multi_gpu() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pantheraml.config.multi_gpu import MultiGPUConfig
@@ -24,6 +26,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "fp8": {"load_in_fp8": True},
     "full": {"full_finetuning": True},
 }
+# What is advised where one does not fit.
+_SMALLER = {"lora": ("fp8", "qlora"), "fp8": ("qlora",), "full": ("lora", "qlora"), "qlora": ()}
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,13 @@ def parts_of(config: PretrainedConfig, method: str, rank: int = 16) -> ModelPart
     dtype = None if flags.full_finetuning else "bfloat16"
     precision = choose_precision(flags, dtype, torch.device("cpu"), stored)
     return measure_parts(config, precision, full_finetuning=flags.full_finetuning, rank=rank)
+
+
+def smaller_parts(
+    config: PretrainedConfig, method: str, rank: int = 16
+) -> dict[str, Callable[[], ModelParts | None]]:
+    """The parts by methods that take less than ``method``, by their names."""
+    return {one: partial(parts_of, config, one, rank) for one in _SMALLER[method]}
 
 
 def check_method(name: str, method: str) -> None:

@@ -1,8 +1,8 @@
 """The ledger of what was swapped in one model.
 
-A ``PatchSet`` changes instances (a model, its parts, its config, a wrapper around it), never a class or
-a module of another library, and can undo it: after ``revert()`` the model computes bitwise what it
-computed before. Each change says where, what and why; what could not be changed says why not.
+A ``PatchSet`` changes instances (a model, its parts, its config, a wrapper around it), and can undo it: after
+``revert()`` the model computes bitwise what it computed before. ``hooks/`` alone gives it a class of another library.
+Each change says where, what and why; what could not be changed says why not.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class PatchSet:
         self._skipped.clear()
 
     def _set(self, owner: object, name: str, value: object, what: str, why: str) -> None:
-        place = type(owner).__name__
+        place = (owner if isinstance(owner, type) else type(owner)).__name__
         held = getattr(owner, name, None)
         if isinstance(value, nn.Module | Tensor) or isinstance(held, nn.Module | Tensor):
             raise ConfigError(

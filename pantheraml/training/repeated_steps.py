@@ -59,6 +59,8 @@ class _Step:
 class RepeatedSteps(FiniteSteps):
     """The part of the trainer that repeats steps for which memory was too short."""
 
+    # Whether a step that does not fit is repeated, and evaluation cut; else memory that runs out ends the run.
+    repeats_steps = True
     _at_hand: _Step | None = None
     # Of the model of this run; without a reduction its steps cannot be repeated.
     _reduced_model: nn.Module | None = None
@@ -113,7 +115,8 @@ class RepeatedSteps(FiniteSteps):
 
     def prediction_step(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         """TRL's; a batch of evaluation that does not fit goes through the model in parts."""
-        if self._strategy.talks_in_passes or tensor_group_of(cast(nn.Module, self.model)) is not None:
+        talks = self._strategy.talks_in_passes or tensor_group_of(cast(nn.Module, self.model)) is not None
+        if talks or not self.repeats_steps:
             return super().prediction_step(model, inputs, *args, **kwargs)
         forward: Any = HalvedForward(model, self._eval_limit)
         return super().prediction_step(forward, inputs, *args, **kwargs)
@@ -126,7 +129,9 @@ class RepeatedSteps(FiniteSteps):
             is_plain = self._loss_is_plain()
             # TRL's other losses talk to all ranks in every forward, and LOMO takes its step within the backward.
             optim = str(getattr(self.args.optim, "value", self.args.optim))
-            is_possible = (is_plain or self.args.world_size == 1) and "lomo" not in optim
+            is_possible = (
+                self.repeats_steps and (is_plain or self.args.world_size == 1) and "lomo" not in optim
+            )
             is_known = self.accelerator.distributed_type in (
                 DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU
             )  # fmt: skip

@@ -38,6 +38,17 @@ def format_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, text_field: str,
     return formatted
 
 
+def format_all(
+    rows: dict[str, Rows] | Rows | None, tokenizer: PreTrainedTokenizerBase, text_field: str
+) -> Any:
+    """Rows to evaluate on, or a mapping of name to rows, in a form TRL reads."""
+    if rows is None:
+        return None
+    if not isinstance(rows, dict):
+        return format_rows(rows, tokenizer, text_field, "evaluation")
+    return {name: format_rows(one, tokenizer, text_field, name) for name, one in rows.items()}
+
+
 @contextmanager
 def prepared_once() -> Iterator[None]:
     """A block in which TRL prepares rows: one rank of each machine fills the cache, however long it takes.

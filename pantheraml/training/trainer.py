@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import SFTConfig
 
+from pantheraml.config.multi_gpu import Recompute
 from pantheraml.data.masking import check_labels
 from pantheraml.data.preview import describe_sample
 from pantheraml.devices.memory import forget_peak, format_memory_stats, get_memory_stats, gpu_memory
@@ -57,6 +58,7 @@ from pantheraml.training.repeated_steps import RepeatedSteps
 from pantheraml.training.restarting import RestartedRuns
 from pantheraml.training.rows import (
     Rows,
+    format_all,
     format_rows,
     given_rows,
     prepared_once,
@@ -121,22 +123,13 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
             args, dataset_text_field=dataset_text_field, packing=packing, dataset_num_proc=dataset_num_proc
         )
         if formatting_func is None:
-            train_dataset = format_rows(
-                train_dataset, processing_class, config.dataset_text_field, "training"
+            train_dataset, eval_dataset = self._recognised(
+                train_dataset, eval_dataset, processing_class, config.dataset_text_field
             )
-            if isinstance(eval_dataset, dict):
-                eval_dataset = {
-                    name: format_rows(rows, processing_class, config.dataset_text_field, name)
-                    for name, rows in eval_dataset.items()
-                }
-            elif eval_dataset is not None:
-                eval_dataset = format_rows(
-                    eval_dataset, processing_class, config.dataset_text_field, "evaluation"
-                )
 
         self._join_run(config, model)
         state = get_state(model)
-        written = written_recompute(args)
+        written = self._wanted_recompute(args)
         if state is not None:
             state.recompute = state.recompute if written is None else written
             set_recompute_argument(config, is_recompute_forced(state.recompute))
@@ -173,6 +166,10 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         self._check_rows()
         self._trackers = TrackerGuard()
         self._trackers.cover(self.callback_handler)
+
+    def _wanted_recompute(self, args: TrainingArguments | None) -> bool | Recompute | None:
+        """The model's way to recompute, where something else than ``from_pretrained`` says one."""
+        return written_recompute(args)
 
     def _plan_memory(self) -> Predicted | None:
         """Plan recompute and merging for the longest batch, and predict what a step takes."""
@@ -247,6 +244,12 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         return result
 
     # --- data -----------------------------------------------------------------------------------------------
+
+    def _recognised(self, train: Rows, evaluation: Any, tokenizer: Any, text_field: str) -> tuple[Rows, Any]:
+        """Rows in any known format, in one that TRL reads."""
+        return format_rows(train, tokenizer, text_field, "training"), format_all(
+            evaluation, tokenizer, text_field
+        )
 
     def _prepare_dataset(
         self,

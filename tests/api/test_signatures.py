@@ -25,8 +25,13 @@ GUIDES = {
         "PantheraMLTrainingArguments",
         "UnslothTrainer",
         "UnslothTrainingArguments",
+        "disable_multi_gpu",
+        "enable_multi_gpu",
+        "get_active_config",
         "get_chat_template",
+        "get_multi_gpu_status",
         "is_bfloat16_supported",
+        "is_multi_gpu_enabled",
         "standardize_data_formats",
         "standardize_sharegpt",
         "to_sharegpt",
@@ -45,6 +50,7 @@ GUIDES = {
         "get_gpu_memory_info",
         "set_gpu_device",
     ],
+    "pantheraml.utils": ["ConfigManager", "DeviceManager", "MemoryManager"],
 }
 
 

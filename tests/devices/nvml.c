@@ -12,6 +12,7 @@ int nvmlDeviceGetHandleByUUID(const char *uuid, void **device) {
   return 2;
 }
 int nvmlDeviceGetUUID(void *device, char *name, unsigned length) { strncpy(name, uuids[*(int *)device], length); return 0; }
+int nvmlDeviceGetName(void *device, char *name, unsigned length) { strncpy(name, "NVIDIA H200", length); return *(int *)device; }
 int nvmlDeviceGetMigMode(void *device, unsigned *mode, unsigned *pending) { *mode = *pending = *(int *)device; return 0; }
 int nvmlDeviceGetMemoryInfo(void *device, Memory *m) { m->total = 8ull << 30; m->used = 3ull << 30; m->free = 5ull << 30; return 0; }
 int nvmlDeviceGetPowerUsage(void *device, unsigned *mw) { *mw = 250500; return *(int *)device ? 3 : 0; }

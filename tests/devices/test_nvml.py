@@ -31,6 +31,7 @@ def test_gpus_as_the_driver_tells(stand_in):
     assert (first.used, first.total, first.power, first.temperature) == (3.0, 8.0, 250.5, 61)
     assert first.processes == {100: 2.0, 101: None}, "of one of two it is not known how much it holds"
     assert second.power is None and second.processes == {}
+    assert (first.name, second.name) == ("NVIDIA H200", "")
     assert nvml.state("GPU-cccc") is None
 
 

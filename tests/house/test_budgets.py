@@ -30,7 +30,7 @@ FACADES = {
 }
 # A module is called after what it does. The guide's names are kept: they are thin.
 VAGUE_NAMES = {"common", "misc", "helper", "helpers", "util", "utils", "manager", "managers"}
-GUIDE_NAMES = {"pantheraml/kernels/utils.py"}
+GUIDE_NAMES = {"pantheraml/kernels/utils.py", "pantheraml/utils.py"}
 
 FORBIDDEN_CALLS = {"exec", "eval"}
 FORBIDDEN_NAMES = {"getsource", "getsourcelines", "getsourcefile"}

@@ -1,0 +1,1 @@
+"""Scripts that are not ours: an unchanged TRL script on every GPU, and the guides' managers."""

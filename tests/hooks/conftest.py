@@ -1,0 +1,14 @@
+"""What tests of hooks have in common."""
+
+from __future__ import annotations
+
+import pytest
+
+import pantheraml
+
+
+@pytest.fixture(autouse=True)
+def disabled():
+    """What a test enables ends with it."""
+    yield
+    pantheraml.disable_multi_gpu()
