@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
+from tqdm.auto import tqdm
 
 from pantheraml.log import say
 from settings import Settings
@@ -37,7 +37,7 @@ class Journal:
             say("TensorBoard is not installed: pip install tensorboard, to look at the run with it.")
         if self._is_main and done == 0:
             self._metrics.unlink(missing_ok=True)
-        self._bar = tqdm(main_process_only=True, total=settings.train_steps, initial=done, desc="steps")
+        self._bar = tqdm(total=settings.train_steps, initial=done, desc="steps", disable=not self._is_main)
 
     @property
     def _metrics(self) -> Path:

@@ -87,6 +87,8 @@ def load_settings(file: Path, words: Iterable[str] = ()) -> Settings:
             problems.append(f"{place.label if place else name}: {_in_words(name, one['type'], one['msg'])}")
     else:
         problems += _misfits(settings)
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
     if problems:
         raise ConfigError("\n  ".join([f"{len(problems)} settings are wrong:", *problems]))
     return settings

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from checkpoint import load_checkpoint, save_checkpoint
 from darkroom import best_return, split_goals
 from histories import EndlessBatches, HistoryRows
 from journal import Journal
-from learner import learn, spread
+from learner import Histories, learn, spread
 from pantheraml import MultiGPUConfig, setup_multi_gpu
 from rollout import Curve, curve_of, evaluate, plot
 from settings import Settings, load_settings
@@ -60,7 +61,9 @@ class Training:
             folder.mkdir(parents=True, exist_ok=True)
         accelerator.wait_for_everyone()
         self.goals, self.unseen = split_goals(settings.grid_size, settings.unseen_goals, settings.seed)
-        rows = self._learned_histories()
+        rows = HistoryRows(
+            self._learn(self.goals, spread(settings.learner_episodes, settings.context_episodes))
+        )
         torch.manual_seed(settings.seed)
         self.model = HistoryTransformer(
             settings.grid_size,
@@ -147,13 +150,12 @@ class Training:
         falling = 0.55 + 0.45 * math.cos(math.pi * step / settings.train_steps)
         return settings.learning_rate * rising * falling
 
-    def _learned_histories(self) -> HistoryRows:
-        """The rows; every rank makes the same ones, in seconds."""
+    def _learn(self, goals: torch.Tensor, kept: Sequence[int]) -> Histories:
+        """The histories of learners in rooms with these goals; every rank makes the same ones, in seconds."""
         settings = self.settings
-        goals = self.goals.repeat(settings.learners_per_goal)
-        kept = spread(settings.learner_episodes, settings.context_episodes)
+        goals = goals.repeat(settings.learners_per_goal)
         size, length = settings.grid_size, settings.episode_length
-        return HistoryRows(learn(goals, size, settings.learner_episodes, length, kept, settings.seed))
+        return learn(goals, size, settings.learner_episodes, length, kept, settings.seed)
 
     def _save(self, step: int) -> None:
         prepared = (self.accelerator, self.model, self.optimizer)
@@ -175,7 +177,9 @@ class Training:
         settings, accelerator = self.settings, self.accelerator
         best = best_return(self.unseen, settings.grid_size, settings.episode_length).double().mean().item()
         self.journal.close(returns=curve.mean, best_return=best)
-        if accelerator.is_main_process and find_spec("matplotlib"):
+        if not find_spec("matplotlib"):
+            self.journal.tell("There is no plot: pip install matplotlib, and type the same with --resume.")
+        elif accelerator.is_main_process:
             plot(self._curves(curve), best, self.folder / "in_context.png")
         accelerator.wait_for_everyone()
         return curve
@@ -183,21 +187,11 @@ class Training:
     def _curves(self, curve: Curve) -> dict[str, Curve]:
         """What is drawn: the model, and those whose learning it learned from, in the same rooms."""
         settings = self.settings
-        goals = self.unseen.repeat(settings.learners_per_goal)
-        first = range(settings.context_episodes)
-        learners = learn(
-            goals,
-            settings.grid_size,
-            settings.learner_episodes,
-            settings.episode_length,
-            first,
-            settings.seed,
-        )
+        learners = self._learn(self.unseen, range(settings.context_episodes))
+        theirs = f"Q-learning there, the first of its {settings.learner_episodes} episodes"
         return {
             "transformer in rooms with unseen goals, weights fixed": curve,
-            f"Q-learning there, the first of its {settings.learner_episodes} episodes": curve_of(
-                learners.returns()
-            ),
+            theirs: curve_of(learners.returns()),
         }
 
 
