@@ -61,8 +61,11 @@ def test_a_rank_that_fails_ends_the_job_with_its_code(cluster, options):
     assert done.returncode == 3, done.stderr
 
 
-def sbatch(cluster, folder, script, options, **variables):
-    """Submit a batch script of the examples, which prints to ``job.out`` in the folder that it runs in."""
+def sbatch(cluster, folder, script, options, *words, **variables):
+    """Submit a batch script of the examples, which prints to ``job.out`` in the folder that it runs in.
+
+    ``words`` are what stands behind the script's name.
+    """
     folder.mkdir(exist_ok=True)
     for name in ("examples", "pantheraml"):
         (folder / name).symlink_to(ROOT / name)
@@ -70,7 +73,7 @@ def sbatch(cluster, folder, script, options, **variables):
     variables |= dict(PATH=path, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     return cluster.run(
         "sbatch", "--parsable", f"--output={folder / 'job.out'}", f"--chdir={folder}", *options.split(),
-        ROOT / "examples" / "slurm" / f"{script}.sbatch", variables=variables, seconds=200,
+        ROOT / "examples" / script, *words, variables=variables, seconds=200,
     )  # fmt: skip
 
 
@@ -83,11 +86,24 @@ def sbatch(cluster, folder, script, options, **variables):
 )
 def test_the_batch_scripts_of_the_examples(cluster, tmp_path, script, options, ranks):
     """As they are printed, but for the sizes of these nodes."""
-    done = sbatch(cluster, tmp_path, script, f"--wait {options}", MAX_STEPS="2")
+    done = sbatch(cluster, tmp_path, f"slurm/{script}.sbatch", f"--wait {options}", MAX_STEPS="2")
     text = (tmp_path / "job.out").read_text()
     assert done.returncode == 0, text
     assert f"2 x 4 x {ranks} = {8 * ranks} rows a step" in text
     assert (tmp_path / "outputs/multi-gpu/adapter/adapter_model.safetensors").is_file()
+
+
+def test_the_batch_script_of_any_model(cluster, tmp_path):
+    """On two nodes, with settings small enough for CPUs."""
+    words = "mixed_precision=no grid_size=5 episode_length=5 n_transit=20 unseen_goals=4 learners_per_goal=2 " \
+        "learner_episodes=4 tf_n_embd=16 train_batch_size=4 num_workers=0 train_steps=2"  # fmt: skip
+    script = "algorithm_distillation/multi_gpu_train.slurm"
+    options = "--wait --nodes=2 --gpus-per-node=2 --cpus-per-task=1"
+    done = sbatch(cluster, tmp_path, script, options, *words.split())
+    text = (tmp_path / "job.out").read_text()
+    assert done.returncode == 0, text
+    assert text.count("Histories a step: 4 x 2 x 1 = 8 ") == 1 and text.count("step 2: return") == 1
+    assert (tmp_path / "runs/darkroom/checkpoint.pt").is_file()
 
 
 def wait_for(there, seconds=200):
@@ -109,8 +125,8 @@ def test_a_job_that_is_asked_to_is_saved_requeued_and_goes_on(cluster, tmp_path)
     """With the losses of a job that was left alone."""
     options, size = "--gpus-per-node=2 --cpus-per-task=1", dict(MAX_STEPS="40")
     asked, alone = tmp_path / "asked", tmp_path / "alone"
-    job = sbatch(cluster, asked, "requeue", options, **size).stdout.strip()
-    other = sbatch(cluster, alone, "requeue", options, **size).stdout.strip()
+    job = sbatch(cluster, asked, "slurm/requeue.sbatch", options, **size).stdout.strip()
+    other = sbatch(cluster, alone, "slurm/requeue.sbatch", options, **size).stdout.strip()
 
     def says(number, word):
         return word in cluster.run("scontrol", "show", "job", number).stdout
