@@ -13,7 +13,8 @@ from torch import nn
 from pantheraml.distributed.process_group import is_first_of_group
 from pantheraml.export.gathering import saved_together
 from pantheraml.export.merge import gather_merged
-from pantheraml.models.sharding import gathered_weights, is_sharded
+from pantheraml.models.sharding import is_sharded
+from pantheraml.models.shares import gathered_weights
 from pantheraml.models.zero3 import whole_on_first
 
 Method = TypeVar("Method", bound=Callable[..., Any])

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pantheraml.models.fp8 import Fp8Linear
-from pantheraml.models.sharding import whole
+from pantheraml.models.shares import whole
 
 
 def is_4bit(parameter: torch.Tensor) -> bool:

@@ -184,13 +184,16 @@ def _load_base(
 
     trust = request.trust_remote_code
     num_labels = loading.choose_num_labels(request.num_labels, config, source.adapter)
-    device_map = place.device_map
-    if request.sharding is not None and precision.storage == "plain":
+    device_map, cut = place.device_map, None
+    if request.sharding is not None:
+        from pantheraml.models.quantised_shares import cut_of
+
         # Into a mapped file: ranks share its memory, and read what they keep.
-        device_map, precision = {"": "cpu"}, as_stored(precision, config)
+        device_map, cut = {"": "cpu"}, cut_of(request.sharding)
+        precision = as_stored(precision, config) if precision.storage == "plain" else precision
     options = loading.LoadOptions(
         device_map, precision, request.attn_implementation, num_labels, trust, place.limits,
-        request.tensor_group,
+        request.tensor_group, cut,
     )  # fmt: skip
     devices = [place.device] if place.split is None else place.split.devices
     with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):

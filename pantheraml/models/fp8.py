@@ -24,7 +24,7 @@ from pantheraml.kernels.fp8 import DTYPE, LARGEST, quantise_rows
 from pantheraml.kernels.fp8_product import multiply, turn
 from pantheraml.kernels.launch import launching_on
 from pantheraml.kernels.workspace import borrow
-from pantheraml.models.sharding import whole
+from pantheraml.models.shares import whole
 
 METHOD = "pantheraml_fp8"
 # Tensor cores take e4m3 matrices in steps of 16.

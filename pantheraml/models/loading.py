@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from pantheraml.models.quantised_shares import Cut
     from pantheraml.models.tensor_group import TensorGroup
     from pantheraml.models.tensor_plan import Sharding
 
@@ -36,6 +37,7 @@ class LoadOptions:
         trust_remote_code: run the folder's own Python code.
         max_memory: bytes of each GPU, where transformers is to place the layers by itself.
         tensor_group: ranks that compute each layer together, if this one is one of them.
+        cut: what this rank keeps of weights that are quantised here, if ranks share them out.
     """
 
     device_map: str | dict[str, Any]
@@ -45,6 +47,7 @@ class LoadOptions:
     trust_remote_code: bool = False
     max_memory: Mapping[int, int] | None = None
     tensor_group: TensorGroup | None = None
+    cut: Cut | None = None
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -145,8 +148,9 @@ def load_model(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
     if options.attn_implementation is not None:
         kwargs["attn_implementation"] = options.attn_implementation
     stored: dict[str, Any] | None = getattr(config, "quantization_config", None)
+    quantisation = options.precision.quantization_config() if stored is None else None
     if stored is None:
-        kwargs["quantization_config"] = options.precision.quantization_config()
+        kwargs["quantization_config"] = _quantising(quantisation, options.cut)
     elif options.precision.storage == "4bit":  # the format is the checkpoint's, the computation ours
         compute = str(options.precision.dtype).removeprefix("torch.")
         config.quantization_config = {**stored, "bnb_4bit_compute_dtype": compute}
@@ -169,6 +173,10 @@ def load_model(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
     _check_report(folder, report, _odd_layers(model), new_head=new_head)
     if sharding is not None:
         sharding.settle(model)
+    if options.cut is not None and quantisation is not None:
+        from pantheraml.models.quantised_shares import settle
+
+        settle(model, quantisation)
     if stored is not None:
         _cast_plain(model, options.precision.dtype)
     if options.precision.storage == "4bit":
@@ -176,6 +184,15 @@ def load_model(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
     if options.precision.storage == "fp8":
         _settle_fp8(model)
     return model
+
+
+def _quantising(config: Any, cut: Cut | None) -> Any:
+    """How transformers is to quantise, of which the rank keeps its share where there are ranks."""
+    if config is None or cut is None:
+        return config
+    from pantheraml.models.quantised_shares import cutting
+
+    return cutting(config, cut)
 
 
 def _sharding(kind: Any, config: PretrainedConfig, options: LoadOptions) -> Sharding | None:
@@ -257,11 +274,13 @@ def _odd_layers(model: PreTrainedModel) -> list[str]:
     """Weights of linear layers with another shape than their layer's; transformers compares unquantised ones only."""
     from torch import nn
 
+    from pantheraml.models.shares import whole_shape
+
     return [
         f"{name}.weight"
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear)
-        and tuple(getattr(getattr(layer.weight, "quant_state", None), "shape", layer.weight.shape))
+        and tuple(getattr(getattr(layer.weight, "quant_state", None), "shape", whole_shape(layer.weight)))
         != (layer.out_features, layer.in_features)
     ]
 

@@ -25,7 +25,8 @@ from pantheraml.devices.peak_memory import (
     peak_memory,
 )
 from pantheraml.models.recompute_plan import RecomputePlan, kept_bytes, sizes_of, unpacked_bytes
-from pantheraml.models.sharding import device_of, gathered_bytes, local
+from pantheraml.models.sharding import device_of, gathered_bytes
+from pantheraml.models.shares import local
 from pantheraml.models.stack_memory import beside_bytes
 from pantheraml.models.stack_memory import unpacked_bytes as unpacked_buffers
 

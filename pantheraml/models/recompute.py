@@ -32,7 +32,8 @@ from pantheraml.models.recompute_plan import (
     unpacked_bytes,
 )
 from pantheraml.models.sharded_linear import tensor_group_of
-from pantheraml.models.sharding import device_of, gathered_bytes, local
+from pantheraml.models.sharding import device_of, gathered_bytes
+from pantheraml.models.shares import local
 
 if TYPE_CHECKING:
     from pantheraml.models.state import ModelState

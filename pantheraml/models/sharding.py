@@ -12,7 +12,7 @@ on every rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -20,17 +20,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._dtensor_spec import TensorMeta
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pantheraml.config.combinations import refusal
 from pantheraml.models.decoder_layers import layers_of
+from pantheraml.models.shares import Bytes, cut, joined, local, whole_shape
 from pantheraml.models.state import get_state
 
 
@@ -71,7 +72,7 @@ def shard_model(model: PreTrainedModel, sharding: Sharding, dtype: torch.dtype |
 
     model.requires_grad_(sharding.trained)
     for layer in layers_of(model):
-        packed = _PackedWeights(layer)
+        packed = _PackedWeights(layer, sharding.device)
         vectors = {weight for weight in layer.parameters() if weight.ndim < 2}
         _shard(
             layer, sharding, dtype, ignored=None if sharding.trained else vectors, offload=sharding.offload
@@ -100,6 +101,8 @@ def bring_whole(model: nn.Module, device: torch.device, dtype: torch.dtype | Non
     for parameter in model.parameters():
         if not isinstance(parameter, DTensor):
             parameter.data = parameter.data.to(device, _held_in(parameter, dtype))
+            if (state := getattr(parameter, "quant_state", None)) is not None:
+                state.to(device)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
@@ -116,6 +119,15 @@ def place_adapter(model: nn.Module) -> None:
 def is_sharded(model: nn.Module) -> bool:
     """Whether ranks share out weights of ``model``."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def let_go(model: nn.Module) -> None:
+    """Let ranks have shares of all weights again: embedding and head stay gathered after a forward without a backward.
+
+    Who lists the parameters then, as an optimizer does, gets copies that nobody reads any more.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def check_adapter_settings(model: nn.Module, settings: dict[str, Any]) -> None:
@@ -144,62 +156,6 @@ def check_adapter_settings(model: nn.Module, settings: dict[str, Any]) -> None:
             raise refusal(
                 "fsdp", name, f"{name}={settings[name]!r} was given for weights that ranks share out."
             )
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """``tensor`` as one process would hold it; gathered from all ranks, which have to ask for it together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of ``tensor``."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def gathered_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """``model.state_dict()`` as one process would have it, in host memory; every rank has to ask for it.
-
-    Args:
-        model: whose weights ranks share out.
-        keep: whether this rank wants it; the others take part, and get nothing.
-    """
-    found: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        value = whole(tensor)
-        if keep:
-            found[name] = value.detach().to("cpu", copy=True)
-    return found
-
-
-def share_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """The share of ``tensor``, which every rank has whole, that this rank holds of a tensor ``like`` it."""
-    if not isinstance(like, DTensor):
-        return tensor
-    return _joined(cut(tensor, like).to(local(like).device, copy=True), like)
-
-
-def cut(tensor: Tensor, like: DTensor) -> Tensor:
-    """A view of the part of ``tensor`` that this rank holds of ``like``; nothing is sent."""
-    for axis, placement in enumerate(like.placements):
-        if isinstance(placement, Shard):
-            parts, place = (
-                tensor.chunk(like.device_mesh.size(axis), placement.dim),
-                like.device_mesh.get_local_rank(axis),
-            )
-            tensor = parts[place] if place < len(parts) else tensor.narrow(placement.dim, 0, 0)
-    return tensor
-
-
-def _joined(share: Tensor, like: DTensor) -> DTensor:
-    """The tensor of which this rank holds ``share``, as ``like`` is shared out; the share stays on its device."""
-    if (
-        share.device.type != like.device_mesh.device_type
-    ):  # from_local would bring it from host memory to the GPU
-        about = replace(like._spec, tensor_meta=TensorMeta(like.shape, like.stride(), share.dtype))
-        return DTensor(share, about, requires_grad=False)
-    return DTensor.from_local(
-        share, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
 
 
 def device_of(layer: nn.Module) -> torch.device:
@@ -237,18 +193,22 @@ class _PackedWeights:
 
     Args:
         layer: with weights as bitsandbytes has packed them.
+        device: of this rank, where their scales are kept.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, device: torch.device) -> None:
         self._known: list[tuple[Any, dict[str, Any]]] = []
         for linear in cast("Iterator[Any]", layer.modules()):
             weight = linear._parameters.get("weight")
             if getattr(weight, "quant_state", None) is not None:
                 about = {name: getattr(weight, name) for name in _OF_PACKED if hasattr(weight, name)}
                 self._known.append((linear, about))
+                about["quant_state"].to(device)
                 # Bytes, whatever bitsandbytes stores them as: copies of floating ones may change the bits of NaNs.
-                packed = weight.data.view(torch.uint8).view(-1, 1)
-                linear.weight = nn.Parameter(packed, requires_grad=False)
+                values = weight.data.view(torch.uint8).view(-1, 1)
+                packed: Any = nn.Parameter(values, requires_grad=False)
+                packed.whole_shape = torch.Size(((weight.quant_state.shape.numel() + 1) // 2, 1))
+                linear.weight = packed
 
     def watch(self, layer: nn.Module) -> None:
         """Tell them now, and whenever ``layer`` has been gathered."""
@@ -285,6 +245,8 @@ def _shard(
         offload_policy=CPUOffloadPolicy(pin_memory=pins) if offload else OffloadPolicy(),
         ignored_params=ignored or None,
     )
+    if any(tensor.itemsize == 1 for tensor in loaded.values()):
+        cast(Any, module).set_custom_all_gather(Bytes())
     # transformers after 5.17 lets each class of layers recompute in its forward; FSDP's, made of one, inherits that.
     made = type(module)
     if isinstance(module, GradientCheckpointingLayer) and "forward" in vars(made):
@@ -311,7 +273,7 @@ def _lift(module: nn.Module, dtype: torch.dtype | None, ignored: set[nn.Paramete
             if parameter not in empty:
                 held = _held_in(parameter, dtype)
                 floating = held if held.is_floating_point else torch.float8_e4m3fn
-                shape = torch.empty_like(parameter, device="meta", dtype=floating)
+                shape = torch.empty(whole_shape(parameter), device="meta", dtype=floating)
                 empty[parameter] = nn.Parameter(shape, requires_grad=parameter.requires_grad)
             loaded[part, name] = parameter.data
             part._parameters[name] = empty[parameter]
@@ -326,8 +288,11 @@ def _fill(loaded: dict[Place, Tensor], device: torch.device) -> None:
         assert isinstance(parameter, DTensor)
         if id(parameter) not in filled:
             held = parameter.dtype if tensor.is_floating_point() else tensor.dtype
-            share = cut(tensor, parameter).to(device, held, copy=True)
-            filled[id(parameter)] = nn.Parameter(_joined(share, parameter), parameter.requires_grad)
+            is_share = tensor.shape != parameter.shape
+            share = (
+                tensor.to(device, held) if is_share else cut(tensor, parameter).to(device, held, copy=True)
+            )
+            filled[id(parameter)] = nn.Parameter(joined(share, parameter), parameter.requires_grad)
         part._parameters[name] = filled[id(parameter)]
 
 

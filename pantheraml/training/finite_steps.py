@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from pantheraml.distributed.process_group import broadcast_object
 from pantheraml.errors import NonFiniteError
 from pantheraml.log import warn
-from pantheraml.models.sharding import whole
+from pantheraml.models.shares import whole
 from pantheraml.training.going_back import go_back, last_whole_of
 from pantheraml.training.non_finite import SKIP, STOP, Finding, findings
 from pantheraml.training.pipelining import PipelinedSteps

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from pantheraml.models.sharding import bring_whole, gathered_weights, is_sharded, share_of, whole
+from pantheraml.models.sharding import bring_whole, is_sharded
+from pantheraml.models.shares import gathered_weights, share_of, whole
 from pantheraml.models.state import get_state
 from pantheraml.training.run_record import RecordedRun
 

@@ -21,14 +21,8 @@ from pantheraml.models.fused.decoder_layer import FusedDecoderLayer, apply_layer
 from pantheraml.models.fused.functions import AttentionInput
 from pantheraml.models.fused.layer_function import FusedLayer
 from pantheraml.models.recompute_plan import sizes_of
-from pantheraml.models.sharding import (
-    bring_whole,
-    gathered_weights,
-    is_sharded,
-    local,
-    shard_model,
-    whole,
-)
+from pantheraml.models.sharding import bring_whole, is_sharded, shard_model
+from pantheraml.models.shares import gathered_weights, local, whole
 from pantheraml.models.state import get_state
 from tests import tiny
 from tests.distributed.ranks import run_ranks
@@ -37,6 +31,7 @@ from tests.distributed.test_parity import rows
 LOADS = {
     "lora": dict(load_in_4bit=False),
     "qlora": dict(load_in_4bit=True),
+    "fp8": dict(load_in_fp8=True),
     "full": dict(full_finetuning=True),
 }
 SHARED = MultiGPUConfig(strategy="fsdp", shard_frozen=True)
@@ -90,6 +85,8 @@ def train(folder, output, kind, config, *layout):
     trainer, _ = trainer_of(folder, output, kind, config, *layout)
     layers = [p for name, p in trainer.model.named_parameters() if ".layers." in name and "lora_" not in name]
     before = sum(local(p).nbytes for p in layers)
+    if config is not None and kind == "full":
+        trainer.evaluate()  # leaves the embedding gathered
     trainer.train()
     return {
         "figures": figures(trainer),
@@ -105,14 +102,17 @@ def alone(folder, output, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "layout"), [("lora", (2, 2)), ("qlora", (4, 1)), ("full", (4, 1)), ("full", (2, 2))]
+    ("kind", "layout"),
+    [("lora", (2, 2)), ("qlora", (4, 1)), ("fp8", (4, 1)), ("full", (4, 1)), ("full", (2, 2))],
 )
 def test_equals_one_process(folder, tmp_path, kind, layout):
     found = run_ranks(2, train, folder, tmp_path, kind, SHARED, *layout)
     expected = alone(folder, tmp_path, kind)
     assert len(expected["figures"]) == 8
-    np.testing.assert_allclose(found[0]["figures"], expected["figures"], rtol=2e-6, atol=2e-6)
-    assert found[0]["eval"] == found[1]["eval"] == pytest.approx(expected["eval"], rel=1e-6)
+    # FP8 rows are rounded by their largest value, which may come to another number in a smaller batch.
+    within = 5e-4 if kind == "fp8" else 2e-6
+    np.testing.assert_allclose(found[0]["figures"], expected["figures"], rtol=within, atol=within)
+    assert found[0]["eval"] == found[1]["eval"] == pytest.approx(expected["eval"], rel=within / 2)
     assert found[0]["bytes"] < 0.53 * expected["bytes"]  # norms stay whole beside an adapter
     assert "shared out" in found[0]["said"]
 
@@ -189,7 +189,7 @@ def go_on(folder, output, kind, config):
     return figures(trainer)
 
 
-@pytest.mark.parametrize("kind", LOADS)
+@pytest.mark.parametrize("kind", ["lora", "qlora", "full"])
 def test_saved_whole_and_gone_on_with_by_any_number_of_ranks(folder, tmp_path, kind):
     found = run_ranks(2, save_on_all, folder, tmp_path, kind)
     assert all(one["sharded"] for one in found)
@@ -399,8 +399,7 @@ def train_away(folder, output, kind):
     torch.nn.Module._apply = watched
     config = MultiGPUConfig(strategy="fsdp", shard_frozen=True, cpu_offload=True)
     trainer, _ = trainer_of(folder, output, kind, config, 4, 1)
-    if kind == "lora":  # accelerate prepares the model for that, too
-        trainer.evaluate()
+    trainer.evaluate()  # accelerate prepares the model for that, too
     trainer.train()
     found = {"figures": figures(trainer), "said": trainer._strategy.describe(), "moved": len(moved)}
     bring_whole(trainer.model, torch.device("cpu"), torch.float64)  # there is no other device: by their dtype

@@ -23,7 +23,7 @@ from pantheraml import (
     setup_multi_gpu,
 )
 from pantheraml.distributed.process_group import gather_objects
-from pantheraml.models.sharding import local
+from pantheraml.models.shares import local
 from tests import tiny
 from tests.distributed.test_parity import rows
 

@@ -34,7 +34,7 @@ def main(model_name: str, folder: str, ranks: int, kind: str, config: dict) -> N
         PantheraMLTrainingArguments,
         is_main_process,
     )
-    from pantheraml.models.sharding import local
+    from pantheraml.models.shares import local
     from tests.distributed.test_parity import rows
 
     model, tokenizer = FastLanguageModel.from_pretrained(
