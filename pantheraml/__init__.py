@@ -30,6 +30,7 @@ _EXPORTS: dict[str, str] = {
     "get_local_rank": "distributed.process_group",
     "get_rank": "distributed.process_group",
     "get_world_size": "distributed.process_group",
+    "initialize_distributed": "training.initialize",
     "is_bfloat16_supported": "devices.inventory",
     "is_distributed_available": "distributed.process_group",
     "is_main_process": "distributed.process_group",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from pantheraml.fast_model import FastLanguageModel, FastModel
     from pantheraml.training.arguments import PantheraMLTrainingArguments, UnslothTrainingArguments
     from pantheraml.training.distributed import PantheraMLDistributedTrainer, UnslothDistributedTrainer
+    from pantheraml.training.initialize import initialize_distributed
     from pantheraml.training.trainer import PantheraMLTrainer, UnslothTrainer
 
 __all__ = [
@@ -86,6 +88,7 @@ __all__ = [
     "get_local_rank",
     "get_rank",
     "get_world_size",
+    "initialize_distributed",
     "is_bfloat16_supported",
     "is_distributed_available",
     "is_main_process",

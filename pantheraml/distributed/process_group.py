@@ -57,9 +57,20 @@ def setup_multi_gpu(config: MultiGPUConfig | None = None) -> MultiGPUConfig:
     environment = ensure_ranks(config)
     if environment.world_size > 1 and not dist.is_initialized():
         _create(config, environment)
-    elif environment.world_size > 1 and not _made:
+    elif environment.world_size > 1 and not _is_made_so(config):
         say_once("the ranks talk already, through a process group with a backend and a timeout of its own.")
     return config
+
+
+def join_early() -> None:
+    """Let ranks that others started talk to one another before there are settings, as the defaults say.
+
+    Training arguments need a process group; without ours they make one that cannot talk between hosts' memories.
+    """
+    environment = LaunchEnvironment.detect()
+    if os.environ.get("LOCAL_RANK") and environment.world_size > 1 and not dist.is_initialized():
+        # It is not known yet whether ranks have several GPUs.
+        _create(_settings, ensure_ranks(_settings), is_bound=False)
 
 
 def settings_of_run() -> MultiGPUConfig:
@@ -68,7 +79,9 @@ def settings_of_run() -> MultiGPUConfig:
 
 
 def cleanup_multi_gpu() -> None:
-    """Destroy the process group, if there is one."""
+    """End a run: destroy the process group, if there is one, and forget the settings."""
+    global _settings  # noqa: PLW0603
+    _settings = MultiGPUConfig()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -178,7 +191,15 @@ def all_reduce_scalar(value: float, op: Literal["sum", "mean", "max", "min"] = "
     return total.item() / (dist.get_world_size() if op == "mean" else 1)
 
 
-def _create(config: MultiGPUConfig, environment: LaunchEnvironment) -> None:
+def _is_made_so(config: MultiGPUConfig) -> bool:
+    """Whether we made the process group, with what ``config`` says of it beside the defaults."""
+    return _made_with is not None and all(
+        getattr(config, name) in (getattr(MultiGPUConfig, name), getattr(_made_with, name))
+        for name in ("backend", "timeout_minutes")
+    )
+
+
+def _create(config: MultiGPUConfig, environment: LaunchEnvironment, *, is_bound: bool = True) -> None:
     device, has_several = rank_device(), len(rank_devices()) > 1
     backend: str = config.backend
     if device.type == "cuda":
@@ -196,8 +217,8 @@ def _create(config: MultiGPUConfig, environment: LaunchEnvironment) -> None:
             need="This torch was built without MPI.",
             fix="Leave backend out for NCCL between GPUs, or write backend='gloo'.",
         )
-    global _made  # noqa: PLW0603
-    _made = True
+    global _made_with  # noqa: PLW0603
+    _made_with = config
     timeout = timedelta(minutes=config.timeout_minutes)
     store, _, _ = next(dist.rendezvous("env://", environment.rank, environment.world_size, timeout=timeout))
     dist.init_process_group(
@@ -208,7 +229,7 @@ def _create(config: MultiGPUConfig, environment: LaunchEnvironment) -> None:
         rank=environment.rank,
         world_size=environment.world_size,
         # A group that is bound to one GPU reduces nothing on a rank's others.
-        device_id=device if device.type == "cuda" and not has_several else None,
+        device_id=device if device.type == "cuda" and is_bound and not has_several else None,
     )
     atexit.register(_leave)
 
@@ -269,7 +290,7 @@ def main_process_first(local: bool = True) -> Iterator[None]:
 # Ranks take the same turns in the same order, so their keys agree.
 _turns, _groups = count(), count()
 _settings = MultiGPUConfig()
-_made = False  # whether a process group was made here
+_made_with: MultiGPUConfig | None = None  # settings of the process group that was made here
 
 
 def connect_store() -> Store:

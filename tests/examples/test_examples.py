@@ -202,6 +202,21 @@ def test_the_multi_gpu_example_on_two_ranks(tmp_path):
     assert (tmp_path / "outputs/multi-gpu/adapter/adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_the_multi_gpu_example_by_accelerate(tmp_path):
+    """With every flag of its docstring."""
+    run = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--mixed_precision=bf16",
+         "--num_machines=1", "--dynamo_backend=no", "--main_process_port=0", str(ROOT / "examples/multi_gpu_training.py"),
+         "--max-steps", "2", "--advanced"],
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "DistributedType.MULTI_CPU" in run.stdout and "Mixed precision type: bf16" in run.stdout
+    assert run.stderr.count("are trained in bf16; ") == 1
+    assert (tmp_path / "outputs/multi-gpu/adapter/adapter_model.safetensors").is_file()
+
+
 def test_an_example_runs_as_it_is_typed(tmp_path):
     """In a process and a folder of its own, with the command of its docstring."""
     run = subprocess.run(
