@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 from pantheraml.version import __version__
 
 _EXPORTS: dict[str, str] = {
+    "AggregationMethod": "training.aggregation",
     "FastLanguageModel": "fast_model",
     "FastModel": "fast_model",
     "MultiGPUConfig": "config.multi_gpu",
+    "MultiGPUTrainer": "training.direct",
     "PantheraMLDistributedTrainer": "training.distributed",
     "PantheraMLTrainer": "training.trainer",
     "PantheraMLTrainingArguments": "training.arguments",
@@ -63,15 +65,19 @@ if TYPE_CHECKING:
         setup_multi_gpu,
     )
     from pantheraml.fast_model import FastLanguageModel, FastModel
+    from pantheraml.training.aggregation import AggregationMethod
     from pantheraml.training.arguments import PantheraMLTrainingArguments, UnslothTrainingArguments
+    from pantheraml.training.direct import MultiGPUTrainer
     from pantheraml.training.distributed import PantheraMLDistributedTrainer, UnslothDistributedTrainer
     from pantheraml.training.initialize import initialize_distributed
     from pantheraml.training.trainer import PantheraMLTrainer, UnslothTrainer
 
 __all__ = [
+    "AggregationMethod",
     "FastLanguageModel",
     "FastModel",
     "MultiGPUConfig",
+    "MultiGPUTrainer",
     "PantheraMLDistributedTrainer",
     "PantheraMLTrainer",
     "PantheraMLTrainingArguments",

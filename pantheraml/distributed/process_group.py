@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
@@ -170,6 +170,17 @@ def gather_objects(value: T) -> list[T]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
+
+
+def gather_numbers(values: Sequence[float]) -> list[list[float]]:
+    """``values`` of each rank, by rank, in float64, on every rank; all pass as many. Sooner done than objects are."""
+    if not is_distributed_available():
+        return [list(values)]
+    found = torch.zeros(dist.get_world_size(), len(values), dtype=torch.float64)
+    found[dist.get_rank()] = torch.tensor(values, dtype=torch.float64)
+    found = found.to(_device())
+    dist.all_reduce(found)
+    return found.tolist()
 
 
 def all_reduce_scalar(value: float, op: Literal["sum", "mean", "max", "min"] = "sum") -> float:
