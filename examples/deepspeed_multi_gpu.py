@@ -15,12 +15,10 @@ from datasets import load_dataset
 
 from pantheraml import (
     FastLanguageModel,
-    MultiGPUConfig,
     PantheraMLDistributedTrainer,
     PantheraMLTrainingArguments,
     barrier,
-    is_main_process,
-    setup_multi_gpu,
+    initialize_distributed,
 )
 from pantheraml.data.debug_dataset import load_debug_dataset
 from pantheraml.demo.base_model import build_base_model
@@ -32,11 +30,6 @@ parser.add_argument("--output", type=Path, default=Path("outputs/deepspeed"))
 parser.add_argument("--max-steps", type=int, default=30)
 parser.add_argument("--zero-stage", type=int, choices=range(4), help="without accelerate's file; 2 is usual")
 options = parser.parse_args()
-
-config = MultiGPUConfig()  # what accelerate launch says
-if options.zero_stage is not None:
-    config = MultiGPUConfig(strategy="deepspeed", zero_stage=options.zero_stage)
-setup_multi_gpu(config)
 
 args = PantheraMLTrainingArguments(
     output_dir=str(options.output / "run"),
@@ -50,11 +43,12 @@ args = PantheraMLTrainingArguments(
     save_strategy="no",
     multi_gpu_strategy="deepspeed",
 )
+accelerator = initialize_distributed(strategy="deepspeed", zero_stage=options.zero_stage, args=args)
 
 rows = load_dataset("json", data_files=options.data, split="train") if options.data else load_debug_dataset()
 if options.model is None:
     options.model = str(options.output / "base-model")
-    if is_main_process():
+    if accelerator.is_main_process:
         build_base_model(Path(options.model), map(str, rows))
     barrier()  # the others wait for it
 

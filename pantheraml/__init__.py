@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 from pantheraml.version import __version__
 
 _EXPORTS: dict[str, str] = {
+    "AggregationMethod": "training.aggregation",
     "FastLanguageModel": "fast_model",
     "FastModel": "fast_model",
     "MultiGPUConfig": "config.multi_gpu",
+    "MultiGPUTrainer": "training.direct",
     "PantheraMLDistributedTrainer": "training.distributed",
     "PantheraMLTrainer": "training.trainer",
     "PantheraMLTrainingArguments": "training.arguments",
@@ -37,6 +39,7 @@ _EXPORTS: dict[str, str] = {
     "get_optimal_config": "models.optimal_config",
     "get_rank": "distributed.process_group",
     "get_world_size": "distributed.process_group",
+    "initialize_distributed": "training.initialize",
     "is_bfloat16_supported": "devices.inventory",
     "is_distributed_available": "distributed.process_group",
     "is_main_process": "distributed.process_group",
@@ -78,14 +81,19 @@ if TYPE_CHECKING:
         is_multi_gpu_enabled,
     )
     from pantheraml.models.optimal_config import get_optimal_config
+    from pantheraml.training.aggregation import AggregationMethod
     from pantheraml.training.arguments import PantheraMLTrainingArguments, UnslothTrainingArguments
+    from pantheraml.training.direct import MultiGPUTrainer
     from pantheraml.training.distributed import PantheraMLDistributedTrainer, UnslothDistributedTrainer
+    from pantheraml.training.initialize import initialize_distributed
     from pantheraml.training.trainer import PantheraMLTrainer, UnslothTrainer
 
 __all__ = [
+    "AggregationMethod",
     "FastLanguageModel",
     "FastModel",
     "MultiGPUConfig",
+    "MultiGPUTrainer",
     "PantheraMLDistributedTrainer",
     "PantheraMLTrainer",
     "PantheraMLTrainingArguments",
@@ -107,6 +115,7 @@ __all__ = [
     "get_optimal_config",
     "get_rank",
     "get_world_size",
+    "initialize_distributed",
     "is_bfloat16_supported",
     "is_distributed_available",
     "is_main_process",

@@ -48,7 +48,7 @@ def join(
         ConfigError: arguments that contradict each other, or what started this process.
     """
     config = None if use_multi_gpu in (None, False) else config_of(use_multi_gpu)
-    if use_multi_gpu in (None, True) and settings_of_run().way == "pipeline":
+    if use_multi_gpu is True or (use_multi_gpu is None and settings_of_run().way == "pipeline"):
         config = settings_of_run()  # as setup_multi_gpu was told
     request = replace(request, max_memory=_one_max_memory(request, config))
     if config is not None and config.way == "pipeline":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
@@ -56,9 +56,20 @@ def setup_multi_gpu(config: MultiGPUConfig | None = None) -> MultiGPUConfig:
     environment = ensure_ranks(config)
     if environment.world_size > 1 and not dist.is_initialized():
         _create(config, environment)
-    elif environment.world_size > 1 and not _made:
+    elif environment.world_size > 1 and not _is_made_so(config):
         say_once("the ranks talk already, through a process group with a backend and a timeout of its own.")
     return config
+
+
+def join_early() -> None:
+    """Let ranks that others started talk to one another before there are settings, as the defaults say.
+
+    Training arguments need a process group; without ours they make one that cannot talk between hosts' memories.
+    """
+    environment = LaunchEnvironment.detect()
+    if os.environ.get("LOCAL_RANK") and environment.world_size > 1 and not dist.is_initialized():
+        # It is not known yet whether ranks have several GPUs.
+        _create(_settings, ensure_ranks(_settings), is_bound=False)
 
 
 def settings_of_run() -> MultiGPUConfig:
@@ -73,7 +84,9 @@ def set_settings_of_run(config: MultiGPUConfig) -> None:
 
 
 def cleanup_multi_gpu() -> None:
-    """Destroy the process group, if there is one."""
+    """End a run: destroy the process group, if there is one, and forget the settings."""
+    global _settings  # noqa: PLW0603
+    _settings = MultiGPUConfig()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -164,6 +177,17 @@ def gather_objects(value: T) -> list[T]:
     return found
 
 
+def gather_numbers(values: Sequence[float]) -> list[list[float]]:
+    """``values`` of each rank, by rank, in float64, on every rank; all pass as many. Sooner done than objects are."""
+    if not is_distributed_available():
+        return [list(values)]
+    found = torch.zeros(dist.get_world_size(), len(values), dtype=torch.float64)
+    found[dist.get_rank()] = torch.tensor(values, dtype=torch.float64)
+    found = found.to(_device())
+    dist.all_reduce(found)
+    return found.tolist()
+
+
 def all_reduce_scalar(value: float, op: Literal["sum", "mean", "max", "min"] = "sum") -> float:
     """``value`` of all ranks, summed in float64 (or their mean, largest or smallest); the same on every rank.
 
@@ -183,7 +207,15 @@ def all_reduce_scalar(value: float, op: Literal["sum", "mean", "max", "min"] = "
     return total.item() / (dist.get_world_size() if op == "mean" else 1)
 
 
-def _create(config: MultiGPUConfig, environment: LaunchEnvironment) -> None:
+def _is_made_so(config: MultiGPUConfig) -> bool:
+    """Whether we made the process group, with what ``config`` says of it beside the defaults."""
+    return _made_with is not None and all(
+        getattr(config, name) in (getattr(MultiGPUConfig, name), getattr(_made_with, name))
+        for name in ("backend", "timeout_minutes")
+    )
+
+
+def _create(config: MultiGPUConfig, environment: LaunchEnvironment, *, is_bound: bool = True) -> None:
     device, has_several = rank_device(), len(rank_devices()) > 1
     backend: str = config.backend
     if device.type == "cuda":
@@ -201,8 +233,8 @@ def _create(config: MultiGPUConfig, environment: LaunchEnvironment) -> None:
             need="This torch was built without MPI.",
             fix="Leave backend out for NCCL between GPUs, or write backend='gloo'.",
         )
-    global _made  # noqa: PLW0603
-    _made = True
+    global _made_with  # noqa: PLW0603
+    _made_with = config
     timeout = timedelta(minutes=config.timeout_minutes)
     store, _, _ = next(dist.rendezvous("env://", environment.rank, environment.world_size, timeout=timeout))
     dist.init_process_group(
@@ -213,7 +245,7 @@ def _create(config: MultiGPUConfig, environment: LaunchEnvironment) -> None:
         rank=environment.rank,
         world_size=environment.world_size,
         # A group that is bound to one GPU reduces nothing on a rank's others.
-        device_id=device if device.type == "cuda" and not has_several else None,
+        device_id=device if device.type == "cuda" and is_bound and not has_several else None,
     )
     atexit.register(_leave)
 
@@ -274,7 +306,7 @@ def main_process_first(local: bool = True) -> Iterator[None]:
 # Ranks take the same turns in the same order, so their keys agree.
 _turns, _groups = count(), count()
 _settings = MultiGPUConfig()
-_made = False  # whether a process group was made here
+_made_with: MultiGPUConfig | None = None  # settings of the process group that was made here
 
 
 def connect_store() -> Store:

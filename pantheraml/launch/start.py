@@ -18,8 +18,12 @@ from pantheraml.launch.slurm import read_step
 from pantheraml.log import say, say_once
 
 
-def ensure_ranks(config: MultiGPUConfig) -> LaunchEnvironment:
+def ensure_ranks(config: MultiGPUConfig, leave: Callable[[], None] | None = None) -> LaunchEnvironment:
     """What this process is in a run with ``config``; a plain script starts its ranks here and does not come back.
+
+    Args:
+        config: of the run.
+        leave: called before ranks are started: lets go of what they need and this process will not.
 
     Returns:
         The environment of a rank, or of the only process of a run.
@@ -58,6 +62,8 @@ def ensure_ranks(config: MultiGPUConfig) -> LaunchEnvironment:
             + " python FILE (or torchrun --nproc_per_node=N FILE), or pass MultiGPUConfig(num_processes=1).",
         )
     _say_note(environment)
+    if leave is not None:
+        leave()
     _say_if_cuda_was_touched()
     if several:
         _say_if_not_restarted(

@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from pantheraml.config.combinations import STORED, refusal
 from pantheraml.config.multi_gpu import MultiGPUConfig
+from pantheraml.launch.accelerate import is_deepspeed_launched
 
 
 def zero_stage_of(config: MultiGPUConfig) -> int | None:
@@ -30,8 +32,33 @@ def zero_stage_of(config: MultiGPUConfig) -> int | None:
     given = deepspeed_config()
     if given is not None:
         return given.get("zero_optimization", {}).get("stage", 0)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
-        return None
+    return _of_launcher() if is_deepspeed_launched() else None
+
+
+def launched_stage(args: Any) -> int | None:
+    """The stage of ZeRO that ``args.deepspeed`` or ``accelerate launch`` say; None where they say no DeepSpeed.
+
+    Args:
+        args: training arguments, or None.
+    """
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is not None:
+        return plugin.hf_ds_config.config["zero_optimization"].get("stage", 0)
+    return _of_launcher() if is_deepspeed_launched() else None
+
+
+@contextmanager
+def launched_alone() -> Iterator[None]:
+    """A block after which arguments are DeepSpeed's only if the launcher says so; accelerate would remember others."""
+    before = is_deepspeed_launched()
+    try:
+        yield
+    finally:
+        if not before:
+            os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+
+def _of_launcher() -> int:
     if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
         from accelerate.utils import DeepSpeedPlugin
 

@@ -12,7 +12,9 @@ from trl import SFTConfig
 
 from pantheraml.config.multi_gpu import MultiGPUConfig, Strategy
 from pantheraml.devices.inventory import is_bfloat16_supported, num_gpus
+from pantheraml.distributed.process_group import join_early
 from pantheraml.errors import ConfigError, did_you_mean
+from pantheraml.launch.accelerate import launched_precision
 from pantheraml.training.non_finite import POLICIES, RESTORE
 
 
@@ -45,8 +47,8 @@ class PantheraMLTrainingArguments(SFTConfig):
         use_cpu: on where there is no CUDA GPU.
         dataloader_pin_memory: off where there is no GPU to copy to.
         multi_gpu_strategy: as ``MultiGPUConfig.strategy``, for scripts that say it here; ``"auto"`` leaves it to that.
-        bf16: None (with ``fp16`` unset) chooses by hardware: bf16 where the GPU has it, else fp16 on a GPU,
-            float32 on a CPU (SFTConfig: bf16 everywhere).
+        bf16: None (with ``fp16`` unset) is what ``accelerate launch --mixed_precision`` says, or else what the hardware
+            has: bf16 where the GPU has it, else fp16 on a GPU, float32 on a CPU (SFTConfig: bf16 everywhere).
     """
 
     embedding_learning_rate: float | None = field(
@@ -82,6 +84,7 @@ class PantheraMLTrainingArguments(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        join_early()
         # transformers turns None into False; what the user wrote is kept apart. Its newer name for it wins.
         newer = getattr(self, "activation_checkpointing", None)
         self._written_recompute = self.gradient_checkpointing if newer is None else newer
@@ -90,8 +93,9 @@ class PantheraMLTrainingArguments(SFTConfig):
         on_gpu = not self.use_cpu
         self.dataloader_pin_memory = self.dataloader_pin_memory and on_gpu
         if self.bf16 is None and not self.fp16:
-            self.bf16 = on_gpu and is_bfloat16_supported()
-            self.fp16 = on_gpu and not self.bf16
+            of_hardware = ("bf16" if is_bfloat16_supported() else "fp16") if on_gpu else None
+            precision = launched_precision() or of_hardware
+            self.bf16, self.fp16 = precision == "bf16", precision == "fp16"
         rate = self.embedding_learning_rate
         if rate is not None and rate <= 0:
             raise ConfigError(
@@ -223,7 +227,7 @@ def pin_device(config: SFTConfig, device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def join_ranks(config: SFTConfig, ranks: int) -> None:
+def join_ranks(config: TrainingArguments, ranks: int) -> None:
     """Let arguments that were made for one process be those of a rank.
 
     Args:
@@ -233,9 +237,9 @@ def join_ranks(config: SFTConfig, ranks: int) -> None:
     Raises:
         ConfigError: they are those of one process still, so that each rank would train a model of its own.
     """
-    if ranks > 1 and config.world_size == 1 and num_gpus() == 0:
+    if ranks > 1 and config.world_size == 1:
         # Without use_cpu=True, accelerate takes each of several ranks on CPUs for a run of its own.
-        config.use_cpu = True
+        config.use_cpu = config.use_cpu or num_gpus() == 0
         config.__dict__.pop("_setup_devices", None)
     if ranks > 1 and config.device is not None and config.world_size == 1:
         raise ConfigError(

@@ -30,7 +30,7 @@ from pantheraml.models.recompute import is_recompute_forced, plan_ahead
 from pantheraml.models.sample_dropout import follow_samples
 from pantheraml.models.sharding import let_go
 from pantheraml.models.split import is_split
-from pantheraml.models.state import ModelState, get_state
+from pantheraml.models.state import get_state
 from pantheraml.training.arguments import (
     PantheraMLTrainingArguments,
     copy_batches_beside,
@@ -49,6 +49,7 @@ from pantheraml.training.banner import (
     longest_batch,
     predict_memory,
 )
+from pantheraml.training.default_adapter import ensure_adapter
 from pantheraml.training.evaluation import TokenSums
 from pantheraml.training.given import one_tokenizer, refuse_name
 from pantheraml.training.global_batch import resolve_global_batch
@@ -135,7 +136,7 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
             state.recompute = state.recompute if written is None else written
             set_recompute_argument(config, is_recompute_forced(state.recompute))
             if kwargs.get("peft_config") is None and not state.full_finetuning:
-                model = _ensure_adapter(model, state)
+                model = ensure_adapter(model, state)
             pin_device(config, model.device)
         copy_batches_beside(config)
         config.max_length = max_seq_length or resolve_max_length(
@@ -365,22 +366,6 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
 
 
 UnslothTrainer = PantheraMLTrainer
-
-
-def _ensure_adapter(model: Any, state: ModelState) -> Any:
-    """Attach a default LoRA adapter to a model that has none; a later trainer of the model goes on with it."""
-    if isinstance(model, PeftModel):
-        return model
-    if state.with_adapter is not None:
-        return state.with_adapter
-    say(
-        "this model has no adapter, so LoRA r=16 is attached to its projections; call get_peft_model for other "
-        "settings, or load with full_finetuning=True to train all weights."
-    )
-    from pantheraml.fast_model import FastLanguageModel
-
-    state.with_adapter = FastLanguageModel.get_peft_model(model)
-    return state.with_adapter
 
 
 @contextmanager

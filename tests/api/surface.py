@@ -36,6 +36,7 @@ def surface() -> dict[str, list[str]]:
         if isinstance(value, staticmethod):
             found[f"FastLanguageModel.{name}"] = parameters(value.__func__)
     found["PantheraMLTrainer"] = parameters(PantheraMLTrainer)
+    found["MultiGPUTrainer"] = parameters(pantheraml.MultiGPUTrainer)
     found["PantheraMLTrainer, methods of its own"] = sorted(
         name for name, value in vars(PantheraMLTrainer).items() if callable(value) and name[0] != "_"
     )

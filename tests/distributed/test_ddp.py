@@ -15,7 +15,7 @@ from pantheraml import (
     PantheraMLDistributedTrainer,
     PantheraMLTrainingArguments,
 )
-from pantheraml.distributed.strategies.ddp import averaging_in
+from pantheraml.distributed.data_parallel import averaging_in
 from tests import tiny
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_parity import rows

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pantheraml import cleanup_multi_gpu
 from pantheraml.cli.app import main
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +74,8 @@ def clone(tmp_path, monkeypatch, base_model):
         shutil.copytree(ROOT / part, tmp_path / part)
     shutil.copytree(base_model, tmp_path / "demo-output/base-model")
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yield tmp_path
+    cleanup_multi_gpu()  # each page is a run of its own
 
 
 @pages_with("python")

@@ -14,6 +14,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from pantheraml import cleanup_multi_gpu
+
 for run in json.load(sys.stdin):
     sys.argv = [run["script"], *run["arguments"]]
     with Path(run["printed"]).open("wb") as printed:
@@ -25,5 +27,6 @@ for run in json.load(sys.stdin):
         runpy.run_path(run["script"], run_name="__main__")
     except BaseException:  # one script that fails must not keep the others from running
         traceback.print_exc()
+    cleanup_multi_gpu()  # the next script is a run of its own
     sys.stdout.flush()
     sys.stderr.flush()

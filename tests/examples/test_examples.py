@@ -42,6 +42,7 @@ OWN = {
     "09_save_merge_reload": ("outputs/quickstart/merged", None),
     "10_larger_than_a_gpu": ("outputs/quickstart/merged", "rows.jsonl"),
     "deepspeed_multi_gpu": ("outputs/quickstart/merged", "rows.jsonl"),
+    "direct_trainer_usage": ("outputs/quickstart/merged", "rows.jsonl"),
     "multi_gpu_training": ("outputs/quickstart/merged", "rows.jsonl"),
 }
 FORMATS = {
@@ -199,6 +200,34 @@ def test_the_multi_gpu_example_on_two_ranks(tmp_path):
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("2 x 4 x 2 = 16 rows a step") == 1 and "cpu_1" in run.stderr
     assert run.stdout.count("2 ranks trained") == 1
+    assert (tmp_path / "outputs/multi-gpu/adapter/adapter_model.safetensors").is_file()
+
+
+def test_direct_trainer_usage_on_two_ranks(tmp_path):
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "examples/direct_trainer_usage.py"), "--max-steps", "3", "--num-gpus", "2"],
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("starting 2 ranks of this script") == 1
+    epochs = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert [(one["epoch"], one["steps"], one["rows"]) for one in epochs] == [(1, 3, 20), (2, 3, 20)]
+    assert epochs[1]["loss"] < epochs[0]["loss"]
+    assert is_adapter(tmp_path / "outputs/direct/adapter")
+
+
+@pytest.mark.slow
+def test_the_multi_gpu_example_by_accelerate(tmp_path):
+    """With every flag of its docstring."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--mixed_precision=bf16"]
+    launch += ["--num_processes=2", "--num_machines=1", "--dynamo_backend=no", "--main_process_port=0"]
+    run = subprocess.run(
+        [*launch, str(ROOT / "examples/multi_gpu_training.py"), "--max-steps", "2", "--advanced"],
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "DistributedType.MULTI_CPU" in run.stdout and "Mixed precision type: bf16" in run.stdout
+    assert run.stderr.count("are trained in bf16; ") == 1
     assert (tmp_path / "outputs/multi-gpu/adapter/adapter_model.safetensors").is_file()
 
 

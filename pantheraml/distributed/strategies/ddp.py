@@ -7,21 +7,17 @@ The gradients of an adapter are one small bucket.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.futures import Future
-from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 from pantheraml.config.multi_gpu import MultiGPUConfig
+from pantheraml.distributed.data_parallel import averaging_in, buffers_stay
 from pantheraml.distributed.strategies.base import Strategy
 from pantheraml.distributed.strategies.held_reduction import count_launches
 from pantheraml.errors import ConfigError
@@ -55,20 +51,6 @@ class _Settings(DistributedDataParallelKwargs):
             model.register_comm_hook(None, hook)
 
 
-def averaging_in(dtype: torch.dtype) -> Callable[..., Future[Tensor]]:
-    """A hook of DDP that averages gradients over all ranks, sent and added up in ``dtype``; they keep their own."""
-
-    # Without annotations: torch compares them with classes, and here they are text.
-    def average(state, bucket):  # pyright: ignore[reportMissingParameterType]
-        gradients = bucket.buffer()
-        # Divided before the sum, so that numbers of a small range do not overflow.
-        sent = gradients.to(dtype, copy=True).div_(dist.get_world_size())
-        done = cast(dist.Work, dist.all_reduce(sent, async_op=True))
-        return done.get_future().then(lambda _: gradients.copy_(sent))
-
-    return average
-
-
 def configure(
     accelerator: Any, args: TrainingArguments, model: nn.Module, config: MultiGPUConfig | None = None
 ) -> None:
@@ -87,8 +69,7 @@ def configure(
     if args.ddp_find_unused_parameters is None:
         found["find_unused_parameters"] = config is not None and config.find_unused_parameters
     if args.ddp_broadcast_buffers is None:  # they are the same on all ranks: tables of angles
-        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-        found["forward_sync_buffers" if renamed else "broadcast_buffers"] = False
+        found.update(buffers_stay())
     if config is not None and config.reduce_dtype is not None:
         found["reduce_dtype"] = getattr(torch, config.reduce_dtype)
     trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)

@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 from pantheraml.config.combinations import refusal
+from pantheraml.distributed.data_parallel import averaging_in
 from pantheraml.distributed.process_group import rank_devices
-from pantheraml.distributed.strategies.ddp import DDP, averaging_in
+from pantheraml.distributed.strategies.ddp import DDP
 from pantheraml.errors import ConfigError
 from pantheraml.models.split import without_device_map
 from pantheraml.models.state import get_state

@@ -1,0 +1,31 @@
+"""The order of imports, of arguments and of ``initialize_distributed`` does not matter."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
+from pathlib import Path
+
+from tests.launch.test_agent import run
+
+SCRIPT = Path(__file__).with_name("orders.py")
+ORDERS = [
+    "torch transformers pantheraml arguments ranks trl",  # as guides print it
+    "ranks pantheraml trl arguments transformers torch",
+    "trl arguments transformers ranks torch pantheraml",
+]
+
+
+def train(model, output, order):
+    code, out, err = run(SCRIPT, model, output, *order.split())
+    assert code == 0, f"{order}\n{err}"
+    return json.loads(out.splitlines()[-1])
+
+
+def test_every_order_trains_the_same(llama, tmp_path):
+    """Losses and gradient norms, to the last bit."""
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(train, repeat(llama), map(tmp_path.joinpath, "abc"), ORDERS))
+    assert len(found[0]["figures"]) == 2 and found[0]["is_one_state"]
+    assert found == [found[0]] * len(ORDERS)
