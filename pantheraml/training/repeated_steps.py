@@ -27,7 +27,7 @@ from pantheraml.models.state import get_state
 from pantheraml.training.evaluation_memory import HalvedForward
 from pantheraml.training.finite_steps import FiniteSteps
 from pantheraml.training.memory_advice import out_of_memory_error
-from pantheraml.training.pass_cuts import cut_batch, cut_flat, num_tokens
+from pantheraml.training.pass_cuts import cut_batch, cut_flat, filler, num_tokens
 from pantheraml.training.pass_limit import NO_LIMIT, PassLimit
 
 Batch = dict[str, Any]
@@ -102,7 +102,7 @@ class RepeatedSteps(FiniteSteps):
             step.go_back = self._remember()
         step.turns += 1
         is_last = step.turns == len(step.batches)
-        if self._tokens_at_a_time(step.batches) > self._limit.most:  # the last micro-batch brings all of them
+        if self._is_cut(step):  # the last micro-batch brings all of them
             loss = self._pass_all(model, step, num_items_in_batch) if is_last else self._no_loss()
         else:
             loss = self._pass(model, step, inputs, num_items_in_batch, is_last=is_last)
@@ -136,6 +136,12 @@ class RepeatedSteps(FiniteSteps):
             self._may_cut = is_plain
         return self._reduction is not None
 
+    def _is_cut(self, step: _Step) -> bool:
+        """Whether its micro-batches go through the model otherwise than they are; ranks that talk in passes agree."""
+        if self._reduction is not None and self._reduction.talks_in_passes:
+            return self._limit.most < NO_LIMIT
+        return self._tokens_at_a_time(step.batches) > self._limit.most
+
     # --- one attempt ----------------------------------------------------------------------------------------
 
     def _no_loss(self) -> Tensor:
@@ -143,24 +149,33 @@ class RepeatedSteps(FiniteSteps):
 
     def _pass(self, model: nn.Module, step: _Step, batch: Batch, num_items: Any, *, is_last: bool) -> Tensor:
         """Forward and backward of one pass, unless one has failed; one that does not fit is noted."""
-        if step.failed is not None:
-            return self._no_loss()
-        tokens = self._tokens_at_a_time([batch])
-        step.longest = max(step.longest, tokens)
-        assert self._reduction is not None
-        try:
-            with self._reduction.around(is_last=is_last):
-                return super().training_step(model, batch, num_items)
-        except RuntimeError as error:
-            if isinstance(error, PantheraMLError) or not is_out_of_memory(error):
-                raise
-        # The error, which held all that was computed, is gone here. In a pipeline all batches were on their way.
-        step.failed = step.longest if self._pieces else tokens
+        reduction = self._reduction
+        assert reduction is not None
+        if step.failed is None:
+            tokens = self._tokens_at_a_time([batch])
+            step.longest = max(step.longest, tokens)
+            try:
+                with reduction.around(is_last=is_last):
+                    return super().training_step(model, batch, num_items)
+            except RuntimeError as error:
+                if isinstance(error, PantheraMLError) or not is_out_of_memory(error):
+                    raise
+            # The error, which held all that was computed, is gone here. In a pipeline all batches were on their way.
+            step.failed = step.longest if self._pieces else tokens
+            model.zero_grad()
+            reduction.pass_failed()
+            clear_gpu_cache()
+        if reduction.talks_in_passes:
+            with reduction.around(is_last=is_last):
+                super().training_step(model, filler(step.batches[-1]), num_items)
         return self._no_loss()
 
     def _pass_all(self, model: nn.Module, step: _Step, num_items: Any) -> Tensor:
         """All of a step in passes within the limit; the sum of their losses."""
         passes = self._passes(step, self._limit.most)
+        if self._reduction is not None and self._reduction.talks_in_passes:
+            count = -self._hosts.least([-len(passes)])[0]
+            passes += [filler(step.batches[-1])] * (count - len(passes))
         self.begin_step(len(passes))
         losses = [
             self._pass(model, step, dict(batch), num_items, is_last=number == len(passes))

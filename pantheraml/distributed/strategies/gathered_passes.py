@@ -1,0 +1,101 @@
+"""What ranks that share weights out exchange in a pass, such that one that fails within it can take part until its end.
+
+Others wait for it in every gathering that follows. It therefore goes through the model once more with a few tokens,
+which makes FSDP2 ask for the same exchanges in the same order; those that it had taken part in before are left out.
+What it computes there is of zeros instead of weights, and nobody uses it: the step is repeated on all ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+# One of torch.distributed: fills an output from an input.
+Exchange = Callable[..., Any]
+# torch 2.13 has new names for them, and warns of the older ones.
+_all_gather: Exchange = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Exchange = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class PassExchanges:
+    """The exchanges of a pass in the order in which FSDP2 asks for them, counted.
+
+    Args:
+        model: with layers that FSDP2 shares out; its gatherings and reductions go through this object from now on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._root = next(module for module in model.modules() if isinstance(module, FSDPModule))
+        self._count = 0  # of the pass at hand
+        self._done = 0  # those that the others have seen already
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_all_gather(cast(Any, _Counted(self, _all_gather)))
+                module.set_custom_reduce_scatter(cast(Any, _Counted(self, _reduce_scatter)))
+
+    def begin(self) -> None:
+        """A pass begins, or the one that failed does once more."""
+        self._count = 0
+
+    def end(self) -> None:
+        """The pass is over: the next one is a new one."""
+        self._done = 0
+
+    def failed(self) -> None:
+        """The pass failed on this rank: what it has begun is forgotten, and what it has exchanged is remembered."""
+        done = max(self._done, self._count)
+        self._done = sys.maxsize  # nothing is exchanged to forget it
+        _forget_pass(self._root)
+        self._done = done
+
+    def pass_on(self, exchange: Exchange, output: Tensor, given: Tensor, **settings: Any) -> Any:
+        """Exchange, unless the others have seen it already: then the answer is zeros."""
+        is_new = self._count >= self._done
+        work = exchange(output, given, **settings) if is_new else None
+        self._count += 1
+        if not is_new:
+            output.zero_()
+        return work
+
+
+class _Counted:
+    """One kind of exchange, as FSDP2 calls it.
+
+    Args:
+        exchanges: that count it.
+        exchange: of torch.distributed.
+    """
+
+    def __init__(self, exchanges: PassExchanges, exchange: Exchange) -> None:
+        self._exchanges, self._exchange = exchanges, exchange
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for what is exchanged."""
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, **settings: Any) -> Any:
+        """What torch.distributed answers."""
+        return self._exchanges.pass_on(self._exchange, output_tensor, input_tensor, **settings)
+
+
+def _forget_pass(root: Any) -> None:
+    """Let FSDP2 forget the pass that it is in: layers are shared out again, and the next forward begins anew.
+
+    Args:
+        root: the outermost of its modules.
+    """
+    state = root._get_fsdp_state()
+    if state._is_root is None:  # no forward has reached it yet
+        return
+    if hasattr(root, "reset_iter_state"):  # torch 2.13
+        root.reset_iter_state()
+        return
+    # Before, the end of a backward is what sets everything back, but for what only a forward knows.
+    state._state_ctx.iter_forward_root = state._comm_ctx.all_gather_state = None
+    state._root_post_backward_final_callback()
