@@ -16,7 +16,6 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from pantheraml.devices.out_of_memory import is_out_of_memory
-from pantheraml.distributed.between_hosts import BetweenHosts
 from pantheraml.distributed.strategies.held_reduction import Reduction, reduction_of
 from pantheraml.errors import PantheraMLError
 from pantheraml.kernels.utils import clear_gpu_cache
@@ -63,7 +62,6 @@ class RepeatedSteps(FiniteSteps):
     # Of the model of this run; without a reduction its steps cannot be repeated.
     _reduced_model: nn.Module | None = None
     _reduction: Reduction | None = None
-    _hosts: BetweenHosts
     _may_cut = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -121,7 +119,7 @@ class RepeatedSteps(FiniteSteps):
     def _may_repeat(self, model: nn.Module) -> bool:
         """Whether steps of ``model`` can be repeated, found out once a run; every rank asks at its first step."""
         if self._reduced_model is not model:
-            self._reduced_model, self._hosts = model, BetweenHosts()
+            self._reduced_model = model
             model.train()
             is_plain = self._loss_is_plain()
             # TRL's other losses talk to all ranks in every forward, and LOMO takes its step within the backward.
@@ -174,7 +172,7 @@ class RepeatedSteps(FiniteSteps):
         """All of a step in passes within the limit; the sum of their losses."""
         passes = self._passes(step, self._limit.most)
         if self._reduction is not None and self._reduction.talks_in_passes:
-            count = -self._hosts.least([-len(passes)])[0]
+            count = self._hosts.most(len(passes))
             passes += [filler(step.batches[-1])] * (count - len(passes))
         self.begin_step(len(passes))
         losses = [

@@ -9,10 +9,11 @@ import pytest
 import torch.distributed as dist
 
 from pantheraml import FastLanguageModel, MultiGPUConfig
-from pantheraml.models.sharding import is_sharded, whole
+from pantheraml.models.sharding import is_sharded
+from pantheraml.training import merging
 from tests import tiny
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_out_of_memory import FITS, STEPS, Said, trainer_of
+from tests.distributed.test_out_of_memory import FITS, Said, trainer_of
 from tests.training.starving import Starved
 
 KINDS = {
@@ -20,16 +21,30 @@ KINDS = {
     "qlora": dict(load_in_4bit=True),
     "full": dict(full_finetuning=True),
 }
-SHARED = MultiGPUConfig(strategy="fsdp", shard_frozen=True)
-# In the forward, between what a layer gathers for its halves; in the backward, when half of a layer has its gradients;
-# where nothing has been gathered yet, and where all has.
-WHERE = {
-    "in a layer": dict(at="layers.1.self_attn"),
-    "in a layer's backward": dict(at="layers.1.self_attn", backward=True),
-    "before the first layer": dict(at="embed_tokens"),
-    "after the last layer": dict(at="norm"),
-    "before the last layer's backward": dict(at="norm", backward=True),
-    "in the first layer's backward": dict(at="layers.0.self_attn.q_proj", backward=True),
+STEPS = 2
+# Rows of 4 to 27 tokens go through the model one by one, or in two passes of the step's four rows a rank.
+MERGED = dict(merge_micro_batches=True, per_device_train_batch_size=1)
+IN_A_LAYER = dict(most=FITS, at="layers.1.self_attn")
+# Where half of a layer has its gradients.
+IN_ITS_BACKWARD = IN_A_LAYER | dict(backward=True)
+# Runs: what fits, by rank, and settings. One rank fails, also before anything is gathered and when all layers have been;
+# both do, apart.
+RUNS = {
+    "lora": [
+        ({1: IN_A_LAYER}, {}),
+        ({1: IN_ITS_BACKWARD}, {}),
+        ({}, MERGED),
+        ({0: IN_ITS_BACKWARD}, MERGED),
+    ],
+    "qlora": [({0: IN_ITS_BACKWARD, 1: IN_A_LAYER}, {})],
+    "full": [
+        ({1: IN_A_LAYER}, {}),
+        ({1: IN_ITS_BACKWARD}, MERGED),
+        ({0: IN_ITS_BACKWARD, 1: IN_A_LAYER}, {}),
+        ({1: dict(most=FITS, at="embed_tokens")}, {}),
+        ({1: dict(most=FITS, at="norm", backward=True)}, {}),
+        ({1: dict(most=FITS, at="layers.0.self_attn.q_proj", backward=True)}, {}),
+    ],
 }
 
 
@@ -38,15 +53,18 @@ def folder(tmp_path_factory):
     return tiny.save_checkpoint(tmp_path_factory.mktemp("llama"), "llama", num_hidden_layers=3)
 
 
-def train(folder, output, kind, starve, settings):
-    """A run; ``starve`` says what fits on the last rank."""
+def train(folder, output, kind, starve, settings, shard_size=None):
+    """A run; ``starve`` says what fits, by rank."""
+    merging.MOST_TOKENS = 60
+    config = MultiGPUConfig(strategy="fsdp", shard_frozen=True, shard_size=shard_size)
     model, tokenizer = FastLanguageModel.from_pretrained(
-        str(folder), max_seq_length=64, use_multi_gpu=SHARED, **KINDS[kind]
+        str(folder), max_seq_length=64, use_multi_gpu=config, **KINDS[kind]
     )
     if kind != "full":
         model = FastLanguageModel.get_peft_model(model, r=4, lora_dropout=0.3, random_state=1)
-    starved = Starved(model, **starve) if starve and dist.get_rank() == dist.get_world_size() - 1 else None
-    trainer, said = trainer_of(folder, output, model, tokenizer, **settings), Said()
+    rank = dist.get_rank()
+    starved = Starved(model, **starve.get(rank, dict(most=10**9)))
+    trainer, said = trainer_of(folder, output, model, tokenizer, **({"max_steps": STEPS} | settings)), Said()
     logging.getLogger("pantheraml").addHandler(said)
     trainer.train()
     logging.getLogger("pantheraml").removeHandler(said)
@@ -54,15 +72,20 @@ def train(folder, output, kind, starve, settings):
     figures = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens")
     return {
         "figures": [[entry[name] for name in figures] for entry in trainer.state.log_history[:-1]],
-        "weights": [whole(p.detach()).numpy() for p in model.parameters() if p.requires_grad],
+        "weights": [
+            getattr(p, "full_tensor", lambda p=p: p)().detach().numpy()
+            for p in model.parameters()
+            if p.requires_grad
+        ],
         "said": [line for line in said.lines if "ran out of memory" in line],
-        "failures": starved.failures if starved else [],
+        "failures": starved.failures,
+        "passes": starved.passes,
     }
 
 
-def train_all(folder, output, kind, starving, settings):
-    """An undisturbed run, and one for each of ``starving``."""
-    return [train(folder, output, kind, starve, settings) for starve in (None, *starving)]
+def train_all(folder, output, kind, runs, *sizes):
+    """An undisturbed run, and others."""
+    return [train(folder, output, kind, *run, *sizes) for run in (({}, {}), *runs)]
 
 
 def assert_same(found, wanted):
@@ -71,14 +94,32 @@ def assert_same(found, wanted):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_step_is_repeated_with_the_same_gradient(folder, tmp_path, kind):
-    starving = [dict(most=FITS) | where for where in WHERE.values()]
-    ranks = run_ranks(2, train_all, folder, tmp_path, kind, starving, {})
+def assert_repeated(ranks, runs):
+    """What all ranks of ``train_all`` returned: every run equals the undisturbed one."""
     for wanted, *found in ranks:
         assert len(wanted["figures"]) == STEPS
-        for mine, where in zip(found, WHERE, strict=True):
+        for mine in found:
             assert_same(mine, wanted)
-    for where, mine, told in zip(WHERE, ranks[1][1:], ranks[0][1:], strict=True):
-        print(kind, where, mine["failures"], told["said"])
-        assert mine["failures"] and len(told["said"]) == len(mine["failures"]) <= 3, where
+    for number, (starve, _) in enumerate(runs, 1):
+        found = [runs_of_rank[number] for runs_of_rank in ranks]
+        assert bool(found[0]["said"]) == bool(starve)
+        for rank in starve:
+            assert 0 < len(found[rank]["failures"]) <= 3 and max(found[rank]["passes"]) <= FITS, starve
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_step_is_repeated_with_the_same_gradient(folder, tmp_path, kind):
+    ranks = run_ranks(2, train_all, folder, tmp_path, kind, RUNS[kind])
+    assert_repeated(ranks, RUNS[kind])
+    for number, (starve, settings) in enumerate(RUNS[kind], 1):
+        if settings == MERGED and not starve:
+            passes = [one[number]["passes"] for one in ranks]
+            assert len(passes[0]) == len(passes[1]) < 4 * STEPS, "merged, as often on all ranks"
+            assert max(map(max, passes)) <= 60
+            print(passes)
+
+
+@pytest.mark.parametrize(("ranks", "size"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_copies_that_are_shared_out_each(folder, tmp_path, ranks, size):
+    runs = [({ranks - 1: IN_A_LAYER}, {}), ({ranks - 1: IN_ITS_BACKWARD}, {})]
+    assert_repeated(run_ranks(ranks, train_all, folder, tmp_path, "full", runs, size), runs)

@@ -7,20 +7,26 @@ What it computes there is of zeros instead of weights, and nobody uses it: the s
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 # One of torch.distributed: fills an output from an input.
 Exchange = Callable[..., Any]
 # torch 2.13 has new names for them, and warns of the older ones.
 _all_gather: Exchange = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Exchange = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _gather_bytes(output: Tensor, given: Tensor, **settings: Any) -> Any:
+    """Gather tensors of any dtype: gloo knows no FP8."""
+    return _all_gather(output.view(torch.uint8), given.view(torch.uint8), **settings)
 
 
 class PassExchanges:
@@ -31,13 +37,21 @@ class PassExchanges:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._root = next(module for module in model.modules() if isinstance(module, FSDPModule))
+        modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._root: Any = modules[0]
         self._count = 0  # of the pass at hand
-        self._done = 0  # those that the others have seen already
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_custom_all_gather(cast(Any, _Counted(self, _all_gather)))
-                module.set_custom_reduce_scatter(cast(Any, _Counted(self, _reduce_scatter)))
+        self._done, self._is_again = (
+            0,
+            False,
+        )  # those of a pass that failed, which the others have seen already
+        # What is shared out several times: the modules whose gradients the copies have added up in this pass.
+        self._added: list[FSDPModule] = []
+        has_copies = _has_copies(model)
+        for module in modules:
+            module.set_custom_all_gather(cast(Any, _Counted(self, _gather_bytes)))
+            module.set_custom_reduce_scatter(cast(Any, _Counted(self, _reduce_scatter)))
+            if has_copies:
+                module.set_all_reduce_hook(partial(self._note, module))
 
     def begin(self) -> None:
         """A pass begins, or the one that failed does once more."""
@@ -45,14 +59,23 @@ class PassExchanges:
 
     def end(self) -> None:
         """The pass is over: the next one is a new one."""
-        self._done = 0
+        for module in self._added:
+            module.set_requires_all_reduce(True, recurse=False)
+        if self._is_again:
+            _forget_pass(self._root)  # gradients that were not added up once more
+        self._done, self._is_again = 0, False
+        self._added.clear()
 
     def failed(self) -> None:
         """The pass failed on this rank: what it has begun is forgotten, and what it has exchanged is remembered."""
-        done = max(self._done, self._count)
-        self._done = sys.maxsize  # nothing is exchanged to forget it
+        self._done, self._is_again = max(self._done, self._count), True
         _forget_pass(self._root)
-        self._done = done
+        for module in self._added:
+            module.set_requires_all_reduce(False, recurse=False)
+
+    def _note(self, module: FSDPModule, gradients: Tensor) -> None:
+        del gradients
+        self._added.append(module)
 
     def pass_on(self, exchange: Exchange, output: Tensor, given: Tensor, **settings: Any) -> Any:
         """Exchange, unless the others have seen it already: then the answer is zeros."""
@@ -84,12 +107,19 @@ class _Counted:
         return self._exchanges.pass_on(self._exchange, output_tensor, input_tensor, **settings)
 
 
+def _has_copies(model: nn.Module) -> bool:
+    """Whether trained weights are shared out several times."""
+    return any(isinstance(one, DTensor) and one.device_mesh.ndim > 1 for one in model.parameters())
+
+
 def _forget_pass(root: Any) -> None:
     """Let FSDP2 forget the pass that it is in: layers are shared out again, and the next forward begins anew.
 
     Args:
         root: the outermost of its modules.
     """
+    for parameter in root.parameters():  # also those that are whole now, which an optimizer never sees
+        parameter.grad = None
     state = root._get_fsdp_state()
     if state._is_root is None:  # no forward has reached it yet
         return
@@ -99,3 +129,7 @@ def _forget_pass(root: Any) -> None:
     # Before, the end of a backward is what sets everything back, but for what only a forward knows.
     state._state_ctx.iter_forward_root = state._comm_ctx.all_gather_state = None
     state._root_post_backward_final_callback()
+    for one in state._state_ctx.all_states:
+        if one._fsdp_param_group is not None:
+            one._fsdp_param_group.reshard()  # one that failed when its gradients were taken
+            one._fsdp_param_group._partial_reduce_output = None

@@ -19,7 +19,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
@@ -214,16 +213,7 @@ def reduction_of(model: nn.Module) -> Reduction | None:
     if is_wrapped and model.static_graph:  # it counts the passes of its first step
         return None
     if is_sharded(model):
-        if has_trained_copies(model):
-            return None
         return GatheredWeights(model, HeldReduction(model) if is_wrapped else Reduction())
     if not is_wrapped:
         return Reduction() if group_size() == 1 else None
     return LaunchedBuckets(model) if model in _launches else HeldReduction(model)
-
-
-def has_trained_copies(model: nn.Module) -> bool:
-    """Whether trained weights are shared out several times: FSDP2 reduces their gradients in a way nobody can count."""
-    return any(
-        isinstance(one, DTensor) and one.requires_grad and one.device_mesh.ndim > 1 for one in model.parameters()
-    )
