@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -115,6 +116,15 @@ def place_adapter(model: nn.Module) -> None:
 def is_sharded(model: nn.Module) -> bool:
     """Whether ranks share out weights of ``model``."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def let_go(model: nn.Module) -> None:
+    """Let ranks have shares of all weights again: embedding and head stay gathered after a forward without a backward.
+
+    Who lists the parameters then, as an optimizer does, gets copies that nobody reads any more.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def check_adapter_settings(model: nn.Module, settings: dict[str, Any]) -> None:

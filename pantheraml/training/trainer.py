@@ -27,6 +27,7 @@ from pantheraml.models.packed_rows import keep_documents_apart
 from pantheraml.models.patching import PatchSet
 from pantheraml.models.recompute import is_recompute_forced, plan_ahead
 from pantheraml.models.sample_dropout import follow_samples
+from pantheraml.models.sharding import let_go
 from pantheraml.models.split import is_split
 from pantheraml.models.state import ModelState, get_state
 from pantheraml.training.arguments import (
@@ -234,6 +235,7 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
             return self._train(checkpoint, *args, **kwargs)
 
     def _train(self, *args: Any, **kwargs: Any) -> Any:
+        let_go(cast(nn.Module, self.model))
         self._predicted = self._plan_memory()
         self._say_plan()
         for device in self._predicted or {self.args.device}:

@@ -85,6 +85,8 @@ def train(folder, output, kind, config, *layout):
     trainer, _ = trainer_of(folder, output, kind, config, *layout)
     layers = [p for name, p in trainer.model.named_parameters() if ".layers." in name and "lora_" not in name]
     before = sum(local(p).nbytes for p in layers)
+    if config is not None and kind == "full":
+        trainer.evaluate()  # leaves the embedding gathered
     trainer.train()
     return {
         "figures": figures(trainer),
@@ -306,8 +308,7 @@ def train_away(folder, output, kind):
     torch.nn.Module._apply = watched
     config = MultiGPUConfig(strategy="fsdp", shard_frozen=True, cpu_offload=True)
     trainer, _ = trainer_of(folder, output, kind, config, 4, 1)
-    if kind == "lora":  # accelerate prepares the model for that, too
-        trainer.evaluate()
+    trainer.evaluate()  # accelerate prepares the model for that, too
     trainer.train()
     found = {"figures": figures(trainer), "said": trainer._strategy.describe(), "moved": len(moved)}
     bring_whole(trainer.model, torch.device("cpu"), torch.float64)  # there is no other device: by their dtype
