@@ -149,6 +149,8 @@ class RepeatedSteps(FiniteSteps):
         """Forward and backward of one pass, unless one has failed; one that does not fit is noted."""
         reduction = self._reduction
         assert reduction is not None
+        if self._most_tokens and not num_tokens(batch):  # it went into another one, and is no pass
+            return self._no_loss()
         if step.failed is None:
             tokens = self._tokens_at_a_time([batch])
             step.longest = max(step.longest, tokens)

@@ -40,11 +40,8 @@ class PassExchanges:
         modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._root: Any = modules[0]
         self._count = 0  # of the pass at hand
-        self._done, self._is_again = (
-            0,
-            False,
-        )  # those of a pass that failed, which the others have seen already
-        # What is shared out several times: the modules whose gradients the copies have added up in this pass.
+        self._done = 0  # of a pass that failed: those that the others have seen already
+        # Of what is shared out several times: the modules whose gradients the copies have added up in this pass.
         self._added: list[FSDPModule] = []
         has_copies = _has_copies(model)
         for module in modules:
@@ -55,21 +52,24 @@ class PassExchanges:
 
     def begin(self) -> None:
         """A pass begins, or the one that failed does once more."""
+        _start_anew(self._root)
         self._count = 0
 
     def end(self) -> None:
         """The pass is over: the next one is a new one."""
         for module in self._added:
             module.set_requires_all_reduce(True, recurse=False)
-        if self._is_again:
-            _forget_pass(self._root)  # gradients that were not added up once more
-        self._done, self._is_again = 0, False
+        self._done = 0
         self._added.clear()
 
     def failed(self) -> None:
         """The pass failed on this rank: what it has begun is forgotten, and what it has exchanged is remembered."""
-        self._done, self._is_again = max(self._done, self._count), True
-        _forget_pass(self._root)
+        self._done = max(self._done, self._count)
+        for (
+            parameter
+        ) in self._root.parameters():  # also those that are whole now, which an optimizer never sees
+            parameter.grad = None
+        _start_anew(self._root)
         for module in self._added:
             module.set_requires_all_reduce(False, recurse=False)
 
@@ -112,24 +112,30 @@ def _has_copies(model: nn.Module) -> bool:
     return any(isinstance(one, DTensor) and one.device_mesh.ndim > 1 for one in model.parameters())
 
 
-def _forget_pass(root: Any) -> None:
-    """Let FSDP2 forget the pass that it is in: layers are shared out again, and the next forward begins anew.
+def _start_anew(root: Any) -> None:
+    """Let FSDP2 forget the pass that it is in, and forwards that no backward followed.
+
+    After such forwards embedding and head would stay gathered, and the next backward would gather a layer in vain: a
+    pass asks for the same exchanges only if it starts from the same.
 
     Args:
         root: the outermost of its modules.
     """
-    for parameter in root.parameters():  # also those that are whole now, which an optimizer never sees
-        parameter.grad = None
     state = root._get_fsdp_state()
     if state._is_root is None:  # no forward has reached it yet
         return
     if hasattr(root, "reset_iter_state"):  # torch 2.13
         root.reset_iter_state()
         return
-    # Before, the end of a backward is what sets everything back, but for what only a forward knows.
-    state._state_ctx.iter_forward_root = state._comm_ctx.all_gather_state = None
-    state._root_post_backward_final_callback()
-    for one in state._state_ctx.all_states:
-        if one._fsdp_param_group is not None:
-            one._fsdp_param_group.reshard()  # one that failed when its gradients were taken
-            one._fsdp_param_group._partial_reduce_output = None
+    shared, exchanges = state._state_ctx, state._comm_ctx
+    for one in shared.all_states:
+        one._training_state = type(one._training_state).IDLE
+        group = one._fsdp_param_group
+        if group is not None:
+            group._training_state = one._training_state
+            group.reshard()
+            group.finalize_backward()  # waits for what is on its way
+            group._partial_reduce_output = None
+    shared.iter_forward_root = exchanges.all_gather_state = None
+    shared.post_backward_final_callback_queued = False
+    exchanges.post_forward_order.clear()
