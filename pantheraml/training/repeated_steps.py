@@ -15,19 +15,22 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from pantheraml.devices.memory import describe_bytes
 from pantheraml.devices.out_of_memory import is_out_of_memory
 from pantheraml.distributed.strategies.held_reduction import Reduction, reduction_of
 from pantheraml.errors import PantheraMLError
 from pantheraml.kernels.utils import clear_gpu_cache
-from pantheraml.log import say
+from pantheraml.log import say, say_once
 from pantheraml.models.less_memory import next_resort, restored_afterwards
 from pantheraml.models.sharded_linear import tensor_group_of
 from pantheraml.models.state import get_state
+from pantheraml.training.banner import Predicted
 from pantheraml.training.evaluation_memory import HalvedForward
 from pantheraml.training.finite_steps import FiniteSteps
 from pantheraml.training.memory_advice import out_of_memory_error
 from pantheraml.training.pass_cuts import cut_batch, cut_flat, filler, num_tokens
 from pantheraml.training.pass_limit import NO_LIMIT, PassLimit
+from pantheraml.training.whole_gradients import spare_bytes, whole_gradient_bytes, with_gradients
 
 Batch = dict[str, Any]
 
@@ -63,6 +66,8 @@ class RepeatedSteps(FiniteSteps):
     _reduced_model: nn.Module | None = None
     _reduction: Reduction | None = None
     _may_cut = False
+    # Whether gradients of what ranks share out wait for the last pass of a step.
+    _adds_up = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._limit, self._eval_limit = PassLimit(), PassLimit()
@@ -109,6 +114,29 @@ class RepeatedSteps(FiniteSteps):
         step.told.append(loss)
         return loss
 
+    def plan_reduction(self, predicted: Predicted | None, passes: int) -> Predicted | None:
+        """Decide, before a run, when gradients of what ranks train and share out are reduced; every rank asks.
+
+        Args:
+            predicted: what a step takes if they are reduced in every pass.
+            passes: of a step.
+
+        Returns:
+            What it takes.
+        """
+        size = whole_gradient_bytes(cast(nn.Module, self.model))
+        self._adds_up = False
+        if not size or predicted is None or passes < 2 or torch.are_deterministic_algorithms_enabled():
+            return predicted
+        spare = self._hosts.least([spare_bytes(predicted)])[0]
+        self._adds_up = size <= spare
+        takes, free = describe_bytes(size), describe_bytes(spare)
+        if self._adds_up:
+            say_once(f"gradients are added up on each rank, in {takes}, and reduced in a step's last pass.")
+            return with_gradients(predicted, size)
+        say_once(f"gradients are reduced in every pass: they take {takes} on each rank, and {free} are free.")
+        return predicted
+
     def prediction_step(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         """TRL's; a batch of evaluation that does not fit goes through the model in parts."""
         if self._strategy.talks_in_passes or tensor_group_of(cast(nn.Module, self.model)) is not None:
@@ -132,6 +160,8 @@ class RepeatedSteps(FiniteSteps):
             is_alone = tensor_group_of(model) is None
             self._reduction = reduction_of(model) if is_possible and is_known and is_alone else None
             self._may_cut = is_plain
+            if self._reduction is not None:
+                self._reduction.adds_up = self._adds_up
         return self._reduction is not None
 
     def _is_cut(self, step: _Step) -> bool:
@@ -242,7 +272,7 @@ class RepeatedSteps(FiniteSteps):
         step.go_back()
         step.failed, step.longest = None, 0
         got = f"Step {self.state.global_step + 1} ran out of memory on rank {rank}, in a pass of {tokens:,} tokens"
-        if not can_cut and not has_resort:
+        if not (can_cut or has_resort or reduction.adds_up):
             raise out_of_memory_error(f"{got}, and nothing is left to reduce.", model, self.args, tokens)
         say(
             f"{got}. It is repeated with the same gradient; {self._take_less(tokens, proven, cut=bool(can_cut))}."
@@ -251,6 +281,9 @@ class RepeatedSteps(FiniteSteps):
 
     def _take_less(self, tokens: int, proven: int, *, cut: bool) -> str:
         """Let passes be shorter, or the model keep less, from now on; what was done, as a clause."""
+        if self._reduction is not None and self._reduction.adds_up:
+            self._reduction.adds_up = False
+            return "from now on gradients are reduced in every pass"
         if cut:
             most = self._limit.failed(tokens, proven)
             self._most_tokens = min(self._most_tokens, most)

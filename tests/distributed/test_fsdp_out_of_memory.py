@@ -9,12 +9,13 @@ import pytest
 import torch.distributed as dist
 
 from pantheraml import FastLanguageModel, MultiGPUConfig
+from pantheraml.distributed.strategies import gathered_passes
 from pantheraml.distributed.strategies.fsdp import sharding_of
 from pantheraml.errors import HardwareError
 from pantheraml.models.fused.decoder_layer import apply_layers
 from pantheraml.models.sharding import is_sharded, shard_model
 from pantheraml.models.state import get_state
-from pantheraml.training import merging
+from pantheraml.training import merging, repeated_steps
 from tests import tiny
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_out_of_memory import FITS, Said, trainer_of
@@ -29,6 +30,10 @@ KINDS = {
 STEPS = 2
 # Rows of 4 to 27 tokens go through the model one by one, or in two passes of the step's four rows a rank.
 MERGED = dict(merge_micro_batches=True, per_device_train_batch_size=1)
+# In the second step, since what an evaluation leaves behind is before it.
+EVALUATED = dict(eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=1)
+# Gradients are reduced in the last pass.
+ADDED_UP = dict(spare=10**9)
 IN_A_LAYER = dict(most=FITS, at="layers.1.self_attn")
 # Where half of a layer has its gradients.
 IN_ITS_BACKWARD = IN_A_LAYER | dict(backward=True)
@@ -44,8 +49,10 @@ RUNS = {
     "qlora": [({0: IN_ITS_BACKWARD, 1: IN_A_LAYER}, {})],
     "fused": [({0: dict(most=FITS, at="layers.1"), 1: dict(most=FITS, at="layers.0", backward=True)}, {})],
     "full": [
-        ({1: IN_A_LAYER}, {}),
+        ({1: IN_A_LAYER | dict(most=41)}, EVALUATED),
         ({1: IN_ITS_BACKWARD}, MERGED),
+        ({}, ADDED_UP),
+        ({0: IN_A_LAYER}, ADDED_UP),
         ({0: dict(most=FITS, at="norm", backward=True), 1: dict(most=FITS, at="embed_tokens")}, {}),
         ({0: IN_ITS_BACKWARD, 1: dict(most=FITS, at="layers.0.self_attn.q_proj", backward=True)}, {}),
         ({1: dict(most=20, at="layers.1", unless_recomputing=True)}, {}),
@@ -75,23 +82,37 @@ def load(folder, kind, config):
 
 def train(folder, output, kind, starve, settings, shard_size=None):
     """A run; ``starve`` says what fits, by rank."""
-    merging.MOST_TOKENS = 60  # of this process, which ends with the run
+    # Of this process, which ends with the runs; the CPU's memory is not planned.
+    settings, spare = {"max_steps": STEPS} | settings, settings.get("spare", 0)
+    settings.pop("spare", None)
+    merging.MOST_TOKENS, repeated_steps.spare_bytes = 60, lambda predicted: spare
     model, tokenizer = load(
         folder, kind, MultiGPUConfig(strategy="fsdp", shard_frozen=True, shard_size=shard_size)
     )
     rank = dist.get_rank()
     starved = Starved(model, **starve.get(rank, dict(most=10**9)))
-    trainer, said = trainer_of(folder, output, model, tokenizer, **({"max_steps": STEPS} | settings)), Said()
+    trainer, said = trainer_of(folder, output, model, tokenizer, **settings), Said()
     logging.getLogger("pantheraml").addHandler(said)
+    reduced, reduce = [], gathered_passes._reduce_scatter
+
+    def counted(*given, **settings):
+        reduced.append(given)
+        return reduce(*given, **settings)
+
+    gathered_passes._reduce_scatter = counted
     try:
         trainer.train()
     except HardwareError as error:
         return str(error)
+    finally:
+        gathered_passes._reduce_scatter = reduce
     logging.getLogger("pantheraml").removeHandler(said)
     assert is_sharded(model)
     figures = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens")
     return {
-        "figures": [[entry[name] for name in figures] for entry in trainer.state.log_history[:-1]],
+        "figures": [
+            [entry[name] for name in figures] for entry in trainer.state.log_history if "grad_norm" in entry
+        ],
         "weights": [
             getattr(p, "full_tensor", lambda p=p: p)().detach().numpy()
             for p in model.parameters()
@@ -100,6 +121,7 @@ def train(folder, output, kind, starve, settings, shard_size=None):
         "said": [line for line in said.lines if "ran out of memory" in line],
         "failures": starved.failures,
         "passes": starved.passes,
+        "reduced": len(reduced),
     }
 
 
@@ -136,6 +158,11 @@ def test_the_step_is_repeated_with_the_same_gradient(folder, tmp_path, kind):
             passes = [one[number]["passes"] for one in ranks]
             assert len(passes[0]) == len(passes[1]) < 4 * STEPS, "merged, as often on all ranks"
             assert max(map(max, passes)) <= 60
+        if settings == ADDED_UP and not starve:
+            assert [one[number]["reduced"] for one in ranks] == [one[0]["reduced"] / 2 for one in ranks]
+        if settings == ADDED_UP and starve:
+            assert "from now on gradients are reduced in every pass" in ranks[0][number]["said"][0]
+            assert "from now on a pass has up to" in ranks[0][number]["said"][1]
 
 
 def test_nothing_is_left_to_reduce(folder, tmp_path):

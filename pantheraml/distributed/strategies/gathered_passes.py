@@ -38,7 +38,7 @@ class PassExchanges:
 
     def __init__(self, model: nn.Module) -> None:
         modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self._root: Any = modules[0]
+        self._modules, self._root = modules, cast(Any, modules[0])
         self._count = 0  # of the pass at hand
         self._done = 0  # of a pass that failed: those that the others have seen already
         # Of what is shared out several times: the modules whose gradients the copies have added up in this pass.
@@ -50,15 +50,17 @@ class PassExchanges:
             if has_copies:
                 module.set_all_reduce_hook(partial(self._note, module))
 
-    def begin(self) -> None:
-        """A pass begins, or the one that failed does once more."""
+    def begin(self, *, reduces: bool) -> None:
+        """A pass begins, or the one that failed does once more; ``reduces``: what is trained is reduced within."""
         _start_anew(self._root)
         self._count = 0
+        for module in self._modules:
+            module.set_requires_gradient_sync(reduces, recurse=False)
+        for module in self._added:  # before it failed
+            module.set_requires_all_reduce(False, recurse=False)
 
     def end(self) -> None:
         """The pass is over: the next one is a new one."""
-        for module in self._added:
-            module.set_requires_all_reduce(True, recurse=False)
         self._done = 0
         self._added.clear()
 
@@ -70,8 +72,6 @@ class PassExchanges:
         ) in self._root.parameters():  # also those that are whole now, which an optimizer never sees
             parameter.grad = None
         _start_anew(self._root)
-        for module in self._added:
-            module.set_requires_all_reduce(False, recurse=False)
 
     def _note(self, module: FSDPModule, gradients: Tensor) -> None:
         del gradients

@@ -35,9 +35,11 @@ class Reduction:
 
     Attributes:
         talks_in_passes: whether ranks wait for one another in every pass: each has as many, also where it has failed.
+        adds_up: whether gradients of weights that are shared out wait, whole, for the last pass; all ranks agree.
     """
 
     talks_in_passes: ClassVar[bool] = False
+    adds_up = False
 
     def around(self, *, is_last: bool) -> AbstractContextManager[Any]:
         """A context for one pass of a step; ``is_last``: no other one follows."""
@@ -185,7 +187,7 @@ class GatheredWeights(Reduction):
     @contextmanager
     def around(self, *, is_last: bool) -> Iterator[None]:
         """What is exchanged is counted."""
-        self._exchanges.begin()
+        self._exchanges.begin(reduces=is_last or not self.adds_up)
         with self._beside.around(is_last=is_last):
             yield
         self._exchanges.end()
