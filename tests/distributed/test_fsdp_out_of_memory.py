@@ -21,10 +21,10 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.test_out_of_memory import FITS, Said, trainer_of
 from tests.training.starving import Starved
 
-KINDS = {
+# By the first word of a kind.
+LOADS = {
     "lora": dict(load_in_4bit=False),
     "qlora": dict(load_in_4bit=True),
-    "fused": dict(load_in_4bit=False),
     "full": dict(full_finetuning=True),
 }
 STEPS = 2
@@ -37,8 +37,7 @@ ADDED_UP = dict(spare=10**9)
 IN_A_LAYER = dict(most=FITS, at="layers.1.self_attn")
 # Where half of a layer has its gradients.
 IN_ITS_BACKWARD = IN_A_LAYER | dict(backward=True)
-# Runs: what fits, by rank, and settings. One rank fails, or both do, apart; also where nothing has been gathered yet,
-# and where everything has.
+# Runs: what fits, by rank, and settings. One rank fails, or both do, apart.
 RUNS = {
     "lora": [
         ({1: IN_A_LAYER}, {}),
@@ -46,16 +45,24 @@ RUNS = {
         # In the first of two passes, which one of no tokens follows: what went into the second.
         ({0: dict(most=22, at="layers.1", unless_recomputing=True)}, MERGED),
     ],
-    "qlora": [({0: IN_ITS_BACKWARD, 1: IN_A_LAYER}, {})],
-    "fused": [({0: dict(most=FITS, at="layers.1"), 1: dict(most=FITS, at="layers.0", backward=True)}, {})],
     "full": [
         ({1: IN_A_LAYER | dict(most=41)}, EVALUATED),
         ({1: IN_ITS_BACKWARD}, MERGED),
         ({}, ADDED_UP),
         ({0: IN_A_LAYER}, ADDED_UP),
+    ],
+    # Where nothing has been gathered yet, and where everything has; where not all gradients have been reduced.
+    "full elsewhere": [
         ({0: dict(most=FITS, at="norm", backward=True), 1: dict(most=FITS, at="embed_tokens")}, {}),
         ({0: IN_ITS_BACKWARD, 1: dict(most=FITS, at="layers.0.self_attn.q_proj", backward=True)}, {}),
         ({1: dict(most=20, at="layers.1", unless_recomputing=True)}, {}),
+    ],
+    "qlora": [({0: IN_ITS_BACKWARD, 1: IN_A_LAYER}, {})],
+    "lora fused": [
+        ({0: dict(most=FITS, at="layers.1"), 1: dict(most=FITS, at="layers.0", backward=True)}, {})
+    ],
+    "full fused": [
+        ({0: dict(most=FITS, at="layers.1"), 1: dict(most=FITS, at="layers.0", backward=True)}, {})
     ],
 }
 
@@ -66,16 +73,16 @@ def folder(tmp_path_factory):
 
 
 def load(folder, kind, config):
-    fused = kind == "fused"
+    way, is_fused = kind.split()[0], kind.endswith("fused")
     model, tokenizer = FastLanguageModel.from_pretrained(
-        str(folder), max_seq_length=64, use_multi_gpu=MultiGPUConfig() if fused else config, **KINDS[kind]
+        str(folder), max_seq_length=64, use_multi_gpu=MultiGPUConfig() if is_fused else config, **LOADS[way]
     )
-    if fused:  # as on a GPU
+    if is_fused:  # as on a GPU
         state = get_state(model)
         apply_layers(model, state.family, state.patches, on_cpu=True)
-        state.sharding = sharding_of(config, trained=False)
+        state.sharding = sharding_of(config, trained=way == "full")
         shard_model(model, state.sharding)
-    if kind != "full":
+    if way != "full":
         model = FastLanguageModel.get_peft_model(model, r=4, lora_dropout=0.3, random_state=1)
     return model, tokenizer
 
@@ -149,7 +156,9 @@ def assert_repeated(ranks, runs):
             assert 0 < len(found[rank]["failures"]) <= 3, starve
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["lora", "full", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(RUNS)[2:])]
+)
 def test_the_step_is_repeated_with_the_same_gradient(folder, tmp_path, kind):
     ranks = run_ranks(2, train_all, folder, tmp_path, kind, RUNS[kind])
     assert_repeated(ranks, RUNS[kind])
@@ -165,12 +174,14 @@ def test_the_step_is_repeated_with_the_same_gradient(folder, tmp_path, kind):
             assert "from now on a pass has up to" in ranks[0][number]["said"][1]
 
 
+@pytest.mark.slow
 def test_nothing_is_left_to_reduce(folder, tmp_path):
     for said in run_ranks(2, train, folder, tmp_path, "lora", {1: dict(most=20, at="layers.1")}, {}):
         assert "ran out of memory on rank 1" in said and "nothing is left to reduce" in said
 
 
-@pytest.mark.parametrize(("ranks", "size"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "size"), [(2, 1), (4, 2)])
 def test_copies_that_are_shared_out_each(folder, tmp_path, ranks, size):
-    runs = [({ranks - 1: IN_A_LAYER}, {}), ({ranks - 1: IN_ITS_BACKWARD}, {})]
+    runs = [({ranks - 1: IN_A_LAYER}, ADDED_UP), ({ranks - 1: IN_ITS_BACKWARD}, {})]
     assert_repeated(run_ranks(ranks, train_all, folder, tmp_path, "full", runs, size), runs)
