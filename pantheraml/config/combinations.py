@@ -67,14 +67,6 @@ REFUSED: dict[tuple[str, str], Refusal] = {
         "each rank has a share of what is trained.",
         "Leave async_save out: the run waits for its checkpoints.",
     ),
-    ("fsdp", "out-of-memory repeats"): Refusal(
-        "Ranks gather weights from one another in every pass, and one that has failed gives none.",
-        "Lower per_device_train_batch_size, where memory runs out.",
-    ),
-    ("fsdp", "merge_micro_batches"): Refusal(
-        "ranks gather weights in every pass, and would have different numbers of them.",
-        "Raise per_device_train_batch_size, so that a pass has more tokens.",
-    ),
     ("deepspeed, zero_stage=3", "4-bit"): _ZERO3_QUANTISED,
     ("deepspeed, zero_stage=3", "8-bit"): _ZERO3_QUANTISED,
     ("deepspeed, zero_stage=3", "FP8"): _ZERO3_QUANTISED,

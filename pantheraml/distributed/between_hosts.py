@@ -25,3 +25,7 @@ class BetweenHosts:
         found = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(found, dist.ReduceOp.MIN, group=self._group)
         return found.tolist()
+
+    def most(self, number: int) -> int:
+        """The largest of all ranks."""
+        return -self.least([-number])[0]

@@ -16,6 +16,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from pantheraml.errors import ConfigError
 from pantheraml.log import say_once
+from pantheraml.models.sharding import let_go
 
 _PROBE = 8  # tokens of each document of the probe
 
@@ -71,6 +72,7 @@ def documents_mix(model: PreTrainedModel | PeftModel) -> bool:
         )
     finally:
         model.train(was_training)
+        let_go(causal)
     answers = first[:, _PROBE:].float()
     # Rounding differs by far less than this where only the neighbours' values, not the shapes, differ.
     return bool((answers - second[:, _PROBE:].float()).abs().max() > 0.02 * answers.std())

@@ -19,6 +19,7 @@ from transformers.trainer_utils import RemoveColumnsCollator
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pantheraml.devices.memory import free_gpu_bytes
+from pantheraml.distributed.between_hosts import BetweenHosts
 from pantheraml.distributed.strategies.base import Strategy
 from pantheraml.errors import ConfigError
 from pantheraml.log import say_once
@@ -27,6 +28,7 @@ from pantheraml.models.packed_rows import documents_mix
 from pantheraml.models.recompute import optimizer_bytes
 from pantheraml.models.recompute_plan import most_tokens
 from pantheraml.models.sharded_linear import tensor_group_of
+from pantheraml.models.sharding import gathered_bytes
 from pantheraml.models.state import get_state
 from pantheraml.training.rank_batches import LABEL_AT
 from pantheraml.training.router_balance import Groups
@@ -63,7 +65,9 @@ class FlatCollator:
         return batch | {"cu_seq_lens_q": offsets, "lengths": offsets.diff().tolist(), LABEL_AT: label_at}
 
 
-def merge_batches(batches: list[Batch], most: int, *, grouped: bool = False) -> list[Batch]:
+def merge_batches(
+    batches: list[Batch], most: int, *, at_least: int = 0, grouped: bool = False
+) -> list[Batch]:
     """As many batches as were given: neighbours joined up to ``most`` tokens, the joined one in the last place.
 
     The others are empty, so that whoever counts micro-batches counts as before.
@@ -71,20 +75,36 @@ def merge_batches(batches: list[Batch], most: int, *, grouped: bool = False) -> 
     Args:
         batches: of ``FlatCollator``.
         most: tokens of one pass.
+        at_least: passes that they are to be, if there are as many batches.
         grouped: say of each token which micro-batch it is from (``router_groups``), and leave none out.
     """
+    groups = _passes(batches, most, at_least)
+    return [
+        one for group in groups for one in [*(_empty(batch) for batch in group[:-1]), _joined(group, grouped)]
+    ]
+
+
+def _passes(batches: list[Batch], most: int, at_least: int = 0) -> list[list[Batch]]:
+    """Neighbours that go through the model together."""
     groups: list[list[Batch]] = []
     size = most
     for batch in batches:
-        tokens = batch["input_ids"].numel()
+        tokens = _tokens(batch)
         if size + tokens > most:
             groups.append([])
             size = 0
         groups[-1].append(batch)
         size += tokens
-    return [
-        one for group in groups for one in [*(_empty(batch) for batch in group[:-1]), _joined(group, grouped)]
-    ]
+    while len(groups) < min(at_least, len(batches)):
+        sizes = [sum(map(_tokens, group)) if len(group) > 1 else 0 for group in groups]
+        at = sizes.index(max(sizes))
+        half = len(groups[at]) // 2
+        groups[at : at + 1] = groups[at][:half], groups[at][half:]
+    return groups
+
+
+def _tokens(batch: Batch) -> int:
+    return batch["input_ids"].numel()
 
 
 def _empty(batch: Batch) -> Batch:
@@ -134,6 +154,7 @@ class MergedSteps(StepLoss):
     """The part of the trainer that merges micro-batches; ``merge_micro_batches`` of the arguments says whether."""
 
     _strategy: Strategy
+    _hosts: BetweenHosts
     _most_tokens = 0
     _operations_per_token: int | None = None
     _unmerged: Sequence[Batch] = ()  # the micro-batches of the step at hand, as they were
@@ -145,7 +166,7 @@ class MergedSteps(StepLoss):
             ConfigError: ``merge_micro_batches=True`` was written where it cannot be done.
         """
         wanted = getattr(self.args, "merge_micro_batches", None)
-        self._most_tokens = 0
+        self._most_tokens, self._hosts = 0, BetweenHosts()
         if wanted is False:
             return
         reason = self._why_not_merged(forced=bool(wanted))
@@ -167,8 +188,8 @@ class MergedSteps(StepLoss):
             return "a data_collator was given"
         if state.split is not None:
             return "the model is split over several devices"
-        if self._strategy.talks_in_passes:
-            return "ranks wait for one another in every pass, and would have different numbers of them"
+        if self._strategy.why_not_merged is not None:
+            return self._strategy.why_not_merged
         if model.config._attn_implementation != NAME:
             return "attention is not PantheraML's"
         if self.args.device.type != "cuda" and not forced:
@@ -185,9 +206,11 @@ class MergedSteps(StepLoss):
         model = cast(Any, self.model)
         if self.args.device.type != "cuda":
             return MOST_TOKENS
-        free = free_gpu_bytes(self.args.device) - optimizer_bytes(model)
+        free = free_gpu_bytes(self.args.device) - optimizer_bytes(model) - gathered_bytes(model)
         group = tensor_group_of(model)
         free = free if group is None else group.least(free)
+        if self._strategy.talks_in_passes:  # all ranks merge, or none
+            free = self._hosts.least([free])[0]
         room = min(MOST_TOKENS, most_tokens(model, free))
         say_once(f"micro-batches of a step are merged up to {room} tokens, without padding.")
         return room
@@ -215,12 +238,16 @@ class MergedSteps(StepLoss):
         if self._most_tokens:
             self._unmerged = batches
             # Without the number of label tokens, TRL averages over micro-batches, which then must stay what they are.
-            batches = self.merged(batches, self._most_tokens if num_items is not None else 0)
+            most = self._most_tokens if num_items is not None else 0
+            # Ranks that wait for one another in every pass have as many of them as the one that needs most.
+            is_agreed = self._strategy.talks_in_passes
+            at_least = self._hosts.most(len(_passes(batches, most))) if is_agreed else 0
+            batches = self.merged(batches, most, at_least)
         return batches, num_items
 
-    def merged(self, batches: list[Batch], most: int) -> list[Batch]:
+    def merged(self, batches: list[Batch], most: int, at_least: int = 0) -> list[Batch]:
         """As many batches as were given, neighbours joined up to ``most`` tokens; see ``merge_batches``."""
-        found = merge_batches(batches, most, grouped=self.aux_loss_enabled)
+        found = merge_batches(batches, most, at_least=at_least, grouped=self.aux_loss_enabled)
         if not self._has_own_head:
             for batch in found:
                 batch.pop("label_index", None)

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from pantheraml.training.rank_batches import LABEL_AT
+from pantheraml.training.rank_batches import LABEL_AT, without_labels
 from pantheraml.training.sample_keys import KEYS, NUMBERS
 
 Batch = dict[str, Any]
@@ -20,6 +21,11 @@ Batch = dict[str, Any]
 # whole.
 _OF_TOKENS = {"input_ids", "labels", "position_ids", "seq_idx", KEYS}
 _OFFSETS = {"cu_seq_lens_q": "max_length_q", "cu_seq_lens_k": "max_length_k"}
+# What else a batch may tell of its tokens.
+_BESIDE = {*_OFFSETS, "label_index"}
+_OF_ROWS = {"attention_mask", "position_ids", "seq_idx"}
+# Tokens of a pass that trains nothing.
+_FEW = 16
 
 
 def num_tokens(batch: Batch) -> int:
@@ -69,6 +75,21 @@ def _cut_documents(batch: Batch, most: int) -> list[Batch]:
                 one[longest] = max(lengths[part.documents])
         found.append(one)
     return found
+
+
+def filler(batch: Batch) -> Batch:
+    """A few tokens of ``batch``, none of which is a label: for a pass that others need this rank in.
+
+    A batch that has more than tokens (patches of images, say) gives a whole row.
+    """
+    ids = batch.get("input_ids")
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
+    tokens = {name: value for name, value in tensors.items() if ids is not None and value.shape == ids.shape}
+    if tensors.keys() - tokens.keys() - _BESIDE:
+        return without_labels(cut_batch(batch, 1)[0])
+    # Without a mask no token is padding, and without positions they are those of one document.
+    kept = {name: value[:1, :_FEW] for name, value in tokens.items() if name not in _OF_ROWS}
+    return kept | {"labels": torch.full_like(kept["labels"], -100)}
 
 
 def cut_flat(batch: Batch, most: int) -> list[Batch]:

@@ -15,20 +15,22 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from pantheraml.devices.memory import describe_bytes
 from pantheraml.devices.out_of_memory import is_out_of_memory
-from pantheraml.distributed.between_hosts import BetweenHosts
 from pantheraml.distributed.strategies.held_reduction import Reduction, reduction_of
 from pantheraml.errors import PantheraMLError
 from pantheraml.kernels.utils import clear_gpu_cache
-from pantheraml.log import say
+from pantheraml.log import say, say_once
 from pantheraml.models.less_memory import next_resort, restored_afterwards
 from pantheraml.models.sharded_linear import tensor_group_of
 from pantheraml.models.state import get_state
+from pantheraml.training.banner import Predicted
 from pantheraml.training.evaluation_memory import HalvedForward
 from pantheraml.training.finite_steps import FiniteSteps
 from pantheraml.training.memory_advice import out_of_memory_error
-from pantheraml.training.pass_cuts import cut_batch, cut_flat, num_tokens
+from pantheraml.training.pass_cuts import cut_batch, cut_flat, filler, num_tokens
 from pantheraml.training.pass_limit import NO_LIMIT, PassLimit
+from pantheraml.training.whole_gradients import spare_bytes, whole_gradient_bytes, with_gradients
 
 Batch = dict[str, Any]
 
@@ -65,8 +67,9 @@ class RepeatedSteps(FiniteSteps):
     # Of the model of this run; without a reduction its steps cannot be repeated.
     _reduced_model: nn.Module | None = None
     _reduction: Reduction | None = None
-    _hosts: BetweenHosts
     _may_cut = False
+    # Whether gradients of what ranks share out wait for the last pass of a step.
+    _adds_up = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._limit, self._eval_limit = PassLimit(), PassLimit()
@@ -104,7 +107,7 @@ class RepeatedSteps(FiniteSteps):
             step.go_back = self._remember()
         step.turns += 1
         is_last = step.turns == len(step.batches)
-        if self._tokens_at_a_time(step.batches) > self._limit.most:  # the last micro-batch brings all of them
+        if self._is_cut(step):  # the last micro-batch brings all of them
             loss = self._pass_all(model, step, num_items_in_batch) if is_last else self._no_loss()
         else:
             loss = self._pass(model, step, inputs, num_items_in_batch, is_last=is_last)
@@ -112,6 +115,29 @@ class RepeatedSteps(FiniteSteps):
             return self._settle(model, step, loss, num_items_in_batch)
         step.told.append(loss)
         return loss
+
+    def plan_reduction(self, predicted: Predicted | None, passes: int) -> Predicted | None:
+        """Decide, before a run, when gradients of what ranks train and share out are reduced; every rank asks.
+
+        Args:
+            predicted: what a step takes if they are reduced in every pass.
+            passes: of a step.
+
+        Returns:
+            What it takes.
+        """
+        size = whole_gradient_bytes(cast(nn.Module, self.model))
+        self._adds_up = False
+        if not size or predicted is None or passes < 2 or torch.are_deterministic_algorithms_enabled():
+            return predicted
+        spare = self._hosts.least([spare_bytes(predicted)])[0]
+        self._adds_up = size <= spare
+        takes, free = describe_bytes(size), describe_bytes(spare)
+        if self._adds_up:
+            say_once(f"gradients are added up on each rank, in {takes}, and reduced in a step's last pass.")
+            return with_gradients(predicted, size)
+        say_once(f"gradients are reduced in every pass: they take {takes} on each rank, and {free} are free.")
+        return predicted
 
     def prediction_step(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         """TRL's; a batch of evaluation that does not fit goes through the model in parts."""
@@ -124,7 +150,7 @@ class RepeatedSteps(FiniteSteps):
     def _may_repeat(self, model: nn.Module) -> bool:
         """Whether steps of ``model`` can be repeated, found out once a run; every rank asks at its first step."""
         if self._reduced_model is not model:
-            self._reduced_model, self._hosts = model, BetweenHosts()
+            self._reduced_model = model
             model.train()
             is_plain = self._loss_is_plain()
             # TRL's other losses talk to all ranks in every forward, and LOMO takes its step within the backward.
@@ -139,7 +165,15 @@ class RepeatedSteps(FiniteSteps):
             is_alone = tensor_group_of(model) is None
             self._reduction = reduction_of(model) if is_possible and is_known and is_alone else None
             self._may_cut = is_plain
+            if self._reduction is not None:
+                self._reduction.adds_up = self._adds_up
         return self._reduction is not None
+
+    def _is_cut(self, step: _Step) -> bool:
+        """Whether its micro-batches go through the model otherwise than they are; ranks that talk in passes agree."""
+        if self._reduction is not None and self._reduction.talks_in_passes:
+            return self._limit.most < NO_LIMIT
+        return self._tokens_at_a_time(step.batches) > self._limit.most
 
     # --- one attempt ----------------------------------------------------------------------------------------
 
@@ -148,24 +182,36 @@ class RepeatedSteps(FiniteSteps):
 
     def _pass(self, model: nn.Module, step: _Step, batch: Batch, num_items: Any, *, is_last: bool) -> Tensor:
         """Forward and backward of one pass, unless one has failed; one that does not fit is noted."""
-        if step.failed is not None:
+        reduction = self._reduction
+        assert reduction is not None
+        if self._most_tokens and not num_tokens(batch):  # it went into another one, and is no pass
             return self._no_loss()
-        tokens = self._tokens_at_a_time([batch])
-        step.longest = max(step.longest, tokens)
-        assert self._reduction is not None
-        try:
-            with self._reduction.around(is_last=is_last):
-                return super().training_step(model, batch, num_items)
-        except RuntimeError as error:
-            if isinstance(error, PantheraMLError) or not is_out_of_memory(error):
-                raise
-        # The error, which held all that was computed, is gone here. In a pipeline all batches were on their way.
-        step.failed = step.longest if self._pieces else tokens
+        if step.failed is None:
+            tokens = self._tokens_at_a_time([batch])
+            step.longest = max(step.longest, tokens)
+            try:
+                with reduction.around(is_last=is_last):
+                    return super().training_step(model, batch, num_items)
+            except RuntimeError as error:
+                if isinstance(error, PantheraMLError) or not is_out_of_memory(error):
+                    raise
+            # The error, which held all that was computed, is gone here. In a pipeline all batches were on their way.
+            step.failed = step.longest if self._pieces else tokens
+            if reduction.talks_in_passes:
+                model.zero_grad()
+                reduction.pass_failed()
+                clear_gpu_cache()
+        if reduction.talks_in_passes:
+            with reduction.around(is_last=is_last):
+                super().training_step(model, filler(step.batches[-1]), num_items)
         return self._no_loss()
 
     def _pass_all(self, model: nn.Module, step: _Step, num_items: Any) -> Tensor:
         """All of a step in passes within the limit; the sum of their losses."""
         passes = self._passes(step, self._limit.most)
+        if self._reduction is not None and self._reduction.talks_in_passes:
+            count = self._hosts.most(len(passes))
+            passes += [filler(step.batches[-1])] * (count - len(passes))
         self.begin_step(len(passes))
         losses = [
             self._pass(model, step, dict(batch), num_items, is_last=number == len(passes))
@@ -232,7 +278,7 @@ class RepeatedSteps(FiniteSteps):
         step.go_back()
         step.failed, step.longest = None, 0
         got = f"Step {self.state.global_step + 1} ran out of memory on rank {rank}, in a pass of {tokens:,} tokens"
-        if not can_cut and not has_resort:
+        if not (can_cut or has_resort or reduction.adds_up):
             raise out_of_memory_error(f"{got}, and nothing is left to reduce.", model, self.args, tokens)
         say(
             f"{got}. It is repeated with the same gradient; {self._take_less(tokens, proven, cut=bool(can_cut))}."
@@ -241,6 +287,9 @@ class RepeatedSteps(FiniteSteps):
 
     def _take_less(self, tokens: int, proven: int, *, cut: bool) -> str:
         """Let passes be shorter, or the model keep less, from now on; what was done, as a clause."""
+        if self._reduction is not None and self._reduction.adds_up:
+            self._reduction.adds_up = False
+            return "from now on gradients are reduced in every pass"
         if cut:
             most = self._limit.failed(tokens, proven)
             self._most_tokens = min(self._most_tokens, most)

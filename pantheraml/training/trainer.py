@@ -182,7 +182,10 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
             longest = -(-longest // max(1, self._pieces))
             plan_ahead(model, state, longest)
         self.plan_merging()
-        return predict_memory(model, self.args, longest, self._most_tokens)
+        passes = self.args.gradient_accumulation_steps
+        if longest is not None and self._most_tokens:
+            passes = min(passes, -(-longest * passes // self._most_tokens))
+        return self.plan_reduction(predict_memory(model, self.args, longest, self._most_tokens), passes)
 
     def _join_run(self, config: SFTConfig, model: nn.Module) -> None:
         """Be one of the ranks that train ``model``, as the run's settings say; ``config`` is changed in place."""

@@ -101,6 +101,12 @@ def test_merged_batches():
         labels = batch["labels"][:, 1:].flatten()
         assert batch["label_index"].tolist() == (labels != -100).nonzero().flatten().tolist()
     assert merge_batches([], 8) == []
+    sizes = [
+        [batch["input_ids"].numel() for batch in merge_batches(batches, 99, at_least=n)] for n in (1, 2, 3, 9)
+    ]
+    assert sizes == [[0, 0, 0, 21], [0, 9, 0, 12], [0, 9, 3, 9], [5, 4, 3, 9]], (
+        "as many passes as others need"
+    )
 
 
 def test_what_has_no_labels_is_left_out_while_something_stays():

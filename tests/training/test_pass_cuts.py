@@ -8,7 +8,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pantheraml.devices.out_of_memory import is_out_of_memory
 from pantheraml.training.merging import FlatCollator, merge_batches
-from pantheraml.training.pass_cuts import cut_batch, cut_flat, num_tokens
+from pantheraml.training.pass_cuts import cut_batch, cut_flat, filler, num_tokens
 from pantheraml.training.pass_limit import PassLimit
 from pantheraml.training.sample_keys import NUMBERS
 
@@ -48,6 +48,18 @@ def test_documents(most, sizes):
         assert part["cu_seq_lens_q"].diff().max() == part["max_length_q"]
         assert (part["cu_seq_lens_q"][0], part["cu_seq_lens_q"][-1]) == (0, num_tokens(part))
         assert torch.equal((part["position_ids"][0] == 0).nonzero()[:, 0], part["cu_seq_lens_q"][:-1].long())
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_a_pass_that_trains_nothing(padding_free):
+    batch = collator(padding_free=padding_free)(examples())
+    few = filler(
+        batch | {"cu_seq_lens_q": torch.tensor([0, 33]), "max_length_q": 33, "label_index": torch.ones(3)}
+    )
+    assert set(few) == {"input_ids", "labels"} and (few["labels"] == -100).all()
+    assert torch.equal(few["input_ids"], batch["input_ids"][:1, :16])
+    row = filler(batch | {"pixel_values": torch.ones(5, 3)})
+    assert (row["labels"] == -100).all() and row["input_ids"].shape[1] == batch["input_ids"].shape[1]
 
 
 def test_flat_batches_are_as_the_collator_makes_them():

@@ -56,6 +56,11 @@ class Strategy:
         """Whether ranks wait for one another in every pass, of which each of them then has as many."""
         return False
 
+    @property
+    def why_not_merged(self) -> str | None:
+        """Why the micro-batches of a step do not go through the model together, as a clause; None where they may."""
+        return None
+
     def loss_scale(self, accelerator: Any) -> torch.Tensor | None:
         """(): what losses are multiplied by in fp16, on the device; None where they are not."""
         scaler = accelerator.scaler

@@ -21,6 +21,7 @@ from pantheraml.distributed.data_parallel import averaging_in, buffers_stay
 from pantheraml.distributed.strategies.base import Strategy
 from pantheraml.distributed.strategies.held_reduction import count_launches
 from pantheraml.errors import ConfigError
+from pantheraml.models.sharding import is_sharded
 from pantheraml.models.split import is_split
 
 # Trained parameters up to so many bytes are reduced at once, at the end: less would not hide behind the backward.
@@ -45,7 +46,10 @@ class _Settings(DistributedDataParallelKwargs):
         hook = allreduce_hook if self.reduce_dtype is None else averaging_in(self.reduce_dtype)
         if self.reduce_dtype is None and self.comm_hook != DDPCommunicationHookType.NO:
             super().register_comm_hook(model)
-        elif trained > model.bucket_bytes_cap and not (model.find_unused_parameters or model.static_graph):
+        elif trained > model.bucket_bytes_cap and not (
+            # Beside weights that are gathered all of it is reduced at once, when every rank has done its passes.
+            model.find_unused_parameters or model.static_graph or is_sharded(model)
+        ):
             count_launches(model, hook)
         elif self.reduce_dtype is not None:
             model.register_comm_hook(None, hook)

@@ -58,6 +58,12 @@ class DeepSpeed(Strategy):
         """Gradients are cut, and weights gathered, in every pass of all ranks."""
         return self.stage >= 2
 
+    @property
+    def why_not_merged(self) -> str | None:
+        """DeepSpeed counts the passes of a step."""
+        told = "ranks wait for one another in every pass, and would have different numbers of them"
+        return told if self.talks_in_passes else None
+
     def prepare(self, args: TrainingArguments) -> None:
         """Put DeepSpeed's settings into ``args``, and accelerate's state on it.
 

@@ -3,6 +3,8 @@
     Reduction         one process: there is none
     HeldReduction     the passes of a step go by without one, which is asked for when every rank has done its own
     LaunchedBuckets   DDP reduces buckets during the last pass; a rank that fails answers those it owes with zeros
+    GatheredWeights   ranks gather layers in every pass: one that fails goes through each as the others do, see
+                      ``gathered_passes``
 
 Gradients of an adapter are one bucket, which DDP reduces at the end of the last backward anyway: held back until the
 hosts have agreed, it costs no GPU anything. What is trained in full hides its reductions behind the backward.
@@ -10,9 +12,9 @@ hosts have agreed, it costs no GPU anything. What is trained in full hides its r
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +23,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from pantheraml.distributed.process_group import group_size
+from pantheraml.distributed.strategies.gathered_passes import PassExchanges
 from pantheraml.models.sharding import is_sharded
 
 # A hook of DDP: reduces a bucket.
@@ -28,12 +31,23 @@ Hook = Callable[[Any, Any], Future[Any]]
 
 
 class Reduction:
-    """Of one process: there is nobody to reduce with."""
+    """Of one process: there is nobody to reduce with.
+
+    Attributes:
+        talks_in_passes: whether ranks wait for one another in every pass: each has as many, also where it has failed.
+        adds_up: whether gradients of weights that are shared out wait, whole, for the last pass; all ranks agree.
+    """
+
+    talks_in_passes: ClassVar[bool] = False
+    adds_up = False
 
     def around(self, *, is_last: bool) -> AbstractContextManager[Any]:
         """A context for one pass of a step; ``is_last``: no other one follows."""
         del is_last
         return nullcontext()
+
+    def pass_failed(self) -> None:
+        """The pass at hand has failed on this rank; where they talk in passes it goes through it again."""
 
     def give_up(self) -> None:
         """This rank has failed in this step: let no other one wait for it."""
@@ -157,15 +171,51 @@ class LaunchedBuckets(Reduction):
         self._launches.started.clear()
 
 
+class GatheredWeights(Reduction):
+    """Ranks gather the layers of what they share out, and reduce its gradients if it is trained, in every pass.
+
+    Args:
+        model: with layers that FSDP2 shares out.
+        beside: how gradients of what is whole on every rank are reduced, without a word during a pass.
+    """
+
+    talks_in_passes = True
+
+    def __init__(self, model: nn.Module, beside: Reduction) -> None:
+        self._exchanges, self._beside = PassExchanges(model), beside
+
+    @contextmanager
+    def around(self, *, is_last: bool) -> Iterator[None]:
+        """What is exchanged is counted."""
+        self._exchanges.begin(reduces=is_last or not self.adds_up)
+        with self._beside.around(is_last=is_last):
+            yield
+        self._exchanges.end()
+
+    def pass_failed(self) -> None:
+        """The next pass is this one once more, as far as others have not seen it."""
+        self._exchanges.failed()
+
+    def undo(self) -> None:
+        """Every rank has been through all passes: nothing is on its way."""
+        self._beside.undo()
+
+    def finish(self) -> None:
+        """What is shared out has its gradients already."""
+        self._beside.finish()
+
+
 def reduction_of(model: nn.Module) -> Reduction | None:
     """How the gradients of ``model`` are reduced; None where a step cannot be repeated.
 
     Args:
         model: as the trainer is given it for a step: wrapped by DDP on several ranks.
     """
-    if not isinstance(model, DistributedDataParallel):
-        return Reduction() if group_size() == 1 else None
-    # A static graph counts the passes of its first step; ranks that share weights out gather them in every pass.
-    if model.static_graph or is_sharded(model):
+    is_wrapped = isinstance(model, DistributedDataParallel)
+    if is_wrapped and model.static_graph:  # it counts the passes of its first step
         return None
+    if is_sharded(model):
+        return GatheredWeights(model, HeldReduction(model) if is_wrapped else Reduction())
+    if not is_wrapped:
+        return Reduction() if group_size() == 1 else None
     return LaunchedBuckets(model) if model in _launches else HeldReduction(model)
