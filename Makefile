@@ -9,6 +9,8 @@ MODEL  ?=
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 # Test processes share the cores; more than one thread each makes them wait for one another.
 test unit coverage test-oldest: export OMP_NUM_THREADS ?= 1
+# Hundreds of them import the same modules, which are compiled once, whatever the machine does otherwise.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint unit coverage oldest test-oldest test-slow test-gpu clean
 
@@ -28,8 +30,12 @@ $(OLDEST)/installed: pyproject.toml constraints/oldest.txt
 demo: $(VENV)/installed
 	$(BIN)/pantheraml demo $(if $(MODEL),--model $(MODEL))
 
-# Everything CI runs: style, types, layers, tests, and the family and trainer tests with the oldest libraries.
-test: lint unit test-oldest
+# Everything CI runs: style, types, layers, tests, and the family and trainer tests with the oldest libraries. Those are
+# installed beside lint: each of the two keeps one core busy.
+test: $(VENV)/installed
+	$(MAKE) --jobs=2 --output-sync lint $(OLDEST)/installed
+	$(MAKE) unit
+	$(MAKE) test-oldest
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

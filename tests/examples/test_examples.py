@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from pantheraml.training.head import needs_cpu_head
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 # Trains nothing, and takes as long as all others: tests/doctor runs it.
@@ -191,15 +192,15 @@ def test_multi_gpu_training(folder, printed):
     assert (folder / "outputs/multi-gpu/adapter/adapter_model.safetensors").is_file()
 
 
-def test_the_multi_gpu_example_on_two_ranks(tmp_path):
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "examples/multi_gpu_training.py"), "--max-steps", "2", "--num-processes", "2",
-         "--advanced"],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert run.stderr.count("2 x 4 x 2 = 16 rows a step") == 1 and "cpu_1" in run.stderr
-    assert run.stdout.count("2 ranks trained") == 1
+def test_the_multi_gpu_example_on_two_ranks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    script = ROOT / "examples/multi_gpu_training.py"
+    code, out, err = forked.run(script, "--max-steps", "2", "--num-processes", "2", "--advanced", seconds=200)
+    assert code == 0, err
+    assert err.count("2 x 4 x 2 = 16 rows a step") == 1 and "cpu_1" in err
+    assert out.count("2 ranks trained") == 1
     assert (tmp_path / "outputs/multi-gpu/adapter/adapter_model.safetensors").is_file()
 
 
