@@ -76,15 +76,19 @@ def load_settings(file: Path, words: Iterable[str] = ()) -> Settings:
         if not equals:
             problems.append(f"{word}: settings are written key=value, such as train_steps=100.")
             continue
-        source.data[key] = parse_value(text)
         source.places.pop((key,), None)
+        try:
+            source.data[key] = parse_value(text)
+        except ValueError as error:
+            problems.append(f"override {key}: {error}")
     try:
         settings = Settings.model_validate(source.data)
     except ValidationError as error:
         for one in error.errors(include_url=False):
             name = str(one["loc"][0])
             place = source.places.get((name,))
-            problems.append(f"{place.label if place else name}: {_in_words(name, one['type'], one['msg'])}")
+            label = place.label if place else f"override {name}"
+            problems.append(f"{label}: {_in_words(name, one['type'], one['msg'])}")
     else:
         problems += _misfits(settings)
     if len(problems) == 1:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset
+from trl import SFTConfig
 
 from pantheraml import (
     FastLanguageModel,
@@ -79,6 +80,10 @@ def in_every_order(folder, output, strategy, zero_stage=None):
     assert vars(late.state) is vars(trainer.accelerator.state)
     losses.append(loss_of(trainer))
     seen.append(facts(late))
+    # Arguments of TRL's own, which on CPUs do not know of other ranks.
+    plain = SFTConfig(output_dir=str(output), bf16=False, report_to="none")
+    initialize_distributed(args=plain, **asked)
+    assert plain.world_size == get_world_size() and plain.use_cpu == (get_world_size() > 1)
     assert dist.group.WORLD is group and "ACCELERATE_USE_DEEPSPEED" not in os.environ
     return seen, losses
 
@@ -93,6 +98,12 @@ def test_one_process(llama, tmp_path):
     seen, losses = in_every_order(llama, tmp_path, "ddp")
     assert seen == [("DistributedType.NO", 1, "no")] * 4
     assert losses[0] == losses[1] == losses[2]
+
+
+def test_arguments_of_another_precision(tmp_path):
+    args = arguments(tmp_path, bf16=True)
+    assert initialize_distributed("ddp").mixed_precision == "no"
+    assert initialize_distributed("ddp", args=args).mixed_precision == "bf16"
 
 
 def test_an_earlier_call_counts():
