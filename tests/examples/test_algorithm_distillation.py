@@ -200,9 +200,15 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
     file.write_text("train_batch_size: 0\nnum_worker: 2\nmixed_precision: fp8\n")
     with pytest.raises(ConfigError) as caught:
         load_settings(file, ["seed", "tf_n_head=0", "warmup_steps=["])
-    for part in ("wrong.yaml:1: train_batch_size", "wrong.yaml:2: there is no setting num_worker. Did you mean "
-                 "'num_workers'?", "'fp16' or 'bf16'", "seed: settings are written key=value",
-                 "override tf_n_head: tf_n_head: Input should be", "override warmup_steps: this is not YAML"):  # fmt: skip
+    parts = [
+        "wrong.yaml:1: train_batch_size",
+        "wrong.yaml:2: there is no setting num_worker. Did you mean 'num_workers'?",
+        "'fp16' or 'bf16'",
+        "seed: settings are written key=value",
+        "override tf_n_head: tf_n_head: Input should be",
+        "override warmup_steps: this is not YAML",
+    ]
+    for part in parts:
         assert part in str(caught.value)
     file.write_text("n_transit: 50\ntf_n_head: 5\nlearner_episodes: 1\nunseen_goals: 81\n")
     with pytest.raises(ConfigError) as caught:
