@@ -14,7 +14,7 @@ from tests.fused.test_decoder_layer import DEVICE, FAMILIES, MIXTURES, assert_eq
 from tests.references.yardstick import assert_as_good_as
 
 DENSE = tuple(family for family in FAMILIES if family not in MIXTURES)
-# The interpreter rounds to bfloat16 in another way.
+# The interpreter cuts numbers off where it makes them bfloat16, and does not round.
 IN_16_BITS = torch.float16 if launch._INTERPRETED else torch.bfloat16
 KEEPS = ("all", "projected", "attended", "input")
 
