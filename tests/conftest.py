@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from pathlib import Path
 
 # Tests never touch the network; set before any Hugging Face library is imported.
@@ -50,3 +51,12 @@ def llama(checkpoints) -> Path:
 def tokenizer():
     """A fresh tiny tokenizer with a ChatML template."""
     return tiny.build_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def settings_end_with_their_test():
+    """What a test says of its run is not said to the next one, which may be of any file."""
+    yield
+    group = sys.modules.get("pantheraml.distributed.process_group")
+    if group is not None:
+        group._settings = group.MultiGPUConfig()
