@@ -24,13 +24,13 @@ def storage_of(layer: nn.Module) -> Storage:
 
 def margin_bytes(layers: list[Any], sizes: ActivationSizes) -> int:
     """Bytes by which the stacks of fused layers are larger than the weights: those that have not moved in yet, with the
-    twins that FP8 layers will keep.
+    twins that FP8 layers will keep. Weights that ranks share out never do.
     """
     if sizes.is_trained:
         return 0
     total = 0
     for layer in layers:
-        if _has_moved(layer):
+        if layer.reader.is_passing or _has_moved(layer):
             continue
         total += sizes.margin_bytes(storage_of(layer))
         total += sum(
@@ -39,9 +39,13 @@ def margin_bytes(layers: list[Any], sizes: ActivationSizes) -> int:
     return total
 
 
-def unpacked_bytes(layers: list[Any], sizes: ActivationSizes) -> int:
-    """Bytes of the buffers that fused layers with 4-bit weights share."""
-    return sizes.unpacked_bytes() if any(storage_of(layer) == "4bit" for layer in layers) else 0
+def shared_bytes(layers: list[Any], sizes: ActivationSizes) -> int:
+    """Bytes of the buffers that fused layers share, for 4-bit weights and those that ranks share out."""
+    passing = {storage_of(layer) for layer in layers if layer.reader.is_passing}
+    if "fp8" in passing:  # F with its margins, and the largest stack, which is turned anew
+        stacks = [one.rows * one.cols for one in sizes.stacks]
+        return sum(stacks) + max(stacks) + sizes.margin_bytes("fp8")
+    return sizes.unpacked_bytes() if passing or any(storage_of(layer) == "4bit" for layer in layers) else 0
 
 
 def _has_moved(layer: nn.Module) -> bool:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
+from pantheraml.kernels import workspace
+from pantheraml.kernels.workspace import release_buffers
+from pantheraml.models.fused import fp8_stack, stack
 from pantheraml.models.recompute_plan import sizes_of
-from pantheraml.models.stack_memory import margin_bytes
+from pantheraml.models.stack_memory import margin_bytes, shared_bytes
 from tests.fused.test_decoder_layer import FAMILIES, MIXTURES
+from tests.fused.test_fp8_layer import in_fp8
 from tests.fused.test_whole_layer import build_whole
 
 TOKENS = 24
@@ -62,3 +68,31 @@ def test_margins_are_there_after_a_forward_and_counted_before_it():
     model.get_base_model().model(input_ids=torch.arange(5, 5 + TOKENS)[None], use_cache=False)
     assert sum(storages(model).values()) - sum(before.values()) == counted > 0
     assert margin_bytes(layers, sizes) == 0
+
+
+def test_weights_that_only_pass_take_buffers_that_are_counted():
+    """Those of one layer, whatever their number; of FP8, also the largest stack turned."""
+    for is_fp8 in (False, True):
+        gc.collect()  # what other tests shared
+        model, layers = build_whole("llama", "all")
+        model = in_fp8(model) if is_fp8 else model
+        for layer in layers:
+            layer.reader.is_passing = True
+        before, sizes = storages(model), sizes_of(model)
+        assert margin_bytes(layers, sizes) == 0
+        release_buffers()
+        model.get_base_model().model(input_ids=torch.arange(5, 5 + TOKENS)[None], use_cache=False)[
+            0
+        ].sum().backward()
+        assert storages(model) == before
+        if is_fp8:
+            rooms = {
+                tensor for room in fp8_stack._shared.values() for tensor in (room.matrix, room.a, room.b)
+            }
+            taken = sum(tensor.nbytes for tensor in rooms) + max(
+                one.nbytes for one in workspace._buffers.values()
+            )
+            assert 0.8 * shared_bytes(layers, sizes) < taken <= shared_bytes(layers, sizes)
+        else:
+            taken = sum(buffer.matrix.nbytes for buffer in stack._shared.values())
+            assert taken == shared_bytes(layers, sizes)

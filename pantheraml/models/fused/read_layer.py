@@ -109,8 +109,6 @@ class LayerReader:
             projection = read_projection(module, trained=trained)
             if isinstance(projection, str):
                 return projection
-            if self.is_passing and projection.is_fp8:
-                return "FP8 weights that ranks share out are computed one by one"
             found.append(projection)
         read_from = [*found, *norms, *head_norms]
         if self._known is not None and self._is_known(read_from):
