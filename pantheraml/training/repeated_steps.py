@@ -126,9 +126,12 @@ class RepeatedSteps(FiniteSteps):
         Returns:
             What it takes.
         """
-        size = whole_gradient_bytes(cast(nn.Module, self.model))
-        self._adds_up = False
+        model = cast(nn.Module, self.model)
+        size, self._adds_up = whole_gradient_bytes(model), False
         if not size or predicted is None or passes < 2 or torch.are_deterministic_algorithms_enabled():
+            return predicted
+        model.train()
+        if not (self.repeats_steps and self._loss_is_plain()):  # nobody knows a step's last pass
             return predicted
         spare = self._hosts.least([spare_bytes(predicted)])[0]
         self._adds_up = size <= spare

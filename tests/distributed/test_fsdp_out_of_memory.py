@@ -25,6 +25,7 @@ from tests.training.starving import Starved
 LOADS = {
     "lora": dict(load_in_4bit=False),
     "qlora": dict(load_in_4bit=True),
+    "fp8": dict(load_in_fp8=True),
     "full": dict(full_finetuning=True),
 }
 STEPS = 2
@@ -58,6 +59,7 @@ RUNS = {
         ({1: dict(most=20, at="layers.1", unless_recomputing=True)}, {}),
     ],
     "qlora": [({0: IN_ITS_BACKWARD, 1: IN_A_LAYER}, {})],
+    "fp8": [({0: IN_ITS_BACKWARD, 1: IN_A_LAYER}, {})],
     "lora fused": [
         ({0: dict(most=FITS, at="layers.1"), 1: dict(most=FITS, at="layers.0", backward=True)}, {})
     ],

@@ -17,16 +17,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from pantheraml.models.shares import Bytes
+
 # One of torch.distributed: fills an output from an input.
 Exchange = Callable[..., Any]
-# torch 2.13 has new names for them, and warns of the older ones.
-_all_gather: Exchange = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# torch 2.13 has a new name for it, and warns of the older one.
 _reduce_scatter: Exchange = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-def _gather_bytes(output: Tensor, given: Tensor, **settings: Any) -> Any:
-    """Gather tensors of any dtype: gloo knows no FP8."""
-    return _all_gather(output.view(torch.uint8), given.view(torch.uint8), **settings)
 
 
 class PassExchanges:
@@ -45,7 +41,7 @@ class PassExchanges:
         self._added: list[FSDPModule] = []
         has_copies = _has_copies(model)
         for module in modules:
-            module.set_custom_all_gather(cast(Any, _Counted(self, _gather_bytes)))
+            module.set_custom_all_gather(cast(Any, _Counted(self, Bytes())))
             module.set_custom_reduce_scatter(cast(Any, _Counted(self, _reduce_scatter)))
             if has_copies:
                 module.set_all_reduce_hook(partial(self._note, module))
