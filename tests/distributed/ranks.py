@@ -25,9 +25,9 @@ def run_ranks(world_size, function, *arguments, timeout=240, grouped=None):
     if world_size == 1 and not grouped:
         return [function(*arguments)]
     context = multiprocessing.get_context("fork")
-    queue, port = context.Queue(), free_port()
+    queue, port, leave = context.Queue(), free_port(), context.Event()
     processes = [
-        context.Process(target=_rank, args=(queue, rank, world_size, port, grouped, function, arguments))
+        context.Process(target=_rank, args=(queue, leave, rank, world_size, port, grouped, function, arguments))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -35,6 +35,7 @@ def run_ranks(world_size, function, *arguments, timeout=240, grouped=None):
     try:
         found = dict(queue.get(timeout=timeout) for _ in processes)
     finally:
+        leave.set()
         for process in processes:
             process.join(10)
             process.kill()
@@ -47,7 +48,7 @@ class Failure(str):
     """The traceback of a rank."""
 
 
-def _rank(queue, rank, world_size, port, grouped, function, arguments):
+def _rank(queue, leave, rank, world_size, port, grouped, function, arguments):
     import torch.distributed as dist
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -69,4 +70,8 @@ def _rank(queue, rank, world_size, port, grouped, function, arguments):
     queue.put((rank, result))
     queue.close()
     queue.join_thread()
+    # Rank 0 holds the group's store, which another may still be reading. One that failed leaves at once: the others
+    # would wait for it.
+    if not isinstance(result, Failure):
+        leave.wait(60)
     os._exit(0)
