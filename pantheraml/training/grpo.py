@@ -37,6 +37,7 @@ from pantheraml.models.state import get_state
 from pantheraml.training.adapter_precision import kept_trained_weights
 from pantheraml.training.arguments import join_ranks, pin_device, set_recompute_argument
 from pantheraml.training.default_adapter import ensure_adapter
+from pantheraml.training.generators import check_generator
 from pantheraml.training.given import refuse_name
 from pantheraml.training.grpo_batch import join_generation, reordered, spread, steps_served
 from pantheraml.training.head import (
@@ -48,7 +49,6 @@ from pantheraml.training.head import (
 )
 from pantheraml.training.row_sampling import rows_sampled
 from pantheraml.training.shared_state import SharedState
-from pantheraml.training.vllm import check_vllm
 
 # Ways to spread a run that GRPO is trained by.
 _STRATEGIES = ("none", "ddp", "fsdp")
@@ -133,7 +133,7 @@ class PantheraMLGRPOTrainer(SharedState, GRPOTrainer):
                 fix='Write strategy="fsdp" where a GPU does not hold the model, or leave strategy out.',
             )
         join_generation(config, ranks)
-        check_vllm(config, model)
+        check_generator(config, model)
         self._strategy.prepare(config)
 
     def _base(self) -> PreTrainedModel:
@@ -201,21 +201,28 @@ class PantheraMLGRPOTrainer(SharedState, GRPOTrainer):
         is_known = not self.tools and not self.use_transformers_continuous_batching
         rows = range(self._first_row, self._first_row + len(prompt_ids))
         sampled = rows_sampled(self._base(), rows, self._seed()) if is_known else nullcontext()
-        with self._inferring(), sampled:
+        with self._inferring(decoding=True), sampled:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     @contextmanager
-    def _inferring(self) -> Iterator[None]:
-        """A block in which the model generates: without dropout, and by recorded steps where it has such."""
+    def _inferring(self, *, decoding: bool) -> Iterator[None]:
+        """A block without dropout; ``decoding``: in which the model generates, by recorded steps where it has such."""
         model = cast(nn.Module, self.model)
         trains = model.training
         model.eval()
-        set_decoding(model, True)
+        set_decoding(model, decoding)
         try:
             yield
         finally:
             set_decoding(model, False)
             model.train(trains)
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's; what is only compared with, the policy that sampled and the reference, has no dropout."""
+        if torch.is_grad_enabled():
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        with self._inferring(decoding=False):
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     # --- steps ----------------------------------------------------------------------------------------------
 

@@ -1,4 +1,6 @@
-"""Whether vLLM can generate for a run, asked before ranks wait for one another: TRL finds out on one of them, later."""
+"""Whether what a run asks to generate with can: asked before ranks wait for one another. TRL finds out later, and on one
+rank alone where a vLLM server does not answer.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +14,46 @@ from trl.import_utils import is_vllm_available
 from pantheraml.distributed.process_group import broadcast_object, is_main_process
 from pantheraml.errors import ConfigError, HardwareError
 from pantheraml.models.sharding import is_sharded
+from pantheraml.models.state import get_state
 
 # Seconds that a server has for one answer, and between two questions.
 _PATIENCE, _PAUSE = 5.0, 2.0
 
 
-def check_vllm(config: GRPOConfig, model: nn.Module) -> None:
-    """Refuse ``use_vllm=True`` where it cannot work; every rank calls this, and all raise the same.
+def check_generator(config: GRPOConfig, model: nn.Module) -> None:
+    """Refuse vLLM and continuous batching where they cannot work; every rank calls this, and all raise the same.
 
     Args:
-        config: ``vllm_mode``, ``vllm_server_base_url``, ``vllm_server_host``, ``vllm_server_port`` and
-            ``vllm_server_timeout`` count.
+        config: what begins with ``vllm_``, ``use_vllm`` and ``use_transformers_continuous_batching`` count.
         model: that is trained.
 
     Raises:
-        ConfigError: vLLM is not installed, or ranks share out the weights that it would be sent.
+        ConfigError: vLLM is not installed, or cannot be sent these weights; continuous batching does not run this model.
         HardwareError: the server does not answer.
     """
-    if not config.use_vllm:
-        return
+    if config.use_vllm:
+        _check_vllm(config, model)
+    elif config.use_transformers_continuous_batching:
+        _check_continuous(model)
+
+
+def _check_continuous(model: nn.Module) -> None:
+    state = get_state(model)
+    if state is not None and state.kernels == "auto":
+        raise ConfigError(
+            got="use_transformers_continuous_batching=True was given for a model with PantheraML's attention.",
+            need="It keeps keys and values in pages, which transformers' own layers read.",
+            fix='Leave it out, or load the model with kernels="off".',
+        )
+    if is_sharded(model):
+        raise ConfigError(
+            got="use_transformers_continuous_batching=True was given, and ranks share out the model's weights.",
+            need="Ranks gather layers together, and each would take as many steps as its own rows need.",
+            fix='Leave it out, or load the model without strategy="fsdp".',
+        )
+
+
+def _check_vllm(config: GRPOConfig, model: nn.Module) -> None:
     if not is_vllm_available():
         raise ConfigError(
             got="use_vllm=True was given, and vllm is not installed.",
