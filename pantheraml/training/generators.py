@@ -1,5 +1,6 @@
-"""Whether what a run asks to generate with can: asked before ranks wait for one another. TRL finds out later, and on one
-rank alone where a vLLM server does not answer.
+"""Whether what is to generate for a run can: asked before ranks wait for one another.
+
+TRL finds out later, and where a vLLM server does not answer, on one rank alone.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def check_generator(config: GRPOConfig, model: nn.Module) -> None:
         model: that is trained.
 
     Raises:
-        ConfigError: vLLM is not installed, or cannot be sent these weights; continuous batching does not run this model.
+        ConfigError: vLLM is not installed, or cannot be sent these weights; continuous batching cannot run the model.
         HardwareError: the server does not answer.
     """
     if config.use_vllm:

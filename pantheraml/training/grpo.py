@@ -183,7 +183,9 @@ class PantheraMLGRPOTrainer(SharedState, GRPOTrainer):
         place = (self.state.global_step, cast(nn.Module, self.model).training)
         if place != self._place:
             self._place, self._rows_before = place, 0
-        self._first_row = self._rows_before + get_rank() * len(inputs) if group_size() > 1 else self._rows_before
+        self._first_row = (
+            self._rows_before + get_rank() * len(inputs) if group_size() > 1 else self._rows_before
+        )
         self._rows_before += len(inputs) * group_size()
         scored = super()._generate_and_score_completions(inputs)
         numbers = torch.arange(self._first_row, self._first_row + len(inputs))
