@@ -29,8 +29,9 @@ def fill_groups(config: GRPOConfig, ranks: int) -> None:
         ranks: of the run.
 
     Raises:
-        ConfigError: what was written holds no whole groups.
+        ConfigError: what was written holds no whole groups, in training or in evaluation.
     """
+    _check_evaluation(config, ranks)
     rows = config.per_device_train_batch_size * ranks
     group, accumulation = config.num_generations or 1, config.gradient_accumulation_steps
     generation = config.generation_batch_size or rows * (config.steps_per_generation or accumulation)
@@ -64,6 +65,10 @@ def join_generation(config: GRPOConfig, ranks: int) -> None:
     config.generation_batch_size = config.per_device_train_batch_size * ranks * steps
     if config.generation_batch_size % (config.num_generations or 1):
         raise _no_whole_groups(config, ranks, config.generation_batch_size)
+    _check_evaluation(config, ranks)
+
+
+def _check_evaluation(config: GRPOConfig, ranks: int) -> None:
     group = config.num_generations_eval or config.num_generations or 1
     rows = config.per_device_eval_batch_size * ranks
     if config.eval_strategy != "no" and rows % group:
