@@ -1,7 +1,7 @@
 """``enable_grpo_support``: a script's ``trl.GRPOTrainer`` is ``PantheraMLGRPOTrainer``, on one GPU and on several.
 
     trl.GRPOTrainer.__init__     a trainer of a script becomes one of ours before it is built
-    trl.GRPOConfig.__post_init__ a generation holds whole groups, or it is said what to type
+    trl.GRPOConfig.__post_init__ a generation holds whole groups, or it is said what to type; a named server is asked
 
 Ranks are started by ``enable_multi_gpu``, or by torchrun, accelerate launch or srun.
 """
@@ -19,6 +19,7 @@ from pantheraml.distributed.process_group import get_rank, group_size, join_earl
 from pantheraml.hooks.adoption import Constructor, by_name, changed, is_adopted
 from pantheraml.hooks.grpo_scripts import HookedGRPOTrainer
 from pantheraml.models.patching import PatchSet
+from pantheraml.training.generators import ask_named_server
 from pantheraml.training.grpo import PantheraMLGRPOTrainer
 from pantheraml.training.grpo_batch import fill_groups
 
@@ -34,7 +35,7 @@ class _Support:
     def begin(self) -> None:
         for kind, name, instead in (
             (GRPOTrainer, "__init__", self._build),
-            (GRPOConfig, "__post_init__", _plan_groups),
+            (GRPOConfig, "__post_init__", _plan),
         ):
             why = "trainers of scripts that are not ours"
             self.patches.set(kind, name, changed(getattr(kind, name), instead), why)
@@ -59,7 +60,7 @@ def enable_grpo_support() -> dict[str, Any]:
 
     Trainers that are built from now on are ours. Where a ``GRPOConfig`` that is made from now on would cut groups, and
     nothing but its defaults says how large a generation is, its ``gradient_accumulation_steps`` is raised until it does
-    not. A second call does nothing.
+    not; a vLLM server that it names is asked. A second call does nothing.
 
     Returns:
         ``get_grpo_status()``.
@@ -102,9 +103,10 @@ def get_grpo_status() -> dict[str, Any]:
     }
 
 
-def _plan_groups(original: Constructor, config: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-    """A ``GRPOConfig`` of these ranks, whose generations hold whole groups."""
+def _plan(original: Constructor, config: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+    """A ``GRPOConfig`` of these ranks, whose generations hold whole groups, and whose vLLM server is asked."""
     join_early()
     config.use_cpu = config.use_cpu or num_gpus() == 0  # without it, ranks on CPUs do not know of one another
     fill_groups(config, group_size())
+    ask_named_server(config)
     original(config, *args, **given)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 import urllib.request
+from dataclasses import fields
 
 from torch import nn
 from trl import GRPOConfig
@@ -14,11 +15,29 @@ from trl.import_utils import is_vllm_available
 
 from pantheraml.distributed.process_group import broadcast_object, is_main_process
 from pantheraml.errors import ConfigError, HardwareError
+from pantheraml.log import say
 from pantheraml.models.sharding import is_sharded
 from pantheraml.models.state import get_state
 
 # Seconds that a server has for one answer, and between two questions.
 _PATIENCE, _PAUSE = 5.0, 2.0
+
+
+def ask_named_server(config: GRPOConfig) -> None:
+    """Let a vLLM server that is named be the one that is asked: TRL's default is an engine beside the training.
+
+    Args:
+        config: before it is checked; ``vllm_mode`` is set where a server is named and another mode is not.
+    """
+    usual = {one.name: one.default for one in fields(GRPOConfig)}
+    named = [
+        name
+        for name in ("vllm_server_base_url", "vllm_server_host", "vllm_server_port")
+        if getattr(config, name) != usual[name]
+    ]
+    if config.use_vllm and named and config.vllm_mode == usual["vllm_mode"] != "server":
+        config.vllm_mode = "server"
+        say(f'{named[0]} names a vLLM server, so vllm_mode="server".')
 
 
 def check_generator(config: GRPOConfig, model: nn.Module) -> None:
@@ -76,8 +95,8 @@ def _check_vllm(config: GRPOConfig, model: nn.Module) -> None:
             raise HardwareError(
                 got=f"No vLLM server answers at {url}/health: {answer}.",
                 need=f"It was asked for {config.vllm_server_timeout:.0f} seconds (vllm_server_timeout).",
-                fix="Start it as docs/grpo.md says (vllm serve MODEL --port ...), or correct vllm_server_host and "
-                "vllm_server_port.",
+                fix=f"Type trl vllm-serve --model MODEL --port {config.vllm_server_port} on the GPUs that generate, or "
+                "correct vllm_server_host and vllm_server_port.",
             )
 
 

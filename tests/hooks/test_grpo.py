@@ -91,12 +91,18 @@ def test_a_generation_holds_whole_groups(tmp_path, caplog):
         {"steps_per_generation": 2, **unsaid},
         {"generation_batch_size": 12, **unsaid},
     ):
-        with pytest.raises(
-            ConfigError, match=r"Write gradient_accumulation_steps=4 .* or num_generations=6"
-        ):
+        with pytest.raises(ConfigError, match=r"Write gradient_accumulation_steps=4 .* or num_generations=6"):
             config(tmp_path, per_device_train_batch_size=6, num_generations=8, **written)
     with pytest.raises(ConfigError, match="Write per_device_eval_batch_size=4"):
         config(tmp_path, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=3)
+
+
+def test_a_vllm_server_that_is_named_is_asked(tmp_path):
+    given = {"use_vllm": True, "per_device_train_batch_size": 4}
+    pantheraml.enable_grpo_support()
+    for named in ({"vllm_server_host": "127.0.0.1"}, {"vllm_server_port": 8001}):
+        assert config(tmp_path, **given, **named).vllm_mode == "server"
+    assert config(tmp_path, **given).vllm_mode == "colocate"
 
 
 def test_what_cannot_be_is_refused_with_what_to_type(llama, tmp_path):

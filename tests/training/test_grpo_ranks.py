@@ -73,7 +73,9 @@ def assert_same(found, expected):
     assert found["steps"] == expected["steps"]
     assert len(found["logged"]) == len(expected["logged"]) == 4
     for mine, other in zip(found["logged"], expected["logged"], strict=True):
-        assert mine == [None if value is None else pytest.approx(value, rel=2e-5, abs=2e-6) for value in other]
+        assert mine == [
+            None if value is None else pytest.approx(value, rel=2e-5, abs=2e-6) for value in other
+        ]
 
 
 def test_groups_are_whole_and_their_completions_differ(alone):
@@ -106,7 +108,7 @@ def test_all_weights_shared_out_train_as_in_one_process(alone, ranks):
 def test_what_cannot_generate_is_refused_on_every_rank(ranks):
     for rank in ranks:
         server, shared, groups = rank["refused"]
-        assert "No vLLM server answers at http://127.0.0.1:" in server and "vllm serve" in server
+        assert "No vLLM server answers at http://127.0.0.1:" in server and "trl vllm-serve" in server
         assert "use_vllm=True was given, and ranks share out the model's weights" in shared
         assert "A generation has 6 rows (3 per device x 2 ranks x 1), and num_generations=4" in groups
         assert "gradient_accumulation_steps=2" in groups

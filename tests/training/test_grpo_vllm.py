@@ -45,7 +45,9 @@ def test_a_vllm_server_generates_for_one_rank_and_for_two_with_the_settings_that
     ):
         assert_same(rank, one)
     for paths in ([path for path, _ in asked], [path for path, _ in server.asked]):
-        assert paths[0] == "/health" and paths.count("/v1/completions") == 2, "one request for each generation"
+        assert paths[0] == "/health" and paths.count("/v1/completions") == 2, (
+            "one request for each generation"
+        )
         assert paths.count("/update_weights") == 2 and paths.count("/reset_prefix_cache") == 2
     body = server.bodies("/v1/completions")[0]
     assert len(body["prompt"]) == 3 and body["n"] == 4, "a prompt is sent once, for its whole group"

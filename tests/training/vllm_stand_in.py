@@ -59,7 +59,12 @@ class _Handler(BaseHTTPRequestHandler):
             choices = [self._choice(prompt, n, body) for prompt in body["prompt"] for n in range(body["n"])]
             self._answer({"choices": choices})
         else:
-            known = ("/update_weights", "/reset_prefix_cache", "/start_weight_update", "/finish_weight_update")
+            known = (
+                "/update_weights",
+                "/reset_prefix_cache",
+                "/start_weight_update",
+                "/finish_weight_update",
+            )
             self._answer({"success": True} if self.path in known else None)
 
     def _choice(self, prompt: list[int], number: int, body: dict) -> dict:
