@@ -1,11 +1,12 @@
 """GRPO in the manner of Open R1: a model learns to think before it answers, on every GPU.
 
     python examples/grpo_open_r1_multi_gpu.py
-    python examples/grpo_open_r1_multi_gpu.py --model Qwen/Qwen2.5-3B-Instruct --data problems.jsonl --max-steps 500
+    python examples/grpo_open_r1_multi_gpu.py --config recipe.yaml --model Qwen/Qwen2.5-3B-Instruct --data rows.jsonl
     torchrun --nproc_per_node=2 examples/grpo_open_r1_multi_gpu.py --config examples/configs/grpo_open_r1_config.yaml
 
-Without --config, the settings of that recipe are tried with transformers instead of vLLM; without --model on a small
-random Llama, which learns nothing sensible. --data has the columns problem and solution, or question and answer.
+Without --config, the settings of that recipe are tried with completions of 32 tokens by transformers instead of vLLM;
+without --model on a small random Llama, which learns nothing sensible. --data has the columns problem and solution, or
+question and answer.
 """
 
 import argparse
@@ -37,9 +38,7 @@ pantheraml.enable_multi_gpu(num_gpus=options.num_gpus)  # plain python becomes s
 
 recipe = read_yaml(options.config or RECIPE).data
 if options.config is None:
-    recipe.update(
-        use_vllm=False, max_seq_length=512, max_completion_length=16 if options.model is None else 256
-    )
+    recipe.update(use_vllm=False, max_seq_length=512, max_completion_length=32)
     recipe.update(model_name_or_path=None, dataset_name=None)
 name, data = options.model or recipe.pop("model_name_or_path"), options.data or recipe.pop("dataset_name")
 recipe = {key: value for key, value in recipe.items() if key not in ("model_name_or_path", "dataset_name")}
