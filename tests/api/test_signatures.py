@@ -63,11 +63,13 @@ def test_the_surface_is_the_stored_one():
     )
 
 
+@pytest.mark.promise("A1")
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module in GUIDES for name in GUIDES[module]])
 def test_the_guides_names_are_where_the_guides_import_them(module, name):
     assert callable(getattr(import_module(module), name))
 
 
+@pytest.mark.promise("A1", "A13")
 def test_each_name_is_one_thing_wherever_it_is_imported_from():
     for module in ("pantheraml.chat_templates",):
         for name in GUIDES[module]:
@@ -106,6 +108,7 @@ ORDERS = [
 ]
 
 
+@pytest.mark.promise("B3")
 @pytest.mark.parametrize("orders", [ORDERS[:2], pytest.param(ORDERS, marks=pytest.mark.slow)], ids=["2", "4"])
 def test_the_order_of_imports_changes_no_number(llama, tmp_path, orders):
     def train(order: str) -> str:
