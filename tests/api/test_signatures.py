@@ -50,6 +50,7 @@ GUIDES = {
         "get_gpu_memory_info",
         "set_gpu_device",
     ],
+    "pantheraml.core": ["AggregationMethod", "MultiGPUTrainer"],
     "pantheraml.utils": ["ConfigManager", "DeviceManager", "MemoryManager"],
 }
 
@@ -75,6 +76,8 @@ def test_each_name_is_one_thing_wherever_it_is_imported_from():
         for name in GUIDES[module]:
             assert getattr(import_module(module), name) is getattr(import_module("pantheraml"), name)
     pantheraml = import_module("pantheraml")
+    assert import_module("pantheraml.core").MultiGPUTrainer is pantheraml.MultiGPUTrainer
+    assert pantheraml.UnslothDistributedTrainer is pantheraml.PantheraMLDistributedTrainer
     assert pantheraml.UnslothTrainer is pantheraml.PantheraMLTrainer
     assert pantheraml.UnslothTrainingArguments is pantheraml.PantheraMLTrainingArguments
     with pytest.raises(AttributeError, match="has no attribute 'FastVisionModel'"):
