@@ -8,11 +8,11 @@ SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 MODEL  ?=
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 # Test processes share the cores; more than one thread each makes them wait for one another.
-test unit coverage test-oldest: export OMP_NUM_THREADS ?= 1
+test unit quick coverage test-oldest: export OMP_NUM_THREADS ?= 1
 # Hundreds of them import the same modules, which are compiled once, whatever the machine does otherwise.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint unit coverage oldest test-oldest test-slow test-gpu clean
+.PHONY: demo test quick lint unit coverage oldest test-oldest test-slow test-gpu clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,10 @@ lint: $(VENV)/installed
 
 unit: $(VENV)/installed
 	$(BIN)/python -m pytest $(SPREAD)
+
+# Two minutes: what starts no ranks and trains little.
+quick: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 $(addprefix tests/,api checkpoint config data devices errors house)
 
 # The same, counting lines, which takes a third longer: 90 % must have run.
 coverage: $(VENV)/installed

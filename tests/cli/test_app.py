@@ -108,6 +108,7 @@ def test_the_table_of_a_dry_run(cli, run_file, overrides, row):
     assert any(row in line for line in out.splitlines() if line.startswith("#   ")), out
 
 
+@pytest.mark.promise("D3")
 @pytest.mark.parametrize(
     "words", [["run.yaml"], ["--config", "run.yaml"], ["seed=2", "--config", "run.yaml"]]
 )
@@ -181,6 +182,7 @@ def python(*words: str, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, **options)
 
 
+@pytest.mark.promise("D3")
 def test_the_module_train_reads_the_same_words(run_file, tmp_path):
     by_option = python("pantheraml.train", "--config", "run.yaml", "seed=8", "--dry-run", cwd=tmp_path)
     by_environment = python(

@@ -84,6 +84,7 @@ def command(folder: Path, words: list[str], **variables: str) -> tuple[int, str,
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.promise("D5")
 @pytest.mark.parametrize(
     ("words", "variables"),
     [
@@ -116,6 +117,7 @@ def test_ranks_train_to_the_numbers_of_one_process(llama, alone, tmp_path, words
     assert load_config(folder / "run.yaml") == load_config(tmp_path / "run.yaml", overrides)
 
 
+@pytest.mark.promise("D1")
 def test_a_rank_that_fails_is_heard_once(llama, tmp_path):
     write_run(tmp_path, llama)
     (tmp_path / "rows_of_mine.py").write_text(LOADER)

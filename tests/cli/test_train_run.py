@@ -45,6 +45,7 @@ def run(config):
     return run_training(config)
 
 
+@pytest.mark.promise("D5")
 def test_an_adapter_run_trains_evaluates_and_saves(settings, capsys):
     from safetensors.torch import load_file
 
@@ -80,6 +81,7 @@ def test_a_full_run_resumes_where_it_stopped(settings):
     assert resumed["metrics"]["epoch"] == whole["metrics"]["epoch"]
 
 
+@pytest.mark.promise("D4")
 def test_a_loader_of_ones_own(settings, tmp_path):
     (tmp_path / "loader_rows.py").write_text(
         "from datasets import Dataset, DatasetDict\n"
@@ -166,6 +168,7 @@ def test_one_gpu_is_not_that_of_several_ranks(settings):
     check_devices(settings("devices=cpu"), 2)
 
 
+@pytest.mark.promise("D4")
 @pytest.mark.parametrize(
     ("body", "overrides", "says"),
     [

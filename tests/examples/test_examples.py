@@ -150,6 +150,7 @@ def test_04_chat_data(folder, printed):
     assert "<|im_start|>" in (folder / "outputs/chat/adapter/chat_template.jinja").read_text()
 
 
+@pytest.mark.promise("F11")
 def test_05_continued_pretraining(folder, printed):
     start, trained = (
         load_file(folder / "outputs/continued-pretraining" / name / "model.safetensors")
@@ -194,11 +195,13 @@ def test_10_larger_than_a_gpu(folder, printed):
     assert "16 rows a step" in printed
 
 
+@pytest.mark.promise("A14")
 def test_multi_gpu_training(folder, printed):
     assert " x 1 = 8 rows a step" in printed and "starting" not in printed
     assert (folder / "outputs/multi-gpu/adapter/adapter_model.safetensors").is_file()
 
 
+@pytest.mark.promise("A14")
 def test_the_multi_gpu_example_on_two_ranks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, value in ENVIRONMENT.items():
@@ -248,6 +251,7 @@ def test_the_recipe_of_the_guide_is_one_for_grpo():
     assert (args.vllm_mode, args.generation_batch_size, args.num_generations) == ("server", 8, 8)
 
 
+@pytest.mark.promise("C3")
 def test_direct_trainer_usage_on_two_ranks(tmp_path):
     run = subprocess.run(
         [sys.executable, str(ROOT / "examples/direct_trainer_usage.py"), "--max-steps", "3", "--num-gpus", "2"],
@@ -261,6 +265,7 @@ def test_direct_trainer_usage_on_two_ranks(tmp_path):
     assert is_adapter(tmp_path / "outputs/direct/adapter")
 
 
+@pytest.mark.promise("A14")
 @pytest.mark.slow
 def test_the_multi_gpu_example_by_accelerate(tmp_path):
     """With every flag of its docstring."""

@@ -53,6 +53,7 @@ def ranks(checkpoints, tmp_path_factory):
     return [json.loads((output / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.promise("C1")
 def test_losses_are_those_of_one_process(alone, ranks):
     for rank in ranks:
         assert len(rank["logs"]) == len(alone) == 4
@@ -60,6 +61,7 @@ def test_losses_are_those_of_one_process(alone, ranks):
             assert mine == pytest.approx(theirs, rel=1e-6)
 
 
+@pytest.mark.promise("C1")
 def test_every_argument_acts(ranks):
     for number, found in enumerate(ranks):
         began, ended = found["began"], found["ended"]
@@ -73,6 +75,7 @@ def test_every_argument_acts(ranks):
         assert found["given"] == 7, "the script's own arguments are left as they are"
 
 
+@pytest.mark.promise("C1")
 def test_disabled_ranks_are_trls(ranks):
     for found in ranks:
         after = found["after"]
