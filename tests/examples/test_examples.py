@@ -220,6 +220,7 @@ def test_grpo_arithmetic_saves_what_it_trained(folder, printed):
     assert (folder / "second/grpo_arithmetic/model/adapter_model.safetensors").is_file()
 
 
+@pytest.mark.promise("C2")
 def test_the_reward_of_the_grpo_example_rises(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, value in ENVIRONMENT.items():
@@ -230,12 +231,14 @@ def test_the_reward_of_the_grpo_example_rises(tmp_path, monkeypatch):
     assert first < 0.2 and last > first + 0.4
 
 
+@pytest.mark.promise("C2")
 def test_grpo_open_r1_multi_gpu(folder, printed):
     assert "'rewards/cosine/mean': " in printed and "'rewards/reasoning_steps/mean': " in printed
     for output in ("outputs/grpo-open-r1", "second/grpo_open_r1_multi_gpu"):
         assert (folder / output / "adapter/adapter_model.safetensors").is_file()
 
 
+@pytest.mark.promise("C2")
 def test_the_recipe_of_the_guide_is_one_for_grpo():
     recipe = read_yaml(ROOT / "examples/configs/grpo_open_r1_config.yaml").data
     own = ["model_name_or_path", "max_seq_length", "load_in_4bit", "lora_r", "dataset_name", "reward_funcs"]

@@ -43,6 +43,7 @@ def test_disabled_nothing_is_left_of_it():
     assert not pantheraml.get_grpo_status()["enabled"]
 
 
+@pytest.mark.promise("C2")
 @needs_head
 def test_disabled_trls_trainer_trains_what_it_trained_before_bit_by_bit(llama, tmp_path):
     def weights():
@@ -76,6 +77,7 @@ def test_a_scripts_own_class_keeps_its_methods(llama, tmp_path):
     assert len(logged(trainer)) == 1
 
 
+@pytest.mark.promise("C2")
 def test_a_generation_holds_whole_groups(tmp_path, caplog):
     caplog.set_level("INFO", "pantheraml")
     unsaid = {"gradient_accumulation_steps": 1}

@@ -91,6 +91,7 @@ def test_other_trainers_train_on_the_ranks(ranks):
     assert ranks[0]["grpo"]["kind"] == "GRPOTrainer" and ranks[0]["own"]["kind"] == "SFTTrainer"
 
 
+@pytest.mark.promise("C2")
 def test_an_unchanged_grpo_script_trains_on_two_ranks_as_on_one(checkpoints, ranks, tmp_path):
     pantheraml.enable_grpo_support()
     one = grpo(checkpoints("llama"), tmp_path, 4)

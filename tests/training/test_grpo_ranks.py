@@ -78,6 +78,7 @@ def assert_same(found, expected):
         ]
 
 
+@pytest.mark.promise("C2")
 def test_groups_are_whole_and_their_completions_differ(alone):
     for step in alone["lora"]["steps"]:
         groups = [step["prompt"][start : start + 4] for start in (0, 4, 8)]
@@ -89,6 +90,7 @@ def test_groups_are_whole_and_their_completions_differ(alone):
         assert sum(first["advantages"][start : start + 4]) == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.promise("C2")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_train_as_one_with_dropout_and_groups_that_are_cut_between_them(alone, ranks, strategy):
     for rank in ranks:
@@ -100,6 +102,7 @@ def test_accumulation_makes_no_difference(alone):
     assert_same(alone["parts"], alone["lora"])
 
 
+@pytest.mark.promise("C2")
 def test_all_weights_shared_out_train_as_in_one_process(alone, ranks):
     for rank in ranks:
         assert_same(rank["full"], alone["full"])

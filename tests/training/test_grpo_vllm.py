@@ -32,6 +32,7 @@ def server(monkeypatch):
         yield server
 
 
+@pytest.mark.promise("C2")
 def test_a_vllm_server_generates_for_one_rank_and_for_two_with_the_settings_that_were_given(server, tmp_path):
     folder = tiny.save_checkpoint(tmp_path / "llama", "llama")
     settings = dict(
