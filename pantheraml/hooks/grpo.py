@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 from trl import GRPOConfig, GRPOTrainer
 
@@ -48,7 +48,7 @@ class _Support:
         if is_done or not is_adopted(trainer, GRPOTrainer, HookedGRPOTrainer, named, self.classes):
             original(trainer, *args, **given)
             return
-        HookedGRPOTrainer.__init__(trainer, **named)
+        HookedGRPOTrainer.__init__(cast(Any, trainer), **named)
         self.trainers.append(kind.__name__)
 
 

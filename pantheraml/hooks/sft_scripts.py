@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
@@ -97,7 +97,7 @@ def arguments_for(args: TrainingArguments | None, model: Any, settings: HookSett
     if settings.batch_size_per_gpu is not None:
         found.per_device_train_batch_size = settings.batch_size_per_gpu
     if settings.recomputes is not None:
-        set_recompute_argument(cast(SFTConfig, found), settings.recomputes)
+        set_recompute_argument(found, settings.recomputes)
     if found.world_size == 1 and found.n_gpu > 1:  # pragma: no cover - needs GPUs
         found._n_gpu = 1  # one rank has one GPU; transformers would put its model on all of them in turn
     return found

@@ -117,7 +117,10 @@ class PantheraMLGRPOTrainer(SharedState, GRPOTrainer):
                 **kwargs,
             )
         self._strategy.configure(self.accelerator, config, cast(nn.Module, self.model))
-        self._place_head(fused=state is not None and state.kernels == "auto")
+        is_fused = state is not None and state.kernels == "auto"
+        self._place_head(fused=is_fused)
+        if is_fused and not self.use_vllm and config.cache_implementation is None:
+            self.generation_config.disable_compile = False  # TRL's: it would switch recorded steps off, too
         ledger = PatchSet() if state is None else state.patches
         self._keyed = follow_samples(cast(nn.Module, self.model), ledger)
 
@@ -239,7 +242,7 @@ class PantheraMLGRPOTrainer(SharedState, GRPOTrainer):
             rows = len(scored["completion_ids"])
             order = spread(self._first_row, rows, steps_served(config), self._seed())
             parts = split_tensor_dict(reordered(scored, order), steps)
-            self._buffered_inputs = [unsplit_pixel_values_by_grid(part) for part in parts]
+            self._buffered_inputs = [unsplit_pixel_values_by_grid(cast(Any, part)) for part in parts]
         return self._buffered_inputs[self._step % steps]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:

@@ -37,11 +37,23 @@ class Kept(TrainerCallback):
         )
 
 
-def build(folder, output, *, kind="lora", config=None, callbacks=(), rewards=(vowels, lengths), **settings):
-    """A trainer of a tiny model on the CPU; ``kind`` is lora or full."""
+def build(
+    folder,
+    output,
+    *,
+    kind="lora",
+    config=None,
+    callbacks=(),
+    rewards=(vowels, lengths),
+    loading=(),
+    **settings,
+):
+    """A trainer of a tiny model, on the CPU if nothing else is said; ``kind`` is lora or full."""
     where = {"use_multi_gpu": config} if config is not None else {"device_map": "cpu"}
     options = {"full_finetuning": True} if kind == "full" else {"load_in_4bit": False}
-    model, tokenizer = FastLanguageModel.from_pretrained(str(folder), max_seq_length=64, **where, **options)
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=64, **where, **options, **dict(loading)
+    )
     if kind == "lora":
         model = FastLanguageModel.get_peft_model(model, r=4, lora_dropout=0.2)
     args = GRPOConfig(
@@ -54,7 +66,7 @@ def build(folder, output, *, kind="lora", config=None, callbacks=(), rewards=(vo
     )  # fmt: skip
     return PantheraMLGRPOTrainer(
         model, list(rewards), args, tokenizer=tokenizer, train_dataset=Dataset.from_list(PROMPTS),
-        callbacks=list(callbacks),
+        eval_dataset=Dataset.from_list(PROMPTS), callbacks=list(callbacks),
     )  # fmt: skip
 
 
