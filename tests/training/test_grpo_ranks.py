@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from pantheraml.errors import ConfigError, HardwareError
 from pantheraml.training import generators
@@ -13,6 +15,8 @@ from tests.training.grpo_runs import build, figures
 # Generations of 12 rows in 3 groups of 4, one of which is cut between two ranks, for two optimizer steps each.
 TWICE = dict(steps_per_generation=2, beta=0.04)
 SHARED = dict(strategy="fsdp", shard_frozen=True)
+# Of all weights, with a checkpoint at the end.
+FULL = dict(kind="full", steps_per_generation=2, save_strategy="steps", save_steps=4)
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +46,18 @@ def refused(folder, output):
 
 
 def work(folder, output):
-    full = dict(kind="full", per_device_train_batch_size=3, steps_per_generation=2)
     return {
         "ddp": figures(folder, output, per_device_train_batch_size=3, **TWICE),
         "fsdp": figures(folder, output, SHARED, per_device_train_batch_size=3, **TWICE),
-        "full": figures(folder, output, dict(strategy="fsdp"), **full),
+        "full": figures(folder, output, dict(strategy="fsdp"), per_device_train_batch_size=3, **FULL),
         "refused": refused(folder, output),
     }
 
 
 @pytest.fixture(scope="module")
 def ranks(folder, tmp_path_factory):
-    return run_ranks(2, work, folder, tmp_path_factory.mktemp("ranks"))
+    output = tmp_path_factory.mktemp("ranks")
+    return [{**found, "output": output} for found in run_ranks(2, work, folder, output)]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,8 @@ def alone(folder, tmp_path_factory):
     return {
         "lora": figures(folder, output, per_device_train_batch_size=6, **TWICE),
         "parts": figures(folder, output, per_device_train_batch_size=2, **parts),
-        "full": figures(folder, output, kind="full", per_device_train_batch_size=6, steps_per_generation=2),
+        "output": output,
+        "full": figures(folder, output, per_device_train_batch_size=6, **FULL),
     }
 
 
@@ -103,9 +108,13 @@ def test_accumulation_makes_no_difference(alone):
 
 
 @pytest.mark.promise("C2")
-def test_all_weights_shared_out_train_as_in_one_process(alone, ranks):
+def test_all_weights_shared_out_train_as_in_one_process_and_are_saved_whole(alone, ranks):
     for rank in ranks:
         assert_same(rank["full"], alone["full"])
+    saved, whole = (load_file(one["output"] / "checkpoint-4/model.safetensors") for one in (ranks[0], alone))
+    assert saved.keys() == whole.keys()
+    for name, weight in whole.items():
+        assert torch.allclose(saved[name], weight, atol=2e-4), name
 
 
 def test_what_cannot_generate_is_refused_on_every_rank(ranks):
