@@ -57,6 +57,7 @@ def build(
     model, tokenizer = FastLanguageModel.from_pretrained(str(folder), **{**options, **dict(loading)})
     if kind == "lora":
         model = FastLanguageModel.get_peft_model(model, r=4, lora_dropout=0.2)
+    model.generation_config.eos_token_id = [2, *range(5, 69)]  # so that completions are of several lengths
     args = GRPOConfig(
         str(output),
         **{

@@ -103,6 +103,7 @@ def test_groups_are_whole_and_their_completions_differ(alone):
         groups = [step["prompt"][start : start + 4] for start in (0, 4, 8)]
         assert len({group[0] for group in groups}) == 3 and all(len(set(group)) == 1 for group in groups)
         assert len(set(step["completion"])) > 9
+        assert len(set(step["rewards"]["lengths"])) > 3
     first, second, third, _ = alone["lora"]["steps"]
     assert first == second != third, "a generation serves two steps"
     for start in (0, 4, 8):
@@ -126,7 +127,11 @@ def test_two_ranks_evaluate_as_one(alone, ranks):
 
 
 def test_accumulation_makes_no_difference(alone):
-    assert_same(alone["parts"], alone["lora"])
+    """But to the entropy and the KL of the log, which TRL averages over micro-batches."""
+    trained = [
+        {**alone[name], "logged": [line[:3] for line in alone[name]["logged"]]} for name in ("parts", "lora")
+    ]
+    assert_same(*trained)
 
 
 @pytest.mark.promise("C2")
@@ -146,3 +151,30 @@ def test_what_cannot_generate_is_refused_on_every_rank(ranks):
         assert "use_vllm=True was given, and ranks share out the model's weights" in shared
         assert "A generation has 6 rows (3 per device x 2 ranks x 1), and num_generations=4" in groups
         assert "gradient_accumulation_steps=2" in groups
+
+
+# What TRL's losses, rewards and steps may be; all but bnpo, which is one of each micro-batch.
+KINDS = {
+    **{name: dict(loss_type=name) for name in ("grpo", "dr_grpo", "cispo", "sapo", "vespo")},
+    "luspo": dict(loss_type="luspo", importance_sampling_level="sequence"),
+    "gspo": dict(loss_type="grpo", importance_sampling_level="sequence"),
+    "iterations": dict(num_iterations=2),
+    "batch": dict(scale_rewards="batch"),
+    "gdpo": dict(multi_objective_aggregation="normalize_then_sum"),
+    "quantile": dict(top_entropy_quantile=0.5),
+    "truncated": dict(mask_truncated_completions=True),
+    "several generations a step": dict(steps_per_generation=1, gradient_accumulation_steps=2),
+}
+
+
+def each_kind(folder, output, rows):
+    given = dict(per_device_train_batch_size=rows, steps_per_generation=2)
+    return {name: figures(folder, output, **{**given, **settings}) for name, settings in KINDS.items()}
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_with_every_loss(folder, tmp_path):
+    one = each_kind(folder, tmp_path, 12)
+    for rank in run_ranks(2, each_kind, folder, tmp_path, 6):
+        for name in KINDS:
+            assert_same(rank[name], one[name])
