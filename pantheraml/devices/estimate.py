@@ -164,12 +164,9 @@ def sizes_of(parts: ModelParts) -> ActivationSizes:
 
 
 def is_fused(parts: ModelParts, layout: Layout) -> bool:
-    """Whether layers are computed by fused functions: not where ranks cut them, ZeRO-3 gathers them part by part, or
-    FP8 weights are gathered.
-    """
+    """Whether layers are computed by fused functions: not where ranks cut them, or ZeRO-3 gathers them part by part."""
     is_cut = layout.tensor > 1 or (layout.strategy == "deepspeed" and layout.zero_stage == 3)
-    is_gathered = layout.is_sharded and layout.shard_frozen and parts.storage == "fp8"
-    return sizes_of(parts).is_fused and not is_cut and not is_gathered
+    return sizes_of(parts).is_fused and not is_cut
 
 
 def _computed_in(parts: ModelParts, layout: Layout) -> ActivationSizes:

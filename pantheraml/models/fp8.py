@@ -24,7 +24,7 @@ from pantheraml.kernels.fp8 import DTYPE, LARGEST, quantise_rows
 from pantheraml.kernels.fp8_product import multiply, turn
 from pantheraml.kernels.launch import launching_on
 from pantheraml.kernels.workspace import borrow
-from pantheraml.models.shares import whole
+from pantheraml.models.shares import is_share, whole
 
 METHOD = "pantheraml_fp8"
 # Tensor cores take e4m3 matrices in steps of 16.
@@ -232,13 +232,13 @@ def _is_below(path: str, name: str) -> bool:
 
 
 def choose_turned(model: nn.Module) -> int:
-    """Let fused layers keep their weights turned as well if that takes little of the free memory.
+    """Let fused layers keep their weights turned as well if that takes little of the free memory; none of shares.
 
     Returns:
         How many layers there are.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, Fp8Linear)]
-    if layers and layers[0].weight.is_cuda:
+    if layers and layers[0].weight.is_cuda and not any(is_share(layer.weight) for layer in layers):
         free = torch.cuda.mem_get_info(layers[0].weight.device)[0]
         keeps = sum(layer.weight.numel() for layer in layers) <= TURNED_SHARE * free
         for layer in layers:

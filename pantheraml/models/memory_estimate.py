@@ -27,8 +27,7 @@ from pantheraml.devices.peak_memory import (
 from pantheraml.models.recompute_plan import RecomputePlan, kept_bytes, sizes_of, unpacked_bytes
 from pantheraml.models.sharding import device_of, gathered_bytes
 from pantheraml.models.shares import local
-from pantheraml.models.stack_memory import beside_bytes
-from pantheraml.models.stack_memory import unpacked_bytes as unpacked_buffers
+from pantheraml.models.stack_memory import beside_bytes, shared_bytes
 
 __all__ = ["MemoryEstimate", "Share", "describe", "predicted_bytes", "weight_bytes"]
 
@@ -90,7 +89,7 @@ def predicted_bytes(
     return peak_memory(
         StepSizes(
             weights=weight_bytes(model, device) - of_trained + beside_bytes(fused, sizes),
-            buffers=_unpacked(plan, fused) + unpacked_buffers(fused, sizes),
+            buffers=_unpacked(plan, fused) + shared_bytes(fused, sizes),
             trainable=of_trained,
             gradients=of_trained,
             optimizer=sum(local(p).numel() * moment_bytes(optim, p.element_size()) for p in trained),

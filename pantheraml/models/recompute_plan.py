@@ -16,8 +16,7 @@ from pantheraml.devices.peak_memory import WORKSPACE_BYTES
 from pantheraml.models.activation_sizes import TILE, ActivationSizes, Kept, activation_sizes
 from pantheraml.models.families import find_family
 from pantheraml.models.sharded_linear import tensor_group_of
-from pantheraml.models.stack_memory import missing_bytes
-from pantheraml.models.stack_memory import unpacked_bytes as shared_buffers
+from pantheraml.models.stack_memory import missing_bytes, shared_bytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -219,13 +218,13 @@ def _fused_layers(model: Any) -> list[Any]:
 
 
 def _not_there_yet(model: Any, sizes: ActivationSizes) -> int:
-    """Bytes that the first step takes for good: margins of stacks, FP8 twins, buffers of 4-bit weights, workspace.
+    """Bytes that the first step takes for good: margins of stacks, FP8 twins, buffers that layers share, workspace.
     Later plans count the last two once more, a few hundred MiB.
     """
     layers = _fused_layers(model)
     if not layers or model.device.type != "cuda":
         return 0
-    return missing_bytes(layers, sizes) + shared_buffers(layers, sizes) + WORKSPACE_BYTES
+    return missing_bytes(layers, sizes) + shared_bytes(layers, sizes) + WORKSPACE_BYTES
 
 
 def _num_layers(model: Any) -> int:

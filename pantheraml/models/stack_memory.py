@@ -24,11 +24,11 @@ def storage_of(layer: nn.Module) -> Storage:
 
 def beside_bytes(layers: list[Any], sizes: ActivationSizes) -> int:
     """Bytes that fused layers hold beside the memory of their weights once they have computed, forward and backward:
-    margins, and the turned twins of FP8 weights.
+    margins, and the turned twins of FP8 weights. Of weights that ranks share out both are in ``shared_bytes``.
 
     The margins of 16-bit weights that lie in stacks are part of their memory.
     """
-    moved = [layer.reader for layer in layers if _has_moved(layer)]
+    moved = [layer.reader for layer in _resting(layers) if _has_moved(layer)]
     return sum(reader.beside_bytes for reader in moved) + missing_bytes(layers, sizes)
 
 
@@ -40,8 +40,13 @@ def missing_bytes(layers: list[Any], sizes: ActivationSizes) -> int:
         layer.reader.missing_bytes
         if _has_moved(layer)
         else sizes.margin_bytes(storage_of(layer)) + _twins(layer)
-        for layer in layers
+        for layer in _resting(layers)
     )
+
+
+def _resting(layers: list[Any]) -> list[Any]:
+    """Those whose weights are always in their places."""
+    return [layer for layer in layers if not layer.reader.is_passing]
 
 
 def _twins(layer: nn.Module) -> int:
@@ -50,9 +55,15 @@ def _twins(layer: nn.Module) -> int:
     )
 
 
-def unpacked_bytes(layers: list[Any], sizes: ActivationSizes) -> int:
-    """Bytes of the buffers that fused layers with 4-bit weights share."""
-    return sizes.unpacked_bytes() if any(storage_of(layer) == "4bit" for layer in layers) else 0
+def shared_bytes(layers: list[Any], sizes: ActivationSizes) -> int:
+    """Bytes of the buffers that fused layers share, for 4-bit weights and frozen ones that ranks share out."""
+    if sizes.is_trained:
+        return 0
+    passing = {storage_of(layer) for layer in layers if layer.reader.is_passing}
+    if "fp8" in passing:  # F with its margins, and the largest stack, which is turned anew
+        stacks = [one.rows * one.cols for one in sizes.stacks]
+        return sum(stacks) + max(stacks) + sizes.margin_bytes("fp8")
+    return sizes.unpacked_bytes() if passing or any(storage_of(layer) == "4bit" for layer in layers) else 0
 
 
 def _has_moved(layer: nn.Module) -> bool:

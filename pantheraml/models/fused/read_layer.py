@@ -108,8 +108,6 @@ class LayerReader:
             projection = read_projection(module, as_frozen=as_frozen)
             if isinstance(projection, str):
                 return projection
-            if self.is_passing and projection.is_fp8:
-                return "FP8 weights that ranks share out are computed one by one"
             found.append(projection)
         of_norms = tuple(norm.is_trained for norm in (*norms, *head_norms))
         if any(of_norms) and not as_frozen and not any(projection.is_trained for projection in found):
