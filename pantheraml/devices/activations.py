@@ -242,17 +242,25 @@ class ActivationSizes:
         return rows * self.vocabulary * self.computed + states + (head if self.is_trained else 0)
 
     def margin_bytes(self, storage: str) -> int:
-        """Bytes that fused layers add to the weights of one layer: the margins of stacks; of FP8, factors in parts."""
+        """Bytes that fused layers add to the weights of one layer: the margins of stacks; of FP8, factors in parts.
+        Turned FP8 weights have margins of their own: ``turned_bytes``.
+        """
         if not self.is_fused or self.is_trained or storage in ("4bit", "8bit"):
             return 0
         if storage == "plain":
             pairs = zip(self.stacks, self.margins(), strict=True)
             return sum(m * (one.rows + one.cols + m) * self.computed for one, m in pairs if self.rank)
         pairs = zip(self.stacks, self.margins(_FP8_STEP), strict=True)
-        # F and the turned D in e4m3, both factors as they are multiplied, and the scales side by side.
+        # F in e4m3, both factors as they are multiplied, and the scales side by side.
         return sum(
-            m * (one.rows + one.cols) * (_FP8_PARTS + self.computed) + 4 * one.rows for one, m in pairs
+            m * (one.rows * _FP8_PARTS + (one.rows + one.cols) * self.computed) + 4 * one.rows
+            for one, m in pairs
         )
+
+    def turned_bytes(self) -> list[int]:
+        """Bytes of the turned FP8 weights of each stack, with their margins."""
+        pairs = zip(self.stacks, self.margins(_FP8_STEP), strict=True)
+        return [one.cols * (one.rows + _FP8_PARTS * m) for one, m in pairs]
 
     def unpacked_bytes(self) -> int:
         """Bytes of the buffers that all 4-bit layers share: the stacks of one layer in c."""

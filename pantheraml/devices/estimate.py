@@ -189,7 +189,8 @@ def _states(parts: ModelParts, layout: Layout, work: Work, stage: Stage) -> Step
     numbers = sum(part.trainable for part in here) // (tensor if full else 1)
     layers, room = len(stage.layers), work.room
     frozen = frozen_layers // tensor + frozen_ends
-    beside = parts.beside(layers, room) if is_fused(parts, layout) else 0
+    has_first = stage.later + 1 == layout.pipeline
+    beside = parts.beside(layers, room, has_first=has_first) if is_fused(parts, layout) else 0
     if layout.is_sharded and layout.shard_frozen:
         # Stacks and twins are made anew of what was gathered, for a layer at a time; 4-bit buffers always were.
         frozen = frozen_layers // layout.shard + frozen_ends

@@ -97,12 +97,12 @@ class LayerReader:
 
     def _read(self, layer: nn.Module, as_frozen: bool) -> LayerParts | str:
         family = self.family
-        attention, mlp = layer.get_submodule(family.attention), layer.get_submodule(family.mlp)
+        attention = layer.get_submodule(family.attention)
         norms = [self._norm(layer, name) for name in family.layer_norms]
         head_norms = [self._norm(attention, name) for name in family.head_norms]
         if layer.training and _has_residual_dropout(layer):
             return "the residual has dropout"
-        groups = _groups(family, attention, mlp)
+        groups = self.groups(layer)
         found: list[Projection] = []
         for module in (module for modules in groups.values() for module in modules):
             projection = read_projection(module, as_frozen=as_frozen)
@@ -137,6 +137,19 @@ class LayerReader:
             stack = self._stacks[name] = Fp8Stack() if projections[0].is_fp8 else Stack()
             stack.keeps_unpacked, stack.is_passing = self.keeps_unpacked, self.is_passing
         return self._stacks[name].bind(projections)
+
+    def groups(self, layer: nn.Module) -> dict[str, list[nn.Module]]:
+        """The linears of ``layer`` that share an input, by the name of their stack; those of the MLP only where it is
+        a gated one.
+        """
+        attention, mlp = layer.get_submodule(self.family.attention), layer.get_submodule(self.family.mlp)
+        *inputs, output = (getattr(attention, name) for name in self.family.attention_projections)
+        groups = {"qkv": inputs, "o": [output]}
+        names = self.family.mlp_projections
+        if names and all(hasattr(mlp, name) for name in names):
+            *inputs, output = (getattr(mlp, name) for name in names)
+            groups |= {"gate_up": inputs, "down": [output]}
+        return groups
 
     @property
     def beside_bytes(self) -> int:
@@ -210,17 +223,6 @@ def _copy_of(family: ModelFamily, keeps_unpacked: bool) -> LayerReader:
     reader = LayerReader(family)
     reader.keeps_unpacked = keeps_unpacked
     return reader
-
-
-def _groups(family: ModelFamily, attention: nn.Module, mlp: nn.Module) -> dict[str, list[nn.Module]]:
-    """The linears that share an input, by the name of their stack; those of the MLP only where it is a gated one."""
-    *inputs, output = (getattr(attention, name) for name in family.attention_projections)
-    groups = {"qkv": inputs, "o": [output]}
-    names = family.mlp_projections
-    if names and all(hasattr(mlp, name) for name in names):
-        *inputs, output = (getattr(mlp, name) for name in names)
-        groups |= {"gate_up": inputs, "down": [output]}
-    return groups
 
 
 def _why_not_together(stacks: dict[str, tuple[Projection, ...]]) -> str | None:
