@@ -173,9 +173,12 @@ class ActivationSizes:
             mlp = min(tokens, TILE) * 6 * inner * c
             return mlp + tokens * (2 * (hidden + self.queries) + 8 * hidden) * c
         if not self.computes_fused:
-            # Gradients of gate, its activation, up and their product; of a trained weight, in c and as it is added up.
+            # Gradients of gate, its activation, up and their product; of a trained weight, in c and as it is added up,
+            # or of all of them, where none is.
             passing = tokens * (4 * inner * c + 2 * hidden * (c + r))
-            passing += hidden * inner * (c + r) if self.is_trained else 0
+            if self.is_trained:
+                numbers = sum(one.rows * one.cols for one in self.stacks)
+                passing += hidden * inner * (c + r) if c < r else numbers * c
             return passing + (tokens * (self.kept.all - self.kept.input) if recomputes else 0)
         before_qkv, before_o, whole = self._weight_gradients(tokens, recomputes=recomputes)
         if recomputes:
@@ -234,12 +237,18 @@ class ActivationSizes:
 
     def head_passing(self, tokens: int) -> int:
         """Bytes that come and go in the head and the loss: a chunk of logits, which their gradient replaces; the last
-        hidden states, normed, and their gradient in float32; of a trained head its copy in c and its gradient.
+        hidden states, normed, and their gradient in float32. Of a trained head also its copy in c, where it is held in
+        more, and its gradient in float32, which, where it is held in less, is rounded once there are no logits.
         """
         rows = min(tokens, max(1, LOGITS // self.vocabulary))
+        logits = rows * self.vocabulary * self.computed
         states = tokens * self.hidden * (2 * self.size + self.computed + 4)
-        head = self.vocabulary * self.hidden * (4 + (self.computed if self.computed < self.size else 0))
-        return rows * self.vocabulary * self.computed + states + (head if self.is_trained else 0)
+        if not self.is_trained:
+            return logits + states
+        head = self.vocabulary * self.hidden
+        if self.computed < self.size:
+            return logits + states + head * (4 + self.computed)
+        return max(logits, head * self.computed if self.computed < 4 else 0) + states + head * 4
 
     def margin_bytes(self, storage: str) -> int:
         """Bytes that fused layers add to the weights of one layer: the margins of stacks; of FP8, factors in parts.

@@ -162,7 +162,9 @@ def _free_bytes(model: Any, section: Section, is_new: bool) -> int:
     group = tensor_group_of(model)
     free = free if group is None else group.least(free)  # what is computed again is so by all of them
     held = sum(unpacked_bytes(layer) for layer in _fused(section.layers) if layer.reader.keeps_unpacked)
-    return free + held - gathered_bytes(model) - (optimizer_bytes(model, device) if is_new else 0)
+    return (
+        free + held - gathered_bytes(model).most_in_pass - (optimizer_bytes(model, device) if is_new else 0)
+    )
 
 
 def _plan_recompute(

@@ -17,6 +17,7 @@ from pantheraml.models.activation_sizes import TILE, ActivationSizes, Kept, acti
 from pantheraml.models.families import find_family
 from pantheraml.models.sharded_linear import tensor_group_of
 from pantheraml.models.stack_memory import missing_bytes, shared_bytes
+from pantheraml.models.state import get_state
 
 if TYPE_CHECKING:
     from torch import nn
@@ -91,9 +92,11 @@ def sizes_of(model: Any) -> ActivationSizes:
     if first is not None and first.requires_grad:
         # The trainer computes in 16 bits on GPUs, whatever masters are in.
         trained_in = min(first.itemsize, 2) if first.device.type == "cuda" else first.itemsize
-        gathered_in = fused[0].reader.gathered_in if fused else None
-        if gathered_in is not None:  # shares of masters; the residual stream is as they are gathered
-            trained_in = size = gathered_in.itemsize
+        state = get_state(model)
+        sharding = None if state is None else state.sharding
+        if sharding is not None and sharding.compute_dtype is not None:
+            # Shares of masters; the residual stream is as they are gathered.
+            trained_in = size = sharding.compute_dtype.itemsize
     group = tensor_group_of(model)
     return activation_sizes(
         model.config,

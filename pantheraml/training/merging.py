@@ -206,7 +206,7 @@ class MergedSteps(StepLoss):
         model = cast(Any, self.model)
         if self.args.device.type != "cuda":
             return MOST_TOKENS
-        free = free_gpu_bytes(self.args.device) - optimizer_bytes(model) - gathered_bytes(model)
+        free = free_gpu_bytes(self.args.device) - optimizer_bytes(model) - gathered_bytes(model).most_in_pass
         group = tensor_group_of(model)
         free = free if group is None else group.least(free)
         if self._strategy.talks_in_passes:  # all ranks merge, or none

@@ -40,6 +40,24 @@ def test_peaks_that_were_measured(method, layout, tokens, recomputing, measured)
 
 
 @pytest.mark.parametrize(
+    ("method", "fused", "recomputing", "measured"),
+    [
+        ("lora", True, 0, 31.05),
+        ("full", True, 0, 51.15),
+        ("full", False, 0, 69.15),
+        ("full", True, 32, 34.88),
+    ],
+)
+def test_peaks_where_four_gpus_share_weights_out(method, fused, recomputing, measured):
+    """The 8B shape on four H200s, 8,192 tokens on each; docs/planner.md."""
+    parts = llama(method=method)
+    parts = replace(parts, activations=replace(parts.activations, is_fused=fused))
+    layout = Layout("fsdp", data=4, shard=4, shard_frozen=True)
+    (memory,) = estimate(parts, layout, Work(8192, recomputing=(recomputing,)))
+    assert memory.total / GIB == pytest.approx(measured, rel=0.005)
+
+
+@pytest.mark.parametrize(
     ("method", "layers", "tokens", "recomputing", "measured"),
     [
         ("lora", 6, 8192, 0, 10432472064),

@@ -59,7 +59,6 @@ class LayerReader:
     Attributes:
         keeps_unpacked: whether 4-bit weights stay unpacked between calls; set by ``keep_unpacked``.
         is_passing: whether weights are in their places only while the layer is computed; set before the first reading.
-        gathered_in: the dtype that they are there in, if not in what they are held in.
 
     Args:
         family: the layer's architecture.
@@ -69,7 +68,6 @@ class LayerReader:
         self.family = family
         self.keeps_unpacked = False
         self.is_passing = False
-        self.gathered_in: torch.dtype | None = None
         self._stacks: dict[str, Stack | Fp8Stack] = {}
         self._holds = False
         self._held: LayerParts | None = None
