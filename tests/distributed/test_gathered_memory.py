@@ -11,22 +11,22 @@ from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
-from pantheraml import FastLanguageModel, MultiGPUConfig
+from pantheraml import FastLanguageModel, MultiGPUConfig, PantheraMLTrainingArguments
 from pantheraml.devices.estimate import Work, estimate
 from pantheraml.devices.layout import Layout
 from pantheraml.distributed.strategies.fsdp import sharding_of
 from pantheraml.models.fused.decoder_layer import apply_layers
-from pantheraml.models.memory_estimate import predicted_bytes
 from pantheraml.models.precision import Precision
-from pantheraml.models.recompute_plan import RecomputePlan
 from pantheraml.models.sharding import shard_model
 from pantheraml.models.shares import local
 from pantheraml.models.state import get_state
 from pantheraml.models.weight_sizes import measure_parts
+from pantheraml.training.banner import predict_memory
 from tests import tiny
 from tests.distributed.ranks import run_ranks
 
 TOKENS = 8
+LOADS = {"plain": dict(load_in_4bit=False), "fp8": dict(load_in_fp8=True)}
 # Embedding and head so large that nothing takes more than their gradients; layers so wide that theirs do.
 SHAPES = {
     "ends": dict(hidden_size=64, intermediate_size=128, vocab_size=4000),
@@ -114,8 +114,27 @@ def measure(folders):
             "gradients": gradients,
             "peak": peak_of(profiled.profiler.kineto_results.events()),
         }
-        predicted = predicted_bytes(model, TOKENS, RecomputePlan(TOKENS, 0))
-        found[name, fused] = there, predicted
+        found[name, fused] = there, predicted(model, folders[name])
+    return found | {kind: predict_lora(folders["layers"], load) for kind, load in LOADS.items()}
+
+
+def predict_lora(folder, load):
+    """What is predicted of frozen layers that are shared out, beside an adapter."""
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=64, use_multi_gpu=MultiGPUConfig(), **load
+    )
+    state = get_state(model)
+    apply_layers(model, state.family, state.patches, on_cpu=True)
+    state.sharding = sharding_of(MultiGPUConfig(strategy="fsdp"), trained=False)
+    shard_model(model, state.sharding)
+    model = FastLanguageModel.get_peft_model(model, r=16)
+    return predicted(model, folder)
+
+
+def predicted(model, folder):
+    """As a run says it before its first step."""
+    args = PantheraMLTrainingArguments(output_dir=str(folder / "run"), report_to="none", bf16=False)
+    (found,) = predict_memory(model, args, TOKENS, 0).values()
     return found
 
 
@@ -164,3 +183,17 @@ def test_the_plan_is_the_prediction(folders, measured, name, fused):
     planned = estimate(parts, Layout("fsdp", data=2, shard=2, shard_frozen=True), Work(TOKENS))[0]
     bare = dict(weights=0, workspace=0, driver=0)  # of a GPU; and rotary angles
     assert replace(planned, **bare) == replace(predicted, **bare)
+
+
+@pytest.mark.parametrize("kind", LOADS)
+def test_the_plan_is_the_prediction_beside_an_adapter(folders, measured, kind):
+    """Frozen layers are there as shares, as one or two that are gathered, and as one in a buffer."""
+    predicted, config = measured[kind], AutoConfig.from_pretrained(folders["layers"])
+    parts = measure_parts(config, Precision(kind, torch.float32))
+    planned = estimate(parts, Layout("fsdp", data=2, shard=2, shard_frozen=True), Work(TOKENS))[0]
+    # The plan takes norms and scales, which every rank has whole, for shared out and gathered.
+    own = dict(weights=0, buffers=0, gathered=0, slack=0, workspace=0, driver=0)
+    assert replace(planned, **own) == replace(predicted, **own)
+    assert planned.gathered == pytest.approx(predicted.gathered, rel=0.02)
+    held = predicted.weights + predicted.buffers
+    assert planned.weights + planned.buffers == pytest.approx(held, rel=0.002)
