@@ -104,11 +104,6 @@ class Gathered(NamedTuple):
     first: int = 0
     ends: int = 0
 
-    @property
-    def most_in_pass(self) -> int:
-        """What there may be beside activations."""
-        return max(self.head, self.last, self.first)
-
 
 NOTHING = Gathered()
 

@@ -16,6 +16,7 @@ from pantheraml.devices.peak_memory import WORKSPACE_BYTES
 from pantheraml.models.activation_sizes import TILE, ActivationSizes, Kept, activation_sizes
 from pantheraml.models.families import find_family
 from pantheraml.models.sharded_linear import tensor_group_of
+from pantheraml.models.sharding import gathered_bytes
 from pantheraml.models.stack_memory import missing_bytes, shared_bytes
 from pantheraml.models.state import get_state
 
@@ -152,9 +153,14 @@ def plan_recompute(
     total = _num_layers(model) if layers is None else layers
     sizes = sizes_of(model)
     beside = _not_there_yet(model, sizes)
-    kept, head = sizes.kept, sizes.head_passing(tokens)
+    kept, gathered = sizes.kept, gathered_bytes(model)
+
+    def around(*, recomputes: bool = False, attends: bool = False) -> int:
+        layer = sizes.layer_passing(tokens, recomputes=recomputes, attends=attends)
+        return max(layer + gathered.last, sizes.head_passing(tokens) + gathered.head)
+
     usable = int(FREE_SHARE * free) - beside
-    room = usable - max(sizes.layer_passing(tokens), head)
+    room = usable - around()
     held = int(tokens * in_flight)
     whole, attended, alone = held * kept.all, held * kept.attended, held * kept.input
     if total * whole <= room:
@@ -163,13 +169,12 @@ def plan_recompute(
     count = -(-(total * whole - room) // saved)
     if count < total:
         return RecomputePlan(tokens, count, need=count * attended + (total - count) * whole, free=free)
-    room = usable - max(sizes.layer_passing(tokens, recomputes=True), head)
+    room = usable - around(recomputes=True)
     if total * attended <= room:
         return RecomputePlan(tokens, total, need=total * attended, free=free)
     last_resorts: tuple[tuple[Keep, int], ...] = (("attended", attended), ("input", alone))
     for keep, size in last_resorts:
-        attends = keep == "input"
-        room = usable - max(sizes.layer_passing(tokens, recomputes=True, attends=attends), head)
+        room = usable - around(recomputes=True, attends=keep == "input")
         over = total * size - room
         stored = -(-over // size) + _IN_FLIGHT if over > 0 else 0
         if stored <= total and stored * size <= HOST_SHARE * host_free:

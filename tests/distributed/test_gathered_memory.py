@@ -17,7 +17,14 @@ from pantheraml.devices.layout import Layout
 from pantheraml.distributed.strategies.fsdp import sharding_of
 from pantheraml.models.fused.decoder_layer import apply_layers
 from pantheraml.models.precision import Precision
-from pantheraml.models.sharding import shard_model
+from pantheraml.models.recompute_plan import (
+    FREE_SHARE,
+    RecomputePlan,
+    kept_bytes,
+    passing_bytes,
+    plan_recompute,
+)
+from pantheraml.models.sharding import gathered_bytes, shard_model
 from pantheraml.models.shares import local
 from pantheraml.models.state import get_state
 from pantheraml.models.weight_sizes import measure_parts
@@ -115,6 +122,7 @@ def measure(folders):
             "peak": peak_of(profiled.profiler.kineto_results.events()),
         }
         found[name, fused] = there, predicted(model, folders[name])
+        plans_for_what_is_gathered(model)
     return found | {kind: predict_lora(folders["layers"], load) for kind, load in LOADS.items()}
 
 
@@ -136,6 +144,16 @@ def predicted(model, folder):
     args = PantheraMLTrainingArguments(output_dir=str(folder / "run"), report_to="none", bf16=False)
     (found,) = predict_memory(model, args, TOKENS, 0).values()
     return found
+
+
+def plans_for_what_is_gathered(model):
+    """No layer recomputes where there is room for what is gathered, too, and some do where there is less."""
+    gathered = gathered_bytes(model)
+    need = kept_bytes(model, RecomputePlan(TOKENS, 0), TOKENS)
+    around = passing_bytes(model, TOKENS, head=False) + gathered.last
+    need += max(around, passing_bytes(model, TOKENS) + gathered.head)
+    plans = [plan_recompute(model, TOKENS, int(share * need / FREE_SHARE)) for share in (1.001, 0.999)]
+    assert [plan.layers > 0 for plan in plans] == [False, True]
 
 
 def train_step(model, optimizer, ids):
