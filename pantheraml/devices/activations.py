@@ -136,22 +136,22 @@ class ActivationSizes:
         return Kept(projected + mlp * c, projected, attended, alone)
 
     def _kept_stock(self) -> Kept:
-        """What autograd saves of transformers' layer with fused norms: inputs of norms in r, those of linears, q, k,
-        v, what was attended, gate, its activation, up and their product. Autocast copies what goes
-        into each of five linears anew, and PEFT makes one more copy of what goes into all seven.
+        """What autograd saves of transformers' layer with fused norms: inputs of norms in r, q, k, v, what was
+        attended, gate, its activation and up; the inputs of linears that are trained, or adapted: PEFT copies what goes
+        into each of seven, unless it is in float32, and autocast what goes into five.
         """
         hidden, c, r = self.hidden, self.computed, self.size
-        inputs = 5 * hidden * c if c < r else 2 * hidden * r
+        adapters = 0 if self.is_trained else 7 * self.rank * c
+        if not self.is_trained and self.rank and c < 4:
+            inputs = (5 * hidden + self.queries + self.inner) * c
+        else:
+            inputs = (5 * hidden * c if c < r else 2 * hidden * r) + self.inner * c
         heads = (2 * self.queries + 2 * self.keys) * c + 4 * self.heads
         norms = 2 * hidden * r
         norms += (self.queries + self.keys) * c if self.has_head_norms else 0
         norms += 2 * hidden * c if self.has_post_norms else 0
-        adapters = 0
-        if not self.is_trained:
-            adapters = 7 * self.rank * c
-            adapters += (5 * hidden + self.queries + self.inner) * c if c < 4 and self.rank else 0
         alone = hidden * r
-        return Kept(norms + inputs + heads + 4 * self.inner * c + adapters, alone, alone, alone)
+        return Kept(norms + inputs + heads + 3 * self.inner * c + adapters, alone, alone, alone)
 
     def _kept_of_experts(self) -> Kept:
         """An upper estimate: mixtures are computed in parts around their experts."""

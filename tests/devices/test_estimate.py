@@ -29,6 +29,7 @@ ONE = Layout("none")
         ("qlora", ONE, 8192, 0, 30.2),
         ("qlora", ONE, 65536, 16, 120.8),
         ("fp8", ONE, 8192, 0, 39.7),
+        ("lora", Layout("tensor", tensor=4), 8192, 0, 29.5),
     ],
 )
 def test_peaks_that_were_measured(method, layout, tokens, recomputing, measured):
