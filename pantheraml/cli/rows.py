@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sized
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ def call_loader(
         Training rows, and evaluation rows or None.
 
     Raises:
-        DataError: when it returns no data set, or lacks a split.
+        DataError: when it returns no data set, lacks a split, or returned other rows on another rank.
     """
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
@@ -75,6 +76,7 @@ def call_loader(
             "It has to return a datasets.Dataset, or a DatasetDict with a training split.",
             "Wrap a list of rows with datasets.Dataset.from_list(rows).",
         )
+    _check_same_rows(str(data.loader), rows, evaluation)
     return _cut(config, rows, evaluation)
 
 
@@ -107,6 +109,33 @@ def find_loader(name: str) -> Any:
             did_you_mean(function_name, vars(module)),
         )
     return function
+
+
+def _check_same_rows(loader: str, *parts: Rows | None) -> None:
+    """Refuse rows that are not the same on all ranks, of which some would be seen twice and others never.
+
+    Compared are their number and three of each part; rows of a stream are not known before they are read.
+
+    Raises:
+        DataError: another rank has other rows; raised on all of them.
+    """
+    from datasets import Dataset
+
+    from pantheraml.distributed.process_group import gather_objects
+
+    mine = [
+        (len(rows), repr([rows[index] for index in sorted({0, len(rows) // 2, len(rows) - 1}) if len(rows)]))
+        for rows in parts
+        if isinstance(rows, Dataset)
+    ]
+    by_rank = gather_objects(sha256(repr(mine).encode()).hexdigest())
+    others = [rank for rank, digest in enumerate(by_rank) if digest != by_rank[0]]
+    if others:
+        raise DataError(
+            f"{loader} returned other rows on rank {others[0]} than on rank 0.",
+            "Each rank calls it and takes its share of the rows, so that all must have the same, in one order.",
+            "Give every shuffle and sample a seed, and read the same files on every machine.",
+        )
 
 
 def _load_split(config: RunConfig, split: str) -> Rows:

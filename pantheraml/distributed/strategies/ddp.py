@@ -131,5 +131,5 @@ class DDP(Strategy):
 
 
 def _is_read_in_place(model: nn.Module) -> bool:
-    """Whether the model is one of ``from_pretrained`` on a CPU: frozen weights are the file's, the same on all ranks."""
+    """Whether the model is one of ``from_pretrained`` on a CPU: what is frozen is the file's, the same on all ranks."""
     return get_state(model) is not None and all(weight.device.type == "cpu" for weight in model.parameters())
