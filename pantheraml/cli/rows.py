@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sized
 from hashlib import sha256
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,7 @@ def find_loader(name: str) -> Any:
     """The function that ``package.module:function`` names; the current folder is searched too.
 
     Raises:
-        DataError: when the module cannot be found or has no such function.
+        DataError: when the module cannot be found, has no such function, or one with other arguments.
     """
     module_name, _, function_name = name.partition(":")
     # The pantheraml command starts with its own folder on the path, not the user's.
@@ -108,7 +109,24 @@ def find_loader(name: str) -> Any:
             "It is called with (data settings, tokenizer) and returns a Dataset or a DatasetDict.",
             did_you_mean(function_name, vars(module)),
         )
+    _check_arguments(name, function)
     return function
+
+
+def _check_arguments(name: str, function: Any) -> None:
+    """Refuse a loader that cannot be called as it will be, before a model is loaded for it."""
+    try:
+        arguments = signature(function)
+    except ValueError:  # some that are written in C do not tell
+        return
+    try:
+        arguments.bind("data settings", "tokenizer")
+    except TypeError:
+        raise DataError(
+            f"data.loader is {name}, which takes {arguments}.",
+            "It is called with (data settings, tokenizer) and returns a Dataset or a DatasetDict.",
+            f"Write def {name.partition(':')[2]}(config, tokenizer).",
+        ) from None
 
 
 def _check_same_rows(loader: str, *parts: Rows | None) -> None:

@@ -145,6 +145,7 @@ def test_an_adapter_is_trained_further(settings):
         (["data.path=nothing.jsonl"], DataError, "nothing.jsonl"),
         (["data={loader: 'no_such_rows:load'}"], DataError, "there is no module no_such_rows"),
         (["data={loader: 'json:lod'}"], DataError, "json has no function lod"),
+        (["data={loader: 'textwrap:dedent'}"], DataError, r"takes \(text\)\..* def dedent\(config, tokenizer\)"),
         (["trainer.output_dir=rows.jsonl"], SaveError, "cannot be written"),
         (["devices=63"], HardwareError, "63"),
         (["devices=[0]"], HardwareError, "names cuda:0, and this process sees no GPU.* add devices=cpu to"),
