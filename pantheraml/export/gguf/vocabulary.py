@@ -133,7 +133,7 @@ def _cut(parts: dict[str, Any]) -> str:
     if found is None:
         raise NotYetError(
             got=f"The tokenizer cuts words by {json.dumps(parts['pre_tokenizer'])}.",
-            need="llama.cpp has names for such ways; those of Llama 3, Qwen, Mistral, GPT-2, GPT-4o, SmolLM are known here.",
+            need="llama.cpp has names for such ways; known here are those of Llama 3, Qwen, Mistral, GPT-2, GPT-4o.",
             fix="Use save_pretrained_merged and llama.cpp's convert_hf_to_gguf.py, which knows more.",
         )
     return found
