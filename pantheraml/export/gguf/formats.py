@@ -7,7 +7,7 @@ llama.cpp alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +54,7 @@ class Format:
         """The number that the file calls its format."""
         return int(load_gguf().LlamaFileType[_FILE_TYPES[self.name]])
 
-    def kind_of(self, name: str, shape: tuple[int, ...]) -> Any:
+    def kind_of(self, name: str, shape: Sequence[int]) -> Any:
         """The ``GGMLQuantizationType`` of one tensor.
 
         Vectors, norms and routers stay in float32, as llama.cpp needs them. Rows that are no whole number of blocks are
@@ -138,7 +138,7 @@ def _parse_format(method: str, sixteen_bit: torch.dtype) -> Format:
     )
 
 
-def bytes_of(shape: tuple[int, ...], kind: Any) -> int:
+def bytes_of(shape: Sequence[int], kind: Any) -> int:
     """What a tensor of ``shape`` takes as ``kind``."""
     block, size = load_gguf().GGML_QUANT_SIZES[kind]
     return int(np.prod(shape)) // block * size
@@ -158,7 +158,7 @@ def encode(value: torch.Tensor, kind: Any) -> np.ndarray[Any, Any]:
         return stored.flatten().view(torch.uint8).numpy()
     rows = value.reshape(-1, value.shape[-1])
     step = max(1, _CHUNK // rows.shape[1])
-    stored = np.empty(bytes_of(tuple(rows.shape), kind), np.uint8).reshape(len(rows), -1)
+    stored = np.empty(bytes_of(rows.shape, kind), np.uint8).reshape(len(rows), -1)
 
     def quantise(start: int) -> None:
         from gguf import quants
