@@ -31,7 +31,7 @@ _FILE_TYPES = {
 _SYNONYMS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "fast_quantized": "q8_0", "8bit": "q8_0"}
 _SIXTEEN_BIT = ("not_quantized", "16bit")  # f16 or bf16, as the model is
 _LLAMA_CPP_ALONE = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq", "tq", "quantized", "mxfp4")
-_CHUNK = 1 << 22  # values that a thread quantises at a time; numpy takes some 40 bytes for each
+_CHUNK = 1 << 20  # values that a thread quantises at a time; numpy takes some 40 bytes for each
 
 
 @dataclass(frozen=True)
