@@ -58,7 +58,7 @@ coverage: $(VENV)/installed
 # the trainers, and a run of each strategy. Kernels, processes, files and arithmetic of ours are the same with all of them.
 OF_VERSIONS := tests/families tests/facade tests/hooks/test_enable.py tests/hooks/test_ranks.py \
 	$(addprefix tests/fused/test_,decoder_layer.py experts.py known_layers.py) \
-	$(addprefix tests/training/test_,arguments.py checkpoints.py head.py merging.py packing.py preference.py \
+	$(addprefix tests/training/test_,arguments.py checkpoints.py grpo_ranks.py head.py merging.py packing.py preference.py \
 		resume_oracle.py::test_two_ranks router_balance.py trainer.py trainer_edges.py) \
 	$(addprefix tests/export/test_,adapter.py gguf.py merge.py quantized.py) \
 	$(addprefix tests/distributed/test_,parity.py fsdp.py::test_equals_one_process \

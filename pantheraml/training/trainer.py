@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +30,7 @@ from pantheraml.models.sample_dropout import follow_samples
 from pantheraml.models.sharding import let_go
 from pantheraml.models.split import is_split
 from pantheraml.models.state import get_state
+from pantheraml.training.adapter_precision import kept_trained_weights
 from pantheraml.training.arguments import (
     PantheraMLTrainingArguments,
     copy_batches_beside,
@@ -150,7 +150,7 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         self._eval_sums: TokenSums | None = None
         if config.padding_free or (config.packing and config.packing_strategy != "wrapped"):
             keep_documents_apart(model)
-        with _kept_trainable_weights(model):
+        with kept_trained_weights(model):
             super().__init__(
                 model,
                 config,
@@ -372,20 +372,6 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
 
 
 UnslothTrainer = PantheraMLTrainer
-
-
-@contextmanager
-def _kept_trainable_weights(model: Any) -> Iterator[None]:
-    """Undo TRL's rounding of a quantised model's adapter to bf16.
-
-    TRL casts trained weights of quantised models to bf16 when it is built; float32 ones lose updates that are
-    smaller than 1/256 of a weight. Autocast computes in 16 bit either way.
-    """
-    before = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    yield
-    for name, parameter in model.named_parameters():
-        if name in before and parameter.dtype != before[name].dtype:
-            parameter.data = before[name]
 
 
 __all__ = ["PantheraMLTrainer", "PantheraMLTrainingArguments", "UnslothTrainer"]

@@ -236,7 +236,11 @@ def test_what_is_left_to_trl(build, llama):
     processor = Processor(AutoTokenizer.from_pretrained(llama))
     given = {"processing_class": processor, "data_collator": list}
     sees = build(arguments=given, dataset_kwargs={"skip_prepare_dataset": True})
-    assert type(sees) is SFTTrainer and is_trls_own(GKDTrainer) and not is_trls_own(SFTTrainer)
+    assert (
+        type(sees) is SFTTrainer
+        and is_trls_own(GKDTrainer, SFTTrainer)
+        and not is_trls_own(SFTTrainer, SFTTrainer)
+    )
     assert pantheraml.get_multi_gpu_status()["trainers"] == []
 
 
