@@ -73,11 +73,11 @@ def describe_run(model: nn.Module, args: TrainingArguments, rows: Any, batch: Gl
     )
 
 
-def longest_batch(rows: Any, args: TrainingArguments) -> int | None:
-    """Tokens of the largest micro-batch, padding included; None where that cannot be known."""
+def longest_batch(rows: Any, most: int) -> int | None:
+    """Tokens of the largest micro-batch, of ``most`` rows, padding included; None where that cannot be known."""
     if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names:
         return None
-    return int(token_counts(rows).max()) * args.per_device_train_batch_size
+    return int(token_counts(rows).max()) * most
 
 
 def predict_memory(model: Any, args: TrainingArguments, longest: int | None, merged: int) -> Predicted | None:

@@ -27,7 +27,9 @@ def run_ranks(world_size, function, *arguments, timeout=240, grouped=None):
     context = multiprocessing.get_context("fork")
     queue, port, leave = context.Queue(), free_port(), context.Event()
     processes = [
-        context.Process(target=_rank, args=(queue, leave, rank, world_size, port, grouped, function, arguments))
+        context.Process(
+            target=_rank, args=(queue, leave, rank, world_size, port, grouped, function, arguments)
+        )
         for rank in range(world_size)
     ]
     for process in processes:

@@ -27,6 +27,7 @@ from pantheraml.models.patching import PatchSet
 from tests import tiny
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_parity import rows
+from tests.export.gguf_files import assert_same_model
 
 deepspeed = pytest.importorskip("deepspeed")
 with (
@@ -104,6 +105,7 @@ def of_one_process(folder, output, full):
     return train(folder, output, None, load, per_device_train_batch_size=8, gradient_accumulation_steps=1)
 
 
+@pytest.mark.promise("B6")
 @pytest.mark.parametrize(
     ("stage", "per_device", "accumulation", "offload", "full"),
     [
@@ -139,6 +141,7 @@ def whole_run(folder, output, config, resume=None):
     trainer.train(resume_from_checkpoint=resume)
     model.save_pretrained(output / "adapter")
     model.save_pretrained_merged(output / "merged", tokenizer, dtype="float32")
+    model.save_pretrained_gguf(output / "gguf", tokenizer, "f32")
     trainer.save_model(output / "model")
     model.eval()
     new = model.generate(input_ids=torch.tensor(PROMPT), max_new_tokens=4, do_sample=False)
@@ -154,6 +157,7 @@ def by_ddp(folder, tmp_path_factory):
     return output, found
 
 
+@pytest.mark.promise("B6")
 @pytest.mark.parametrize("stage", [3, slow(0), slow(1), slow(2)])
 def test_what_is_saved_is_whole_and_gone_on_with(folder, tmp_path, by_ddp, stage):
     ddp, (want_logs, want_eval, want_new, _) = by_ddp
@@ -162,6 +166,7 @@ def test_what_is_saved_is_whole_and_gone_on_with(folder, tmp_path, by_ddp, stage
     assert evals == pytest.approx(want_eval, rel=1e-6) and new == want_new
     for mine, theirs in zip(logs, want_logs, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-6)
+    assert_same_model(tmp_path / "gguf/model-F32.gguf", tmp_path / "merged")
     names = [f"{place}/adapter_model.safetensors" for place in ("adapter", "model", "run/checkpoint-3")]
     for name in (*names, "merged/model.safetensors"):
         mine, theirs = load_file(tmp_path / name), load_file(ddp / name)
@@ -294,6 +299,7 @@ def given_settings(folder, output, config, stage):
     return logs_of(trainer), trainer._strategy.describe()
 
 
+@pytest.mark.promise("B6")
 def test_settings_of_deepspeed_in_the_arguments_count(folder, tmp_path):
     want, _, _ = of_one_process(folder, tmp_path, False)
     for logs, said in run_ranks(2, given_settings, folder, tmp_path, None, 3):
@@ -336,6 +342,7 @@ def test_what_cannot_be_is_refused_before_weights_load(folder, tmp_path):
     )
 
 
+@pytest.mark.promise("B6")
 @pytest.mark.slow
 def test_accelerate_launch_takes_the_guides_file(tmp_path):
     root = Path(__file__).parents[2]

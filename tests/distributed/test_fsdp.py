@@ -27,6 +27,7 @@ from pantheraml.models.state import get_state
 from tests import tiny
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_parity import rows
+from tests.export.gguf_files import assert_same_model
 
 LOADS = {
     "lora": dict(load_in_4bit=False),
@@ -170,6 +171,7 @@ def save_on_all(folder, output, kind):
     model = trainer.model
     FastLanguageModel.for_inference(model)
     model.save_pretrained_merged(output / "merged", tokenizer, dtype="float32")
+    model.save_pretrained_gguf(output / "gguf", tokenizer, "f32")
     model.save_pretrained(output / "saved", tokenizer)
     with torch.no_grad():
         ids = torch.tensor([[1, 7, 30, 12, 99, 4]])
@@ -194,6 +196,7 @@ def test_saved_whole_and_gone_on_with_by_any_number_of_ranks(folder, tmp_path, k
     found = run_ranks(2, save_on_all, folder, tmp_path, kind)
     assert all(one["sharded"] for one in found)
     assert found[0]["tokens"] == found[1]["tokens"]
+    assert_same_model(tmp_path / "gguf/model-F32.gguf", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     ids = torch.tensor([[1, 7, 30, 12, 99, 4]])
     with torch.no_grad():
