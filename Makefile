@@ -8,11 +8,11 @@ SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 MODEL  ?=
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 # Test processes share the cores; more than one thread each makes them wait for one another.
-test unit coverage test-oldest: export OMP_NUM_THREADS ?= 1
+test unit quick coverage test-oldest: export OMP_NUM_THREADS ?= 1
 # Hundreds of them import the same modules, which are compiled once, whatever the machine does otherwise.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint unit coverage oldest test-oldest test-slow test-gpu clean
+.PHONY: demo test quick lint unit coverage oldest test-oldest test-slow test-gpu clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,10 @@ lint: $(VENV)/installed
 unit: $(VENV)/installed
 	$(BIN)/python -m pytest $(SPREAD)
 
+# Two minutes: what starts no ranks and trains little.
+quick: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 $(addprefix tests/,api checkpoint config data devices errors house)
+
 # The same, counting lines, which takes a third longer: 90 % must have run.
 coverage: $(VENV)/installed
 	$(BIN)/python -m pytest $(SPREAD) --cov --cov-report=term:skip-covered --cov-fail-under=90
@@ -54,7 +58,7 @@ coverage: $(VENV)/installed
 # the trainers, and a run of each strategy. Kernels, processes, files and arithmetic of ours are the same with all of them.
 OF_VERSIONS := tests/families tests/facade tests/hooks/test_enable.py tests/hooks/test_ranks.py \
 	$(addprefix tests/fused/test_,decoder_layer.py experts.py known_layers.py) \
-	$(addprefix tests/training/test_,arguments.py checkpoints.py head.py merging.py packing.py preference.py \
+	$(addprefix tests/training/test_,arguments.py checkpoints.py grpo_ranks.py head.py merging.py packing.py preference.py \
 		resume_oracle.py::test_two_ranks router_balance.py trainer.py trainer_edges.py) \
 	$(addprefix tests/export/test_,adapter.py gguf.py merge.py quantized.py) \
 	$(addprefix tests/distributed/test_,parity.py fsdp.py::test_equals_one_process \

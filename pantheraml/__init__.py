@@ -20,6 +20,7 @@ _EXPORTS: dict[str, str] = {
     "MultiGPUConfig": "config.multi_gpu",
     "MultiGPUTrainer": "training.direct",
     "PantheraMLDistributedTrainer": "training.distributed",
+    "PantheraMLGRPOTrainer": "training.grpo",
     "PantheraMLTrainer": "training.trainer",
     "PantheraMLTrainingArguments": "training.arguments",
     "UnslothDistributedTrainer": "training.distributed",
@@ -29,11 +30,14 @@ _EXPORTS: dict[str, str] = {
     "barrier": "distributed.process_group",
     "broadcast_object": "distributed.process_group",
     "cleanup_multi_gpu": "distributed.process_group",
+    "disable_grpo_support": "hooks.grpo",
     "disable_multi_gpu": "hooks.enable",
     "distributed_context": "distributed.process_group",
+    "enable_grpo_support": "hooks.grpo",
     "enable_multi_gpu": "hooks.enable",
     "get_active_config": "hooks.enable",
     "get_chat_template": "data.chat_templates",
+    "get_grpo_status": "hooks.grpo",
     "get_local_rank": "distributed.process_group",
     "get_multi_gpu_status": "hooks.enable",
     "get_optimal_config": "models.optimal_config",
@@ -80,11 +84,13 @@ if TYPE_CHECKING:
         get_multi_gpu_status,
         is_multi_gpu_enabled,
     )
+    from pantheraml.hooks.grpo import disable_grpo_support, enable_grpo_support, get_grpo_status
     from pantheraml.models.optimal_config import get_optimal_config
     from pantheraml.training.aggregation import AggregationMethod
     from pantheraml.training.arguments import PantheraMLTrainingArguments, UnslothTrainingArguments
     from pantheraml.training.direct import MultiGPUTrainer
     from pantheraml.training.distributed import PantheraMLDistributedTrainer, UnslothDistributedTrainer
+    from pantheraml.training.grpo import PantheraMLGRPOTrainer
     from pantheraml.training.initialize import initialize_distributed
     from pantheraml.training.trainer import PantheraMLTrainer, UnslothTrainer
 
@@ -95,6 +101,7 @@ __all__ = [
     "MultiGPUConfig",
     "MultiGPUTrainer",
     "PantheraMLDistributedTrainer",
+    "PantheraMLGRPOTrainer",
     "PantheraMLTrainer",
     "PantheraMLTrainingArguments",
     "UnslothDistributedTrainer",
@@ -105,11 +112,14 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "cleanup_multi_gpu",
+    "disable_grpo_support",
     "disable_multi_gpu",
     "distributed_context",
+    "enable_grpo_support",
     "enable_multi_gpu",
     "get_active_config",
     "get_chat_template",
+    "get_grpo_status",
     "get_local_rank",
     "get_multi_gpu_status",
     "get_optimal_config",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from math import inf
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 from pantheraml.errors import ConfigError, did_you_mean
@@ -11,6 +12,9 @@ from pantheraml.errors import ConfigError, did_you_mean
 Backend = Literal["nccl", "gloo", "mpi"]
 ReduceDtype = Literal["float32", "bfloat16"]
 Strategy = Literal["auto", "ddp", "fsdp", "deepspeed", "tensor", "pipeline", "none"]
+
+# How rows of a step are shared out; numbers are a share for each rank.
+BatchSplit = Literal["even", "memory", "speed"] | Sequence[float]
 
 CpuOffload = bool | Literal["optimizer"]
 
@@ -67,6 +71,9 @@ class MultiGPUConfig:
             on with its last whole checkpoint, on as many GPUs as there are then (where ``num_processes`` is None).
         reduce_dtype: in what gradients are sent and averaged: None is the dtype of the trained weights (float32 for
             LoRA, which is exact); ``"bfloat16"`` sends half of that, and rounds; ``"float32"`` is for weights in bf16.
+        batch_split: how ranks share the rows of a step: ``"even"``; ``"memory"``: by what is free on their GPUs beside
+            the model; ``"speed"``: by how fast they multiply, measured at the start; or a number for each rank, such
+            as ``(2, 1)``. ``per_device_train_batch_size`` is the mean then; losses and gradients do not change.
 
     Raises:
         ConfigError: a value that cannot be, or two that contradict each other.
@@ -90,6 +97,7 @@ class MultiGPUConfig:
     reduce_dtype: ReduceDtype | None = None
     hang_seconds: float | None = 50
     max_restarts: int = 0
+    batch_split: BatchSplit = "even"
 
     def __post_init__(self) -> None:
         _one_of("backend", self.backend, get_args(Backend))
@@ -117,6 +125,8 @@ class MultiGPUConfig:
         for name in DEGREES:
             if not isinstance(getattr(self, name), bool):
                 _number(name, getattr(self, name), (int,))
+        if isinstance(self.batch_split, str) or not _are_shares(self.batch_split):
+            _one_of("batch_split", self.batch_split, ("even", "memory", "speed"))
         contradiction = find_contradiction(self)
         if contradiction is not None:
             raise ConfigError(*contradiction[1:])
@@ -162,6 +172,7 @@ def find_contradiction(settings: Any) -> Contradiction | None:
     fields_of = {
         "shard_frozen": ("fsdp",), "shard_size": ("fsdp",), "cpu_offload": ("fsdp", "deepspeed"),
         "zero_stage": ("deepspeed",), "reduce_dtype": ("ddp", "pipeline", "auto"),
+        "batch_split": ("ddp", "fsdp", "deepspeed", "auto"),
     }  # fmt: skip
     for name, ways in fields_of.items():
         value = getattr(settings, name)
@@ -225,6 +236,17 @@ def _one_of(name: str, value: object, known: tuple[object, ...]) -> None:
             need=f"It is one of {', '.join(map(repr, known))}.",
             fix=did_you_mean(str(value), [str(one) for one in known]) or "Leave it out for the default.",
         )
+
+
+def _are_shares(value: object) -> bool:
+    """Whether these are a number for each rank: none below 0, and not all of them 0."""
+    if not isinstance(value, Sequence) or not value:
+        return False
+    numbers = cast("Sequence[object]", value)
+    are_numbers = all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in numbers)
+    return (
+        are_numbers and min(cast("Sequence[float]", value)) >= 0 < sum(cast("Sequence[float]", value)) < inf
+    )
 
 
 def _number(name: str, value: object, kinds: tuple[type, ...], *, zero: bool = False) -> None:

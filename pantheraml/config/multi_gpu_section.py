@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from pantheraml.config.multi_gpu import Backend, CpuOffload, MultiGPUConfig, Recompute, ReduceDtype, Strategy
+from pantheraml.config.multi_gpu import (
+    Backend,
+    BatchSplit,
+    CpuOffload,
+    MultiGPUConfig,
+    Recompute,
+    ReduceDtype,
+    Strategy,
+)
 from pantheraml.config.section import Count, CountOrZero, NumberOrZero, PositiveNumber, Section
 
 # Limits of GPUs: 0, "0" or "cuda:0" to bytes or "10GB". Keys of YAML are text.
@@ -78,6 +86,11 @@ class MultiGPUSettings(Section):
     max_restarts: CountOrZero = Field(
         default=MultiGPUConfig.max_restarts,
         description="How often ranks are started again after one has died, to go on with the last whole checkpoint.",
+    )
+    batch_split: BatchSplit = Field(
+        default=MultiGPUConfig.batch_split,
+        description="How ranks share a step's rows: even, memory (free on their GPUs), speed (measured), or a number "
+        "for each.",
     )
 
     @property

@@ -24,6 +24,7 @@ from pantheraml.hooks.settings import HookSettings
 from pantheraml.hooks.sft_scripts import HookedSFTTrainer, name_of
 from pantheraml.log import say_once
 from pantheraml.models.patching import PatchSet
+from pantheraml.training.grpo import PantheraMLGRPOTrainer
 from pantheraml.training.trainer import PantheraMLTrainer
 
 Constructor = Callable[..., None]
@@ -42,7 +43,7 @@ class Adoption:
     def __init__(self, settings: HookSettings) -> None:
         self.trainers: list[str] = []
         self._settings = settings
-        self._classes: dict[type, type[HookedSFTTrainer]] = {}
+        self._classes: dict[type, type] = {}
         self._patches = PatchSet()
 
     def begin(self) -> None:
@@ -50,7 +51,7 @@ class Adoption:
         for kind, instead in ((trl.SFTTrainer, self._build_sft), (Trainer, self._build_other)):
             original = cast(Constructor, kind.__init__)
             why = "trainers of scripts that are not ours"
-            self._patches.set(kind, "__init__", _changed(original, instead), why)
+            self._patches.set(kind, "__init__", changed(original, instead), why)
 
     def end(self) -> None:
         """Give the constructors back: the same objects as before.
@@ -67,45 +68,31 @@ class Adoption:
     def _build_sft(
         self, original: Constructor, trainer: Any, args: tuple[Any, ...], given: dict[str, Any]
     ) -> None:
-        kind, named = type(trainer), _by_name(original, args, given)
+        kind, named = type(trainer), by_name(original, args, given)
         if isinstance(trainer, PantheraMLTrainer) or named.get("model") is None:
             original(trainer, *args, **given)
             return
-        processing_class = None if is_trls_own(kind) else processing_class_of(named)
-        if not isinstance(processing_class, PreTrainedTokenizerBase):
-            why = "has steps of its own" if is_trls_own(kind) else "has a model that reads more than text"
-            say_once(f"{kind.__name__} {why}, and is left to TRL.")
+        if not is_adopted(trainer, trl.SFTTrainer, HookedSFTTrainer, named, self._classes):
             original(trainer, *args, **given)
             return
-        trainer.__class__ = self._class_for(kind)
-        named["processing_class"] = processing_class
         HookedSFTTrainer.__init__(trainer, hook_settings=self._settings, **named)
         self.trainers.append(kind.__name__)
-
-    def _class_for(self, kind: type) -> type[HookedSFTTrainer]:
-        """Ours for TRL's own trainer; a script's class gets ours behind itself."""
-        if kind is trl.SFTTrainer:
-            return HookedSFTTrainer
-        if kind not in self._classes:
-            names = {
-                "__module__": kind.__module__,
-                "__qualname__": kind.__qualname__,
-                "__doc__": kind.__doc__,
-            }
-            self._classes[kind] = type(kind.__name__, (kind, HookedSFTTrainer), names)
-        return self._classes[kind]
 
     def _build_other(
         self, original: Constructor, trainer: Any, args: tuple[Any, ...], given: dict[str, Any]
     ) -> None:
-        if not isinstance(trainer, PantheraMLTrainer):
-            arguments = _by_name(original, args, given).get("args")
-            if arguments is not None:
-                tell_other(type(trainer).__name__, arguments, self._settings)
+        name, arguments = type(trainer).__name__, by_name(original, args, given).get("args")
+        if arguments is not None and not isinstance(trainer, PantheraMLTrainer):
+            tell_other(name, arguments, self._settings)
+            if group_size() > 1 and not isinstance(trainer, PantheraMLGRPOTrainer):
+                say_once(
+                    f"{name} trains on {group_size()} ranks as TRL and accelerate do it: steps that run out of memory "
+                    "are not repeated, and nobody watches for hangs."
+                )
         original(trainer, *args, **given)
 
 
-def _changed(original: Constructor, instead: Callable[..., None]) -> Constructor:
+def changed(original: Constructor, instead: Callable[..., None]) -> Constructor:
     """A constructor that hands ``original``, and what it was given, on to ``instead``."""
 
     @functools.wraps(original)
@@ -115,7 +102,7 @@ def _changed(original: Constructor, instead: Callable[..., None]) -> Constructor
     return changed
 
 
-def _by_name(original: Constructor, args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
+def by_name(original: Constructor, args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
     """All arguments by their names; older ones that are given by name need not be the constructor's.
 
     Raises:
@@ -130,9 +117,34 @@ def _by_name(original: Constructor, args: tuple[Any, ...], given: dict[str, Any]
     return {**placed, **given}
 
 
-def is_trls_own(kind: type) -> bool:
-    """Whether this is a class that TRL has derived from its ``SFTTrainer``."""
-    return kind is not trl.SFTTrainer and kind.__module__.split(".")[0] == "trl"
+def is_adopted(trainer: Any, base: type, ours: type, named: dict[str, Any], known: dict[type, type]) -> bool:
+    """Make a trainer that is about to be built one of ``ours``; or leave it to TRL, and say why.
+
+    Args:
+        trainer: of a class of TRL's or a script's; a script's gets ours behind itself.
+        base: TRL's.
+        ours: in its place.
+        named: the constructor's arguments, to which the tokenizer is added.
+        known: classes that were made before, by the script's; new ones are added.
+    """
+    kind = type(trainer)
+    is_own = is_trls_own(kind, base)
+    processing_class = None if is_own else processing_class_of(named)
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        why = "has steps of its own" if is_own else "has a model that reads more than text"
+        say_once(f"{kind.__name__} {why}, and is left to TRL.")
+        return False
+    if kind is not base and kind not in known:
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+        known[kind] = type(kind.__name__, (kind, ours), names)
+    trainer.__class__ = ours if kind is base else known[kind]
+    named["processing_class"] = processing_class
+    return True
+
+
+def is_trls_own(kind: type, base: type) -> bool:
+    """Whether this is a class that TRL has derived from its ``base``."""
+    return kind is not base and kind.__module__.split(".")[0] == "trl"
 
 
 def processing_class_of(named: Mapping[str, Any]) -> Any:
@@ -184,8 +196,3 @@ def tell_other(name: str, args: TrainingArguments, settings: HookSettings) -> No
             )
     if settings.find_unused_parameters and args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = True
-    if ranks > 1:
-        say_once(
-            f"{name} trains on {ranks} ranks as TRL and accelerate do it: steps that run out of memory are not "
-            "repeated, and nobody watches for hangs."
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
@@ -55,8 +55,8 @@ class HookedSFTTrainer(PantheraMLDistributedTrainer):
     ) -> None:
         args = arguments_for(args, model, hook_settings)
         if isinstance(model, str):
-            model = _loaded(model, args, quantization_config)
-        _check_place(model)
+            model = loaded(model, args, quantization_config)
+        check_place(model)
         self._asked_recompute: bool | Recompute | None = hook_settings.enable_gradient_checkpointing
         self.repeats_steps = hook_settings.enable_memory_optimization
         super().__init__(
@@ -97,7 +97,7 @@ def arguments_for(args: TrainingArguments | None, model: Any, settings: HookSett
     if settings.batch_size_per_gpu is not None:
         found.per_device_train_batch_size = settings.batch_size_per_gpu
     if settings.recomputes is not None:
-        set_recompute_argument(cast(SFTConfig, found), settings.recomputes)
+        set_recompute_argument(found, settings.recomputes)
     if found.world_size == 1 and found.n_gpu > 1:  # pragma: no cover - needs GPUs
         found._n_gpu = 1  # one rank has one GPU; transformers would put its model on all of them in turn
     return found
@@ -108,16 +108,16 @@ def name_of(model: Any) -> str:
     return model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
 
 
-def _loaded(name: str, args: TrainingArguments, quantization_config: Any) -> nn.Module:
+def loaded(name: str, args: TrainingArguments, quantization_config: Any) -> nn.Module:
     """The model of that name, as TRL loads it; ranks have it whole, each on its own GPU."""
     set_seed(args.seed)
     init = dict(getattr(args, "model_init_kwargs", None) or {})
     if quantization_config is not None:
         if "quantization_config" in init:
             raise ConfigError(
-                got="quantization_config was given to SFTTrainer and in model_init_kwargs.",
+                got="quantization_config was given to the trainer and in model_init_kwargs.",
                 need="A model is quantised in one way.",
-                fix="Keep the argument of SFTTrainer.",
+                fix="Keep the argument of the trainer.",
             )
         init["quantization_config"] = quantization_config
     init.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
@@ -126,7 +126,7 @@ def _loaded(name: str, args: TrainingArguments, quantization_config: Any) -> nn.
     return create_model_from_path(name, **init)
 
 
-def _check_place(model: Any) -> None:
+def check_place(model: Any) -> None:
     """Refuse a model that transformers has put on several GPUs: each rank has one of its own."""
     if group_size() > 1 and is_split(model) and get_state(model) is None:
         raise ConfigError(

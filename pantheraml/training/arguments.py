@@ -195,14 +195,14 @@ def with_strategy(settings: MultiGPUConfig, args: TrainingArguments) -> MultiGPU
     return replace(settings, strategy=wanted)
 
 
-def set_recompute_argument(config: SFTConfig, on: bool) -> None:
+def set_recompute_argument(config: TrainingArguments, on: bool) -> None:
     """Set recompute under both of its names: TRL reads the older one, transformers after 5.17 the newer one."""
     config.gradient_checkpointing = on
     if hasattr(config, "activation_checkpointing"):
         config.activation_checkpointing = on
 
 
-def pin_device(config: SFTConfig, device: torch.device) -> None:
+def pin_device(config: TrainingArguments, device: torch.device) -> None:
     """Train on the device the model is on.
 
     transformers puts a single process on GPU 0 and, where several GPUs are visible, on all of them at once

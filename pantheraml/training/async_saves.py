@@ -25,6 +25,7 @@ from pantheraml.errors import first_line
 from pantheraml.export.adapter import vocabulary_changed
 from pantheraml.log import say_once, warn
 from pantheraml.training.agreeing import agreeing
+from pantheraml.training.run_record import RecordedRun
 from pantheraml.training.shared_state import SharedState
 
 Writes = list[Callable[[], Any]]
@@ -57,7 +58,7 @@ def _place(tensor: Any) -> Any:
     return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape
 
 
-class AsyncSaves(SharedState):
+class AsyncSaves(SharedState, RecordedRun):
     """The part of the trainer that leaves the large files of a checkpoint to a thread; ``async_save`` says whether."""
 
     # What the thread will write, of the checkpoint that is being made; None: all is written at the step.
@@ -72,7 +73,7 @@ class AsyncSaves(SharedState):
 
     @contextmanager
     def going_on(self, resume: str | bool | None) -> Iterator[None]:
-        """As ``SharedState``; a run that is ended by an error still ends the save that is under way."""
+        """As ``RecordedRun``; a run that is ended by an error still ends the save that is under way."""
         with super().going_on(resume):
             try:
                 yield

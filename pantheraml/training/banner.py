@@ -73,11 +73,11 @@ def describe_run(model: nn.Module, args: TrainingArguments, rows: Any, batch: Gl
     )
 
 
-def longest_batch(rows: Any, args: TrainingArguments) -> int | None:
-    """Tokens of the largest micro-batch, padding included; None where that cannot be known."""
+def longest_batch(rows: Any, most: int) -> int | None:
+    """Tokens of the largest micro-batch, of ``most`` rows, padding included; None where that cannot be known."""
     if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names:
         return None
-    return int(token_counts(rows).max()) * args.per_device_train_batch_size
+    return int(token_counts(rows).max()) * most
 
 
 def predict_memory(model: Any, args: TrainingArguments, longest: int | None, merged: int) -> Predicted | None:
@@ -102,8 +102,9 @@ def predict_memory(model: Any, args: TrainingArguments, longest: int | None, mer
     # Micro-batches are merged up to what needs no recompute.
     is_planned = bool(state.plans) and state.plans[0].tokens >= tokens
     plan = state.plans[0] if is_planned else RecomputePlan(tokens, 0)
-    # DDP's buckets, and the sums of several passes, outlive a backward.
-    keeps = args.world_size > 1 or longest * args.gradient_accumulation_steps > tokens
+    # DDP's buckets, and the sums of several passes, outlive a backward; FSDP2 gives a step's gradients back.
+    has_buckets = args.world_size > 1 and not (state.sharding is not None and state.sharding.trained)
+    keeps = has_buckets or longest * args.gradient_accumulation_steps > tokens
     return {
         cast(torch.device, args.device): predicted_bytes(model, tokens, plan, optim, keeps_gradients=keeps)
     }

@@ -73,21 +73,34 @@ def _read_weight(model: PreTrainedModel) -> Tensor | None:
     return head.weight if head.weight.is_floating_point() else None
 
 
-def bind_head(model: PreTrainedModel, patches: PatchSet) -> None:
+def bind_head(model: PreTrainedModel, patches: PatchSet, temperature: float = 1.0) -> None:
     """Put our head into ``model`` (the base model, after TRL's trainer was built).
 
     What it does not cover at a call goes to the forward that was there before.
+
+    Args:
+        model: ``why_not_fused`` and ``why_not_tempered`` tell which are covered.
+        patches: the ledger.
+        temperature: what logits are divided by.
     """
-    patches.bind(model, "forward", partial(_forward, model.forward), "the loss without logits")
+    patches.bind(model, "forward", partial(_forward, model.forward, temperature), "the loss without logits")
 
 
-def bind_cpu_head(model: PreTrainedModel, patches: PatchSet) -> None:
+def why_not_tempered(model: PreTrainedModel, temperature: float) -> str | None:
+    """Why our head does not divide the logits of ``model`` by ``temperature``, or None when it does."""
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return None if softcap is None or temperature == 1 else "the logits are capped before"
+
+
+def bind_cpu_head(model: PreTrainedModel, patches: PatchSet, temperature: float = 1.0) -> None:
     """Put a head in plain PyTorch into ``model``, for a TRL that cannot compute its own here."""
-    patches.bind(model, "forward", _plain_forward, "TRL 1.15 computes its head in Triton only")
+    forward = partial(_plain_forward, temperature)
+    patches.bind(model, "forward", forward, "TRL 1.15 computes its head in Triton only")
 
 
 def _forward(
     before: Any,
+    temperature: float,
     model: PreTrainedModel,
     *args: Any,
     fused_lm_head: bool = False,
@@ -110,9 +123,8 @@ def _forward(
     hidden = output.last_hidden_state[:, :-1]
     # The last layers of a split model may be on another device than the labels.
     there = hidden.device
-    scores = score(
-        model, hidden.reshape(-1, hidden.shape[-1])[index.to(there)], target.reshape(-1)[index].to(there)
-    )
+    rows, tokens = hidden.reshape(-1, hidden.shape[-1])[index.to(there)], target.reshape(-1)[index].to(there)
+    scores = score(model, rows, tokens, temperature)
     zeros = torch.zeros(mask.numel(), device=mask.device)
     log_probs, entropy, is_top1 = (
         zeros.index_put((index,), values.to(mask.device)).view(mask.shape) for values in scores
@@ -145,17 +157,18 @@ def _balance(
     return found[0] if groups is None else found
 
 
-def score(model: PreTrainedModel, rows: Tensor, labels: Tensor) -> TokenScores:
+def score(model: PreTrainedModel, rows: Tensor, labels: Tensor, temperature: float = 1.0) -> TokenScores:
     """The head of ``model`` on labelled rows (T, H), in the dtype that autocast, if on, computes products in."""
     weight, config = _read_weight(model), model.config.get_text_config()
     scale, cap = read_scale(config), getattr(config, "final_logit_softcapping", None)
     assert weight is not None and scale is not None
     device = weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return linear_log_probs(rows, weight, labels, scale=scale, softcap=cap, dtype=dtype)
+    return linear_log_probs(rows, weight, labels, scale=scale / temperature, softcap=cap, dtype=dtype)
 
 
 def _plain_forward(
+    temperature: float,
     model: PreTrainedModel,
     *args: Any,
     fused_lm_head: bool = False,
@@ -169,7 +182,7 @@ def _plain_forward(
     output = own_forward(model, *args, **kwargs)
     target = labels[:, 1:]
     mask = target != -100
-    log_p = output.logits[:, :-1].float().log_softmax(-1)
+    log_p = (output.logits[:, :-1].float() / temperature).log_softmax(-1)
     log_probs = log_p.gather(-1, target.clamp(min=0)[..., None])[..., 0] * mask
     loss = -log_probs.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
     with torch.no_grad():

@@ -12,12 +12,12 @@ from typing import Any, cast
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from pantheraml.models.sharding import bring_whole, is_sharded
 from pantheraml.models.shares import gathered_weights, share_of, whole
 from pantheraml.models.state import get_state
-from pantheraml.training.run_record import RecordedRun
 
 
 def gathered_state(value: Any, *, keep: bool) -> Any:
@@ -57,7 +57,7 @@ def load_shares(model: nn.Module, folder: Path) -> None:
                     here[name].copy_(share_of(tensors.get_tensor(name).to(here[name].dtype), here[name]))
 
 
-class SharedState(RecordedRun):
+class SharedState(Trainer):
     """The part of the trainer that leaves what ranks share out in its place, and saves and loads it where trained."""
 
     @property

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ from pantheraml.data.masking import check_labels
 from pantheraml.data.preview import describe_sample
 from pantheraml.devices.memory import forget_peak, format_memory_stats, get_memory_stats, gpu_memory
 from pantheraml.distributed.data_ranks import config_for, data_ranks
-from pantheraml.distributed.process_group import gather_objects, group_size, settings_of_run
+from pantheraml.distributed.process_group import gather_objects, group_size, rank_device, settings_of_run
 from pantheraml.distributed.strategies.choose import strategy_of
 from pantheraml.errors import DataError
 from pantheraml.log import say
@@ -31,6 +30,7 @@ from pantheraml.models.sample_dropout import follow_samples
 from pantheraml.models.sharding import let_go
 from pantheraml.models.split import is_split
 from pantheraml.models.state import get_state
+from pantheraml.training.adapter_precision import kept_trained_weights
 from pantheraml.training.arguments import (
     PantheraMLTrainingArguments,
     copy_batches_beside,
@@ -49,6 +49,7 @@ from pantheraml.training.banner import (
     longest_batch,
     predict_memory,
 )
+from pantheraml.training.batch_split import shares_of_ranks
 from pantheraml.training.default_adapter import ensure_adapter
 from pantheraml.training.evaluation import TokenSums
 from pantheraml.training.given import one_tokenizer, refuse_name
@@ -149,7 +150,7 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         self._eval_sums: TokenSums | None = None
         if config.padding_free or (config.packing and config.packing_strategy != "wrapped"):
             keep_documents_apart(model)
-        with _kept_trainable_weights(model):
+        with kept_trained_weights(model):
             super().__init__(
                 model,
                 config,
@@ -175,7 +176,8 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
 
     def _plan_memory(self) -> Predicted | None:
         """Plan recompute and merging for the longest batch, and predict what a step takes."""
-        model, longest = cast(torch.nn.Module, self.model), longest_batch(self.train_dataset, self.args)
+        model, most = cast(torch.nn.Module, self.model), self._global_batch.most(self._data_ranks.index)
+        longest = longest_batch(self.train_dataset, most)
         state = get_state(model)
         self.plan_pipeline()
         if state is not None and longest is not None:
@@ -193,7 +195,8 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         self._data_ranks = data_ranks(model)
         settings = with_strategy(config_for(model, self._multi_gpu or settings_of_run()), config)
         self._strategy = strategy_of(settings, group_size(), model, config)
-        self._global_batch = resolve_global_batch(config, self._data_ranks.size)
+        shares = shares_of_ranks(settings.batch_split, self._data_ranks.size, rank_device())
+        self._global_batch = resolve_global_batch(config, self._data_ranks.size, shares)
         self._strategy.prepare(config)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
@@ -369,20 +372,6 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
 
 
 UnslothTrainer = PantheraMLTrainer
-
-
-@contextmanager
-def _kept_trainable_weights(model: Any) -> Iterator[None]:
-    """Undo TRL's rounding of a quantised model's adapter to bf16.
-
-    TRL casts trained weights of quantised models to bf16 when it is built; float32 ones lose updates that are
-    smaller than 1/256 of a weight. Autocast computes in 16 bit either way.
-    """
-    before = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    yield
-    for name, parameter in model.named_parameters():
-        if name in before and parameter.dtype != before[name].dtype:
-            parameter.data = before[name]
 
 
 __all__ = ["PantheraMLTrainer", "PantheraMLTrainingArguments", "UnslothTrainer"]

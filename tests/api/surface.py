@@ -11,7 +11,7 @@ from typing import Any
 
 STORED = Path(__file__).parent / "public.json"
 
-_METHODS = (
+SAVING_METHODS = (
     "save_pretrained",
     "save_pretrained_merged",
     "push_to_hub",
@@ -19,7 +19,7 @@ _METHODS = (
     "save_pretrained_gguf",
     "push_to_hub_gguf",
 )
-_GPU_HELPERS = ("get_current_gpu_index", "set_gpu_device", "get_gpu_memory_info", "clear_gpu_cache")
+GPU_HELPERS = ("get_current_gpu_index", "set_gpu_device", "get_gpu_memory_info", "clear_gpu_cache")
 
 
 def surface() -> dict[str, list[str]]:
@@ -51,9 +51,9 @@ def surface() -> dict[str, list[str]]:
             found[name] = parameters(value)
     model = tiny.build_model()
     bind_saving(model, PatchSet())
-    for name in _METHODS:
+    for name in SAVING_METHODS:
         found[f"model.{name}"] = parameters(getattr(model, name))
-    for name in _GPU_HELPERS:
+    for name in GPU_HELPERS:
         found[f"kernels.utils.{name}"] = parameters(getattr(utils, name))
     for name, value in vars(errors).items():
         if inspect.isclass(value) and issubclass(value, Exception):

@@ -50,6 +50,7 @@ GUIDES = {
         "get_gpu_memory_info",
         "set_gpu_device",
     ],
+    "pantheraml.core": ["AggregationMethod", "MultiGPUTrainer"],
     "pantheraml.utils": ["ConfigManager", "DeviceManager", "MemoryManager"],
 }
 
@@ -63,16 +64,20 @@ def test_the_surface_is_the_stored_one():
     )
 
 
+@pytest.mark.promise("A1")
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module in GUIDES for name in GUIDES[module]])
 def test_the_guides_names_are_where_the_guides_import_them(module, name):
     assert callable(getattr(import_module(module), name))
 
 
+@pytest.mark.promise("A1", "A13")
 def test_each_name_is_one_thing_wherever_it_is_imported_from():
     for module in ("pantheraml.chat_templates",):
         for name in GUIDES[module]:
             assert getattr(import_module(module), name) is getattr(import_module("pantheraml"), name)
     pantheraml = import_module("pantheraml")
+    assert import_module("pantheraml.core").MultiGPUTrainer is pantheraml.MultiGPUTrainer
+    assert pantheraml.UnslothDistributedTrainer is pantheraml.PantheraMLDistributedTrainer
     assert pantheraml.UnslothTrainer is pantheraml.PantheraMLTrainer
     assert pantheraml.UnslothTrainingArguments is pantheraml.PantheraMLTrainingArguments
     with pytest.raises(AttributeError, match="has no attribute 'FastVisionModel'"):
@@ -106,6 +111,7 @@ ORDERS = [
 ]
 
 
+@pytest.mark.promise("B3")
 @pytest.mark.parametrize("orders", [ORDERS[:2], pytest.param(ORDERS, marks=pytest.mark.slow)], ids=["2", "4"])
 def test_the_order_of_imports_changes_no_number(llama, tmp_path, orders):
     def train(order: str) -> str:

@@ -14,6 +14,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.promise("E5")
 @pytest.mark.slow
 def test_runs_are_timed_and_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -30,6 +31,7 @@ def test_runs_are_timed_and_compared(tmp_path, monkeypatch, capsys):
     assert "| 1 | python | code 1: " in capsys.readouterr().out
 
 
+@pytest.mark.promise("E5")
 def test_the_table_compares_the_same_work():
     one = {
         "ranks": 1,

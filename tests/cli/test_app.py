@@ -84,7 +84,8 @@ def test_a_dry_run_shows_the_resolved_settings_and_what_would_happen(cli, run_fi
         (["data={path: rows.jsonl, eval_path: e.jsonl}"], "e.jsonl, split train"),
         (["data={path: rows.jsonl, eval_split: test, max_rows: 7}"], "the first 7 rows"),
         (["data={loader: 'rows:load'}"], "what the loader returns"),
-        (["data={use_debug_dataset: true}"], "none"),
+        (["data={use_debug_dataset: true}"], "the debug data set, split validation"),
+        (["data={path: rows.jsonl}"], "none"),
         (["trainer.packing=true"], "into 2048 tokens"),
         (["trainer.max_steps=null", "trainer.num_train_epochs=2"], "2 epochs"),
         (["trainer.gradient_accumulation_steps=null"], "rows per device: 2; accumulated: TRL's default"),
@@ -108,6 +109,7 @@ def test_the_table_of_a_dry_run(cli, run_file, overrides, row):
     assert any(row in line for line in out.splitlines() if line.startswith("#   ")), out
 
 
+@pytest.mark.promise("D3")
 @pytest.mark.parametrize(
     "words", [["run.yaml"], ["--config", "run.yaml"], ["seed=2", "--config", "run.yaml"]]
 )
@@ -181,6 +183,7 @@ def python(*words: str, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, **options)
 
 
+@pytest.mark.promise("D3")
 def test_the_module_train_reads_the_same_words(run_file, tmp_path):
     by_option = python("pantheraml.train", "--config", "run.yaml", "seed=8", "--dry-run", cwd=tmp_path)
     by_environment = python(

@@ -51,6 +51,7 @@ def refusal(path: str, *overrides: str) -> list[str]:
     return lines[1:] or lines
 
 
+@pytest.mark.promise("D3")
 def test_the_older_names_of_sections_are_read(write):
     config = load_config(write(GUIDE))
     assert config.device == "cuda:0"
@@ -177,6 +178,7 @@ def test_the_section_has_every_field_of_the_dataclass():
     assert {name: field.default for name, field in MultiGPUSettings.model_fields.items()} == fields
 
 
+@pytest.mark.promise("D3")
 def test_every_problem_is_listed_with_its_place(write):
     path = write("""\
 devices: [0, 2]

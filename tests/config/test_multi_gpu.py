@@ -10,6 +10,7 @@ from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
 from pantheraml.errors import ConfigError
 
 
+@pytest.mark.promise("A7")
 def test_the_guides_fields_and_defaults():
     config = MultiGPUConfig()
     assert (config.backend, config.timeout_minutes, config.auto_device_map) == ("nccl", 30, True)
@@ -21,6 +22,7 @@ def test_the_guides_fields_and_defaults():
         config.backend = "gloo"
 
 
+@pytest.mark.promise("A7")
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
@@ -41,6 +43,7 @@ def test_what_cannot_be_is_said(settings, says):
         MultiGPUConfig(**settings)
 
 
+@pytest.mark.promise("B1")
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

@@ -108,6 +108,7 @@ def test_every_template_has_a_golden_text():
     assert set(GOLDEN) == set(GENERATION_PROMPT) == set(CHAT_TEMPLATES)
 
 
+@pytest.mark.promise("F5")
 @pytest.mark.parametrize("name", GOLDEN)
 def test_text(name, tokenizer):
     get_chat_template(tokenizer, name, map_eos_token=False)
@@ -130,6 +131,7 @@ def test_generation_mask_is_what_the_assistant_says_and_its_end(name, tokenizer)
     assert said == f"{space}Hello{end}{space}{before_last}See you soon.{end}"
 
 
+@pytest.mark.promise("F5")
 @pytest.mark.parametrize(
     ("name", "published", "conversation"),
     [(name, published, key) for name, (published, keys) in PUBLISHED.items() for key in keys],

@@ -24,6 +24,7 @@ TABLE = Dataset.from_dict(
 )
 
 
+@pytest.mark.promise("F5")
 @pytest.mark.parametrize("streaming", [False, True])
 def test_standardize_sharegpt_keeps_other_columns(streaming):
     rows = Dataset.from_list([{"conversations": SHAREGPT, "id": 7}])
@@ -62,6 +63,7 @@ def test_fill_prompt():
     assert fill_prompt("{name}", {"name": "{age} [[{name}]]"}) == "{age} [[{name}]]"
 
 
+@pytest.mark.promise("F5")
 def test_to_sharegpt_merges_columns():
     rows = to_sharegpt(TABLE, merged_prompt="{name}[[ is {age}]]")
     assert rows.column_names == ["name", "age", "output", "id", "instruction", "conversations"]

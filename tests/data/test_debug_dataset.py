@@ -9,6 +9,7 @@ from pantheraml.data.formats import format_dataset
 from pantheraml.errors import ConfigError
 
 
+@pytest.mark.promise("D4")
 @pytest.mark.parametrize(("split", "least"), [("train", 360), ("validation", 40)])
 def test_rows(split, least, tokenizer):
     rows = load_debug_dataset(split)

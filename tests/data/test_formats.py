@@ -57,6 +57,7 @@ CASES = {
 }
 
 
+@pytest.mark.promise("A8")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("streaming", [False, True])
 def test_formats(case, streaming, tokenizer):

@@ -84,6 +84,7 @@ def build_trainer(rows, tmp_path, tokenizer, **options):
     )
 
 
+@pytest.mark.promise("F6")
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 @pytest.mark.parametrize(
     "build", [lambda: tiny.build_tokenizer(None), sentencepiece_tokenizer], ids=["bytes", "sp"]
@@ -101,6 +102,7 @@ def test_every_template_and_tokenizer(name, build):
     assert found == [f"Paris.{end}", f"{thoughts}{MESSAGES[-1]['content']}{end}"]
 
 
+@pytest.mark.promise("F6")
 def test_trainer(tokenizer, tmp_path):
     rows = Dataset.from_list([{"messages": MESSAGES}, {"messages": MESSAGES[:3]}])
     trainer = build_trainer(rows, tmp_path, tokenizer)
@@ -124,6 +126,7 @@ def test_trainer_with_named_validation_sets_and_parts_of_the_template(tokenizer,
     assert len(responses(trainer.eval_dataset["a"][0], tokenizer)) == 2
 
 
+@pytest.mark.promise("F6")
 def test_packed_rows_are_masked_document_by_document(tokenizer, tmp_path):
     no_system = Dataset.from_list([{"messages": MESSAGES[1:3]}] * 3)
     trainer = build_trainer(no_system, tmp_path, tokenizer, packing=True, max_length=256)

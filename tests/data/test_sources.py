@@ -45,6 +45,7 @@ def write(folder, name):
     return path
 
 
+@pytest.mark.promise("D4")
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.tsv", "a.parquet"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_files(name, streaming, tmp_path):

@@ -241,6 +241,7 @@ def test_a_model_that_fits_with_recompute_alone_stays_on_one_gpu():
     assert fits(parts, placement.predicted[0], 1024) and not fits(parts, 10 * GIB, 1024)
 
 
+@pytest.mark.promise("A6")
 def test_the_exact_limit_is_kept_and_one_byte_less_is_not():
     parts = model(1, kept=1000)
     activations = 300 * 100  # recomputing, 300 tokens

@@ -14,6 +14,7 @@ CPU = torch.device("cpu")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 
 
+@pytest.mark.promise("A10")
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

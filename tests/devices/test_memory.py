@@ -26,6 +26,7 @@ def test_cpu_statistics_follow_what_is_held():
     assert after["total"] == pytest.approx(psutil.virtual_memory().total / 1024**3)
 
 
+@pytest.mark.promise("A11")
 def test_the_table_has_a_line_per_device_and_aligned_columns():
     table = format_memory_stats(
         {"gpu_0": {"allocated": 1.5, "free": 100.25}, "cpu": {"rss": 0.125}},
@@ -37,6 +38,7 @@ def test_the_table_has_a_line_per_device_and_aligned_columns():
     ]
 
 
+@pytest.mark.promise("A12")
 @no_gpu
 def test_gpu_helpers_without_a_gpu():
     assert utils.get_current_gpu_index() is None

@@ -60,6 +60,7 @@ def test_lora_gradients_are_reduced_in_the_dtype_that_was_asked_for(tmp_path):
     assert (rounded - exact).norm() < 0.01 * exact.norm()
 
 
+@pytest.mark.promise("D5")
 def test_evaluating_first_leaves_the_model_to_ddp(tmp_path):
     """accelerate takes a model that was evaluated for prepared, and would not wrap it for training."""
     folder = tiny.save_checkpoint(tmp_path / "model", "llama")

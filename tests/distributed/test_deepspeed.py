@@ -105,6 +105,7 @@ def of_one_process(folder, output, full):
     return train(folder, output, None, load, per_device_train_batch_size=8, gradient_accumulation_steps=1)
 
 
+@pytest.mark.promise("B6")
 @pytest.mark.parametrize(
     ("stage", "per_device", "accumulation", "offload", "full"),
     [
@@ -156,6 +157,7 @@ def by_ddp(folder, tmp_path_factory):
     return output, found
 
 
+@pytest.mark.promise("B6")
 @pytest.mark.parametrize("stage", [3, slow(0), slow(1), slow(2)])
 def test_what_is_saved_is_whole_and_gone_on_with(folder, tmp_path, by_ddp, stage):
     ddp, (want_logs, want_eval, want_new, _) = by_ddp
@@ -297,6 +299,7 @@ def given_settings(folder, output, config, stage):
     return logs_of(trainer), trainer._strategy.describe()
 
 
+@pytest.mark.promise("B6")
 def test_settings_of_deepspeed_in_the_arguments_count(folder, tmp_path):
     want, _, _ = of_one_process(folder, tmp_path, False)
     for logs, said in run_ranks(2, given_settings, folder, tmp_path, None, 3):
@@ -339,6 +342,7 @@ def test_what_cannot_be_is_refused_before_weights_load(folder, tmp_path):
     )
 
 
+@pytest.mark.promise("B6")
 @pytest.mark.slow
 def test_accelerate_launch_takes_the_guides_file(tmp_path):
     root = Path(__file__).parents[2]

@@ -86,6 +86,7 @@ def whole(reduction):
     )
 
 
+@pytest.mark.promise("C3")
 @pytest.mark.parametrize(
     ("method", "reduction", "reference"),
     [(MEAN, "mean", mean_of_parts), (SUM, "sum", whole("sum")), (WEIGHTED, "mean", whole("mean"))],
@@ -160,6 +161,7 @@ def rows_of_loaders():
     return [epoch_over(kind) for kind in kinds]
 
 
+@pytest.mark.promise("C3")
 def test_every_row_of_any_loader_is_on_one_rank():
     alone = rows_of_loaders()
     for number, ((rows, count, weight), first, second) in enumerate(
@@ -206,6 +208,7 @@ def language(method):
     return loss, weights_of(model)
 
 
+@pytest.mark.promise("C3")
 def test_tokens_weigh_what_they_weigh_in_one_process():
     want_loss, want = language(WEIGHTED)
     for loss, found in run_ranks(2, language, WEIGHTED):

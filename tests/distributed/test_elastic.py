@@ -167,6 +167,7 @@ def test_a_run_that_was_stopped_by_its_end(folder, tmp_path, make):
     assert together([found]) == together([whole])[6:]
 
 
+@pytest.mark.promise("B4")
 def test_epochs_have_all_rows_once(whole):
     for make in (rows, stream):
         steps = together(whole(make))

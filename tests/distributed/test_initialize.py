@@ -88,12 +88,14 @@ def in_every_order(folder, output, strategy, zero_stage=None):
     return seen, losses
 
 
+@pytest.mark.promise("B2")
 def test_ddp_in_every_order(llama, tmp_path):
     for seen, losses in run_ranks(2, in_every_order, llama, tmp_path, "ddp"):
         assert seen == [("DistributedType.MULTI_CPU", 2, "no")] * 4
         assert losses[0] == losses[1] == losses[2]
 
 
+@pytest.mark.promise("B2")
 def test_one_process(llama, tmp_path):
     seen, losses = in_every_order(llama, tmp_path, "ddp")
     assert seen == [("DistributedType.NO", 1, "no")] * 4
@@ -106,6 +108,7 @@ def test_arguments_of_another_precision(tmp_path):
     assert initialize_distributed("ddp", args=args).mixed_precision == "bf16"
 
 
+@pytest.mark.promise("B2")
 def test_an_earlier_call_counts():
     """Where nothing else is said; and other fields of the settings are those of the last call that names them."""
     setup_multi_gpu(MultiGPUConfig(timeout_minutes=5, zero_stage=3, strategy="deepspeed"))
@@ -144,6 +147,7 @@ CONTRADICTIONS = {
 }
 
 
+@pytest.mark.promise("B2")
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_contradictions(name, tmp_path, monkeypatch):
     asked, written, variables, said = CONTRADICTIONS[name]
@@ -161,6 +165,7 @@ def test_another_strategy_than_before():
         initialize_distributed("fsdp")
 
 
+@pytest.mark.promise("B8")
 @pytest.mark.parametrize("launched", ["bf16", "no"])
 def test_the_launchers_precision(launched, llama, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)

@@ -30,6 +30,7 @@ def as_launched(folder, output):
     return trainer._strategy.describe(), loss_of(trainer)
 
 
+@pytest.mark.promise("B2")
 def test_deepspeed_in_every_order(llama, tmp_path):
     _, (plain, *_) = run_ranks(2, in_every_order, llama, tmp_path, "ddp")[0]
     for seen, losses in run_ranks(2, in_every_order, llama, tmp_path, "deepspeed", 1):
@@ -38,6 +39,7 @@ def test_deepspeed_in_every_order(llama, tmp_path):
         assert losses[0][0] == pytest.approx(plain[0], rel=3e-6)
 
 
+@pytest.mark.promise("B2")
 def test_deepspeed_as_launched(llama, tmp_path):
     for said, losses in run_ranks(2, as_launched, llama, tmp_path):
         assert said.startswith("DeepSpeed ZeRO-1") and len(losses) == 1

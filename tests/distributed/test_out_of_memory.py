@@ -120,6 +120,7 @@ PADDED, MERGED = {}, dict(merge_micro_batches=True)
 PACKED = dict(packing=True, max_length=64, per_device_train_batch_size=1, global_batch_size=4)
 
 
+@pytest.mark.promise("C5")
 @pytest.mark.parametrize(
     ("ranks", "backward", "settings"),
     [
@@ -208,6 +209,7 @@ def test_the_optimizer_runs_out_of_memory(folder, tmp_path):
     assert 'optim="adamw_8bit" saves' in str(caught.value)
 
 
+@pytest.mark.promise("C5")
 def test_evaluation_goes_on_with_fewer_rows(folder, tmp_path):
     wanted, _ = evaluate(folder, tmp_path, 10**9)
     for packed in (False, True):

@@ -8,7 +8,12 @@ import pytest
 import torch
 from datasets import Dataset
 
-from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments
+from pantheraml import (
+    FastLanguageModel,
+    MultiGPUConfig,
+    PantheraMLDistributedTrainer,
+    PantheraMLTrainingArguments,
+)
 from tests import tiny
 from tests.distributed.ranks import run_ranks
 
@@ -33,12 +38,16 @@ def train(folder, output, per_device, accumulation, settings):
         str(folder), max_seq_length=64, load_in_4bit=False, device_map="cpu"
     )
     model = FastLanguageModel.get_peft_model(model, r=4)
+    config = MultiGPUConfig(batch_split=settings.get("batch_split", "even"))
     args = PantheraMLTrainingArguments(
         output_dir=str(output), per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation,
         num_train_epochs=3, learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none",
-        disable_tqdm=True, max_grad_norm=0.5, **settings,
+        disable_tqdm=True, max_grad_norm=0.5,
+        **{name: value for name, value in settings.items() if name != "batch_split"},
     )  # fmt: skip
-    trainer = PantheraMLTrainer(model, args, train_dataset=rows(), eval_dataset=rows(), tokenizer=tokenizer)
+    trainer = PantheraMLDistributedTrainer(
+        model, args, train_dataset=rows(), eval_dataset=rows(), tokenizer=tokenizer, multi_gpu_config=config
+    )
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     figures = trainer.evaluate()
@@ -67,6 +76,7 @@ def reference(folder, output):
     return train(folder, output, 8, 1, {})
 
 
+@pytest.mark.promise("B5")
 @pytest.mark.parametrize(
     ("ranks", "per_device", "accumulation", "settings"),
     [
@@ -81,6 +91,7 @@ def reference(folder, output):
         (2, 3, 1, dict(global_batch_size=8, merge_micro_batches=True)),
         (3, 2, 1, dict(global_batch_size=8)),
         (3, 1, 1, dict(global_batch_size=8)),
+        pytest.param(2, 2, 2, dict(batch_split=(3, 1)), marks=pytest.mark.promise("B9")),
     ],
 )
 def test_any_number_of_ranks_trains_the_same(
@@ -101,6 +112,7 @@ def test_any_number_of_ranks_trains_the_same(
             assert (mine == theirs).all()
 
 
+@pytest.mark.promise("B5")
 @pytest.mark.parametrize(
     ("ranks", "accumulation", "merged"), [(1, 4, True), (2, 2, False), (2, 2, True), (4, 1, True)]
 )

@@ -69,6 +69,7 @@ def loss_of(model, hidden, labels, count):
     return -found.log_probs.sum() / count
 
 
+@pytest.mark.promise("A6")
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", ["padded behind", "padded in front", "packed"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)

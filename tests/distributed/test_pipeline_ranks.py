@@ -112,6 +112,7 @@ def whole(folders, tmp_path_factory):
     return get
 
 
+@pytest.mark.promise("A7")
 @pytest.mark.parametrize(("ranks", "then", "per_device"), [(1, 2, 4), (2, 1, 2)])
 def test_pipelines_train_save_and_go_on_on_any_number(folders, tmp_path, whole, ranks, then, per_device):
     settings = dict(per_device_train_batch_size=per_device, save_strategy="steps", save_steps=2)

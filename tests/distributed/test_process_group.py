@@ -33,6 +33,7 @@ def everything():
     )
 
 
+@pytest.mark.promise("A1")
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_the_same_functions_with_and_without_ranks(ranks):
     for rank, found in enumerate(run_ranks(ranks, everything)):
@@ -79,6 +80,7 @@ def test_one_rank_may_ask_alone():
     assert answers == again == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
 
 
+@pytest.mark.promise("C5")
 def test_a_context_leaves_no_group_behind():
     with pantheraml.distributed_context(MultiGPUConfig(num_processes=1)) as config:
         assert config.num_processes == 1

@@ -31,6 +31,7 @@ def backend(config):
     return dist.get_backend(), get_world_size()
 
 
+@pytest.mark.promise("A7")
 @pytest.mark.parametrize("name", ["gloo", "nccl"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nccl is what it says where there are GPUs")
 def test_backend_and_num_processes(name):
@@ -43,6 +44,7 @@ def backend_that_torch_lacks():
         backend(MultiGPUConfig(backend="mpi", num_processes=2))
 
 
+@pytest.mark.promise("A7")
 @pytest.mark.skipif(dist.is_mpi_available(), reason="this torch has MPI")
 def test_a_backend_that_torch_lacks():
     run_ranks(2, backend_that_torch_lacks, grouped=False)
@@ -61,11 +63,13 @@ def wait_for_one_that_does_not_come(seconds):
     return None
 
 
+@pytest.mark.promise("A7")
 def test_timeout_minutes():
     waited, said = run_ranks(2, wait_for_one_that_does_not_come, 6, grouped=False)[0]
     assert 2.5 < waited < 6 and "imed out" in said
 
 
+@pytest.mark.promise("A7", "B1")
 @pytest.mark.parametrize("strategy", ["ddp", "none"])
 def test_strategy(strategy):
     program = (
@@ -117,6 +121,7 @@ def train(folder, output, config, skipped=False):
     return losses, is_recomputing(model), len(calls)
 
 
+@pytest.mark.promise("A7")
 def test_find_unused_parameters(llama, tmp_path):
     """A trained weight that takes no part in the loss."""
     for said in run_ranks(2, train, llama, tmp_path, MultiGPUConfig(), True):
@@ -126,6 +131,7 @@ def test_find_unused_parameters(llama, tmp_path):
         assert len(losses) == 2 and all(loss > 0 for loss in losses)
 
 
+@pytest.mark.promise("A7")
 def test_use_gradient_checkpointing(llama, tmp_path):
     with_it = run_ranks(2, train, llama, tmp_path, MultiGPUConfig(use_gradient_checkpointing=True))
     without = run_ranks(2, train, llama, tmp_path, MultiGPUConfig(use_gradient_checkpointing=False))

@@ -55,6 +55,7 @@ def reference(folder, output):
     return train(folder, output, 12, {})
 
 
+@pytest.mark.promise("B5")
 @pytest.mark.parametrize(
     ("ranks", "per_device", "settings"),
     [
@@ -92,6 +93,7 @@ def read(folder, output):
     return epochs
 
 
+@pytest.mark.promise("B4")
 def test_each_row_is_on_one_rank(folder, tmp_path):
     by_rank = run_ranks(3, read, folder, tmp_path)
     for epoch in range(2):

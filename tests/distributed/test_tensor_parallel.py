@@ -98,6 +98,7 @@ def two(folder, tmp_path_factory):
     return run_ranks(2, train, folder, output, 2), output
 
 
+@pytest.mark.promise("A7")
 def test_two_ranks_train_evaluate_and_generate_as_one_process(one, two):
     for found in two[0]:
         assert_same(found, one[0])

@@ -156,6 +156,7 @@ def test_the_command(cli, monkeypatch):  # noqa: F811
     assert code == 1 and "Type unset CUDA_VISIBLE_DEVICES." in out and "1 row is red" in out
 
 
+@pytest.mark.promise("C6", "E6")
 @pytest.mark.slow
 def test_this_machine_is_green():
     """All checks, by the script among the examples."""

@@ -14,7 +14,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from pantheraml import cleanup_multi_gpu
+from pantheraml import cleanup_multi_gpu, disable_grpo_support, disable_multi_gpu
 
 for run in json.load(sys.stdin):
     sys.argv = [run["script"], *run["arguments"]]
@@ -27,6 +27,8 @@ for run in json.load(sys.stdin):
         runpy.run_path(run["script"], run_name="__main__")
     except BaseException:  # one script that fails must not keep the others from running
         traceback.print_exc()
+    disable_grpo_support()
+    disable_multi_gpu()
     cleanup_multi_gpu()  # the next script is a run of its own
     sys.stdout.flush()
     sys.stderr.flush()

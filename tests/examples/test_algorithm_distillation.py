@@ -179,6 +179,7 @@ def test_a_curve_has_its_error():
 # Settings.
 
 
+@pytest.mark.promise("E1")
 def test_both_files_are_right_and_have_the_guides_keys():
     assert load_settings(FOLDER / "config/darkroom.yaml") == Settings()
     keys = (
@@ -262,6 +263,7 @@ class Killed(Training):
         return super()._step(step, batches)
 
 
+@pytest.mark.promise("E3")
 def test_a_run_that_goes_on_is_the_one_that_was_not_interrupted(tmp_path):
     _, weights = train(tmp_path / "whole", gradient_accumulation_steps=2)
     settings = Settings(**TINY, gradient_accumulation_steps=2)
@@ -278,6 +280,7 @@ def test_a_run_that_goes_on_is_the_one_that_was_not_interrupted(tmp_path):
     assert by_two == pytest.approx(weights, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.promise("E1")
 def test_two_ranks_train_what_one_does(tmp_path):
     """Started by plain python, with everything that the main process says and writes, once."""
     words = [f"{name}={value}" for name, value in TINY.items()]
@@ -304,6 +307,7 @@ def test_two_ranks_train_what_one_does(tmp_path):
     assert lines == [1, 2, 3, 4, 5, 6, 6]
 
 
+@pytest.mark.promise("E3")
 def test_tensorboard_is_written_by_the_main_process_alone(tmp_path):
     pytest.importorskip("tensorboard")
     run_ranks(2, train, tmp_path)
@@ -322,6 +326,7 @@ LAUNCHERS = {
 }  # fmt: skip
 
 
+@pytest.mark.promise("E1")
 @pytest.mark.slow
 def test_other_launchers_start_the_same_run(tmp_path):
     """accelerate's precision is taken: its losses are near those of float32, and not the same."""
@@ -340,6 +345,7 @@ def test_other_launchers_start_the_same_run(tmp_path):
     assert in_bf16 == pytest.approx(one, rel=2e-2) and in_bf16 != pytest.approx(one, rel=1e-6)
 
 
+@pytest.mark.promise("E1")
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_it_learns_within_its_context(tmp_path):

@@ -7,13 +7,18 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from trl import GRPOConfig
 
+import pantheraml
+from pantheraml.config.source import read_yaml
 from pantheraml.training.head import needs_cpu_head
+from pantheraml.training.rewards import get_reward_funcs
 from tests import forked
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +49,8 @@ OWN = {
     "10_larger_than_a_gpu": ("outputs/quickstart/merged", "rows.jsonl"),
     "deepspeed_multi_gpu": ("outputs/quickstart/merged", "rows.jsonl"),
     "direct_trainer_usage": ("outputs/quickstart/merged", "rows.jsonl"),
+    "grpo_arithmetic": ("outputs/quickstart/merged", None),
+    "grpo_open_r1_multi_gpu": ("outputs/quickstart/merged", "rows.jsonl"),
     "multi_gpu_training": ("outputs/quickstart/merged", "rows.jsonl"),
 }
 FORMATS = {
@@ -97,7 +104,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def printed(folder, request):
     """What the example of this test printed, without arguments; both runs must have ended well."""
-    name = next(script.stem for script in SCRIPTS if script.stem[:2] == request.node.name[5:7])
+    name = next(script.stem for script in SCRIPTS if request.node.name[5:].startswith(script.stem))
     if name in NEEDS_TRITON:
         pytest.skip("this TRL computes the head of its trainer in Triton only")
     texts = [(folder / run["printed"]).read_text(encoding="utf-8") for run in runs_of(name)]
@@ -143,6 +150,7 @@ def test_04_chat_data(folder, printed):
     assert "<|im_start|>" in (folder / "outputs/chat/adapter/chat_template.jinja").read_text()
 
 
+@pytest.mark.promise("F11")
 def test_05_continued_pretraining(folder, printed):
     start, trained = (
         load_file(folder / "outputs/continued-pretraining" / name / "model.safetensors")
@@ -187,11 +195,13 @@ def test_10_larger_than_a_gpu(folder, printed):
     assert "16 rows a step" in printed
 
 
+@pytest.mark.promise("A14")
 def test_multi_gpu_training(folder, printed):
     assert " x 1 = 8 rows a step" in printed and "starting" not in printed
     assert (folder / "outputs/multi-gpu/adapter/adapter_model.safetensors").is_file()
 
 
+@pytest.mark.promise("A14")
 def test_the_multi_gpu_example_on_two_ranks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, value in ENVIRONMENT.items():
@@ -204,6 +214,47 @@ def test_the_multi_gpu_example_on_two_ranks(tmp_path, monkeypatch):
     assert (tmp_path / "outputs/multi-gpu/adapter/adapter_model.safetensors").is_file()
 
 
+def test_grpo_arithmetic_saves_what_it_trained(folder, printed):
+    assert re.search(r"^reward 0\.\d\d", printed, re.MULTILINE)
+    assert (folder / "outputs/grpo-arithmetic/model/model.safetensors").is_file()
+    assert (folder / "second/grpo_arithmetic/model/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.promise("C2")
+def test_the_reward_of_the_grpo_example_rises(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    code, out, err = forked.run(ROOT / "examples/grpo_arithmetic.py", "--max-steps", "80", seconds=200)
+    assert code == 0, err
+    first, *_, last = [float(line.split()[1]) for line in out.splitlines() if line.startswith("reward ")]
+    assert first < 0.2 and last > first + 0.4
+
+
+@pytest.mark.promise("C2")
+def test_grpo_open_r1_multi_gpu(folder, printed):
+    assert "'rewards/cosine/mean': " in printed and "'rewards/reasoning_steps/mean': " in printed
+    for output in ("outputs/grpo-open-r1", "second/grpo_open_r1_multi_gpu"):
+        assert (folder / output / "adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.promise("C2")
+def test_the_recipe_of_the_guide_is_one_for_grpo():
+    recipe = read_yaml(ROOT / "examples/configs/grpo_open_r1_config.yaml").data
+    own = ["model_name_or_path", "max_seq_length", "load_in_4bit", "lora_r", "dataset_name", "reward_funcs"]
+    assert [name for name in recipe if name not in {field.name for field in fields(GRPOConfig)}] == own
+    names = ["accuracy", "format", "reasoning_steps", "cosine", "repetition_penalty", "length"]
+    assert recipe["reward_funcs"] == names and len(get_reward_funcs(names)) == 6
+    settings = {name: value for name, value in recipe.items() if name not in own}
+    pantheraml.enable_grpo_support()
+    try:
+        args = GRPOConfig("outputs", bf16=False, **settings)
+    finally:
+        pantheraml.disable_grpo_support()
+    assert (args.vllm_mode, args.generation_batch_size, args.num_generations) == ("server", 8, 8)
+
+
+@pytest.mark.promise("C3")
 def test_direct_trainer_usage_on_two_ranks(tmp_path):
     run = subprocess.run(
         [sys.executable, str(ROOT / "examples/direct_trainer_usage.py"), "--max-steps", "3", "--num-gpus", "2"],
@@ -217,6 +268,7 @@ def test_direct_trainer_usage_on_two_ranks(tmp_path):
     assert is_adapter(tmp_path / "outputs/direct/adapter")
 
 
+@pytest.mark.promise("A14")
 @pytest.mark.slow
 def test_the_multi_gpu_example_by_accelerate(tmp_path):
     """With every flag of its docstring."""

@@ -32,6 +32,7 @@ def adapter(checkpoints, tmp_path_factory):
     return folder
 
 
+@pytest.mark.promise("F8")
 def test_a_saved_adapter_gives_the_same_logits(llama, tmp_path):
     model = adapted(load(llama))
     before = snapshot(model)

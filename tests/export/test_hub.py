@@ -63,6 +63,7 @@ def download(files: dict[str, bytes], folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.promise("F10")
 def test_an_adapter_arrives_and_loads(session, llama, tmp_path):
     hub, found, folder = session
     assert found["adapter"] == f"{hub.endpoint}/someone/adapter"
@@ -74,6 +75,7 @@ def test_an_adapter_arrives_and_loads(session, llama, tmp_path):
     assert (got / "pantheraml.json").exists()
 
 
+@pytest.mark.promise("F10")
 def test_a_merged_model_arrives_loads_and_replaces_older_shards(session, tmp_path):
     hub, _, folder = session
     files = hub.repos["someone/merged"]["main"]

@@ -61,6 +61,7 @@ def assert_equal_to_peft(model, tolerance: float = 1e-6) -> None:
     assert max(float((ours[name] - base[name]).abs().max()) for name in base) > 1e-2
 
 
+@pytest.mark.promise("F8")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_family_loads_in_plain_transformers_with_equal_logits(family, checkpoints, tmp_path):
     model = adapted(load(checkpoints(family)), use_rslora=True)
@@ -84,6 +85,7 @@ def test_every_family_loads_in_plain_transformers_with_equal_logits(family, chec
     assert AutoConfig.from_pretrained(tmp_path / "out").vocab_size == tiny.VOCAB
 
 
+@pytest.mark.promise("F8")
 @pytest.mark.parametrize(
     "options",
     [

@@ -48,6 +48,7 @@ def stored_4bit(model) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if tensor.dtype == torch.uint8}
 
 
+@pytest.mark.promise("F8")
 @pytest.mark.parametrize("training", [True, False], ids=["trained", "after-inference"])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_a_4bit_base_is_read_as_training_saw_it(family, training, base, tmp_path):
@@ -76,6 +77,7 @@ def test_a_4bit_base_is_rounded_once(base, tmp_path):
     assert saved.equal((seen.float() + delta.float()).bfloat16())
 
 
+@pytest.mark.promise("F8")
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
 def test_an_8bit_base(base, tmp_path):
     model = adapted(load(base("llama"), INT8))

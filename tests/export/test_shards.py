@@ -13,6 +13,7 @@ from pantheraml.errors import ConfigError
 from pantheraml.export.shards import parse_size, write_shards
 
 
+@pytest.mark.promise("F8")
 def test_at_most_one_shard_is_in_memory(tmp_path):
     alive: weakref.WeakSet = weakref.WeakSet()
     most = 0

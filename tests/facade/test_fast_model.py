@@ -52,6 +52,7 @@ def train(model, mixed=False) -> list[float]:
 # --- precisions ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("A2")
 @pytest.mark.parametrize(
     ("flags", "layer", "stored", "beside"),
     [
@@ -76,6 +77,7 @@ def test_every_precision_trains_an_adapter(load, flags, layer, stored, beside):
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
 
 
+@pytest.mark.promise("A2")
 @pytest.mark.parametrize(
     ("flags", "dtype"),
     [({}, torch.float32), ({"load_in_16bit": True}, torch.bfloat16), ({"dtype": "bfloat16"}, torch.bfloat16)],
@@ -91,6 +93,7 @@ def test_full_finetuning_trains_every_weight(load, flags, dtype):
 # --- switching ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("A9")
 def test_for_training_and_for_inference_return_the_model(load):
     model = FastLanguageModel.get_peft_model(load(), r=2, lora_dropout=0.1)
     assert FastLanguageModel.for_training(model) is model and model.training
@@ -103,6 +106,7 @@ def test_for_training_and_for_inference_return_the_model(load):
     assert FastModel is FastLanguageModel
 
 
+@pytest.mark.promise("A9")
 def test_switching_works_for_any_transformers_model():
     model = tiny.build_model()
     assert FastLanguageModel.for_training(model) is model and model.training
@@ -154,6 +158,7 @@ def test_an_adapter_is_in_the_same_ledger(load):
 # --- devices and arguments ----------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("A2")
 @no_gpu
 @pytest.mark.parametrize(
     "device_map",
@@ -248,6 +253,7 @@ def test_trained_parts_are_counted_in_the_log(load, caplog):
     assert "LoRA r=2: 512 of 127,808 parameters are trained (0.40 %)" in caplog.text
 
 
+@pytest.mark.promise("F1")
 @pytest.mark.parametrize(
     "name", ["fast_inference", "gpu_memory_utilization", "max_lora_rank", "offload_embedding"]
 )

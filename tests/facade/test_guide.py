@@ -14,6 +14,7 @@ SCRIPT = Path(__file__).with_name("guide.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 
 
+@pytest.mark.promise("A8", "F1")
 @pytest.mark.parametrize(
     ("launcher", "ranks"),
     [([], 1), pytest.param(TORCHRUN, 2, marks=pytest.mark.slow)],

@@ -77,6 +77,7 @@ def randomise_adapter(*models):
                 own[name].data.copy_(values)
 
 
+@pytest.mark.promise("F3")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_lora_equals_plain_peft(checkpoints, batch, family):
     folder = checkpoints(family)
@@ -96,6 +97,7 @@ def test_lora_equals_plain_peft(checkpoints, batch, family):
     assert_same_run(ours, theirs, batch)
 
 
+@pytest.mark.promise("F3")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_full_finetuning_equals_plain_transformers(checkpoints, batch, family):
     folder = checkpoints(family)
@@ -120,6 +122,7 @@ def test_recompute_changes_no_number(checkpoints, batch, family):
     assert_same_run(*runs, batch)
 
 
+@pytest.mark.promise("F4")
 def test_an_architecture_without_a_family_trains(tmp_path, batch, caplog):
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 

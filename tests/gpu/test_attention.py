@@ -163,6 +163,7 @@ FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3"]
 
 
 # In half precision a router may choose another expert for a rounding's sake.
+@pytest.mark.promise("F7")
 @pytest.mark.parametrize(
     ("name", "how"),
     [(n, how) for n in FAMILIES for how in ("float32", "bfloat16", "autocast")] + [("gpt_oss", "float32")],

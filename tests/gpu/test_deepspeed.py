@@ -98,6 +98,7 @@ def trained(folder, tmp_path_factory):
     return output, notebook_launch(train_all, folder, output, num_processes=2)
 
 
+@pytest.mark.promise("B6")
 @pytest.mark.parametrize(("name", "stage", "offload", "tolerance"), CASES)
 def test_the_training_is_that_of_ddp(trained, name, stage, offload, tolerance):
     output, results = trained

@@ -29,6 +29,7 @@ def test_automatic_is_the_current_gpu():
     assert dict(os.environ) == before
 
 
+@pytest.mark.promise("A12")
 def test_a_missing_gpu_names_those_there_are():
     name = torch.cuda.get_device_name(0)
     for ask in (
@@ -42,12 +43,14 @@ def test_a_missing_gpu_names_those_there_are():
             ask()
 
 
+@pytest.mark.promise("A10")
 def test_dtype_follows_the_gpu():
     ampere = torch.cuda.get_device_capability()[0] >= 8
     assert is_bfloat16_supported() is ampere
     assert pick_dtype(None, torch.device("cuda", 0)) is (torch.bfloat16 if ampere else torch.float16)
 
 
+@pytest.mark.promise("A11")
 def test_memory_follows_what_is_held():
     index = utils.get_current_gpu_index()
     before = get_memory_stats()[f"gpu_{index}"]

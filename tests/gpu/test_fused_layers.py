@@ -26,6 +26,7 @@ def squared_errors(model, exact):
     return sums
 
 
+@pytest.mark.promise("F3")
 @pytest.mark.parametrize("targets", [ALL, ["q_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"]])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_errs_at_most_twice_as_much_as_stock(family, targets):

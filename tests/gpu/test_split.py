@@ -76,6 +76,7 @@ def calls(monkeypatch):
     return count_micro_batches(monkeypatch)
 
 
+@pytest.mark.promise("A6")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_split_trains_as_one_gpu_does(folders, tmp_path, family, calls):
     whole = train(folders(family), tmp_path / "one", "cuda:0")
@@ -95,6 +96,7 @@ def test_a_split_trains_as_one_gpu_does(folders, tmp_path, family, calls):
     assert torch.equal(*texts)
 
 
+@pytest.mark.promise("A2")
 @pytest.mark.parametrize("flags", [dict(load_in_4bit=True, dtype="bfloat16"), dict(kernels="off")])
 def test_other_weights(folders, tmp_path, flags, calls):
     whole = train(folders("llama"), tmp_path / "one", "cuda:0", flags=flags)
@@ -179,6 +181,7 @@ def test_a_tied_head_lies_with_the_embedding(folders, tmp_path, calls):
     assert base.lm_head.weight.device.index == torch.cuda.device_count() - 1
 
 
+@pytest.mark.promise("A2", "A6")
 def test_limits_hold_as_measured(tmp_path):
     """Four layers of 0.4 GiB: each GPU is given less than the model takes."""
     folder = tiny.save_checkpoint(

@@ -41,6 +41,7 @@ def arguments(folder, **kwargs):
     )  # fmt: skip
 
 
+@pytest.mark.promise("A2")
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_precision_trains_saves_and_merges(tmp_path, precision, packing):

@@ -11,4 +11,5 @@ import pantheraml
 def disabled():
     """What a test enables ends with it."""
     yield
+    pantheraml.disable_grpo_support()
     pantheraml.disable_multi_gpu()

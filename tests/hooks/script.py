@@ -1,6 +1,6 @@
 """A script of TRL's that knows nothing of several GPUs, but for its first two lines; what it finds goes to a file.
 
-With ``more`` it goes on: GRPO while multi-GPU is enabled, and TRL's own trainer on the ranks after it was disabled.
+GRPO is then trained by ours; with ``more`` by TRL's trainer before that, and SFT by TRL's after multi-GPU was disabled.
 """
 
 import pantheraml
@@ -22,7 +22,7 @@ import torch.distributed as dist  # noqa: E402
 from transformers import AutoModelForCausalLM, Trainer  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
 
-from tests.hooks.work import ROWS, SETTINGS, logged  # noqa: E402
+from tests.hooks.work import ROWS, SETTINGS, grpo, logged  # noqa: E402
 
 folder, output, *more = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder)
@@ -55,6 +55,18 @@ if "more" in more:
         "ranks": rewards.accelerator.num_processes,
         "logs": logged(rewards),
     }
+
+supported = pantheraml.enable_grpo_support()
+rewards = grpo(folder, output, 2)
+found["supported"] = {
+    "changed": supported["changed"],
+    "trainers": pantheraml.get_grpo_status()["trainers"],
+    "kind": type(rewards).__name__,
+    "strategy": rewards._strategy.name,
+    "logs": logged(rewards),
+    "completions": list(rewards._logs["completion"]),
+}
+pantheraml.disable_grpo_support()
 
 pantheraml.disable_multi_gpu()
 found["after"] = pantheraml.get_multi_gpu_status()

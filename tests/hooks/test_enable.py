@@ -48,6 +48,7 @@ def weights(trainer):
 KINDS = (SFTTrainer, transformers.Trainer, trl.trainer.base_trainer._BaseTrainer, GRPOTrainer)
 
 
+@pytest.mark.promise("C1")
 def test_disabled_nothing_is_left_of_it():
     before, settings = [dict(vars(kind)) for kind in KINDS], process_group.settings_of_run()
     pantheraml.enable_multi_gpu(num_gpus=1, debug=True, timeout_minutes=7)
@@ -67,6 +68,7 @@ def test_disabled_nothing_is_left_of_it():
     assert process_group.settings_of_run() is settings and dist.get_debug_level() == dist.DebugLevel.OFF
 
 
+@pytest.mark.promise("C1")
 @needs_head
 def test_disabled_it_trains_as_before_bit_by_bit(build):
     def train():
@@ -87,6 +89,7 @@ def test_disabled_it_trains_as_before_bit_by_bit(build):
     assert all(torch.equal(one, other) for one, other in zip(again[1], plain[1], strict=True))
 
 
+@pytest.mark.promise("C1")
 def test_the_status_is_what_is_so(build):
     nothing = pantheraml.get_multi_gpu_status()
     assert not pantheraml.is_multi_gpu_enabled() and pantheraml.get_active_config() is None
@@ -233,7 +236,11 @@ def test_what_is_left_to_trl(build, llama):
     processor = Processor(AutoTokenizer.from_pretrained(llama))
     given = {"processing_class": processor, "data_collator": list}
     sees = build(arguments=given, dataset_kwargs={"skip_prepare_dataset": True})
-    assert type(sees) is SFTTrainer and is_trls_own(GKDTrainer) and not is_trls_own(SFTTrainer)
+    assert (
+        type(sees) is SFTTrainer
+        and is_trls_own(GKDTrainer, SFTTrainer)
+        and not is_trls_own(SFTTrainer, SFTTrainer)
+    )
     assert pantheraml.get_multi_gpu_status()["trainers"] == []
 
 

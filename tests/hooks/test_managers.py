@@ -42,6 +42,7 @@ def two_gpus(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
+@pytest.mark.promise("C4")
 def test_the_guides_call():
     optimal = ConfigManager().get_optimal_config(model_size="7B", available_memory="32GB")
     assert (optimal["num_gpus"], optimal["enable_gradient_checkpointing"]) == (1, "auto")
@@ -49,6 +50,7 @@ def test_the_guides_call():
     assert status["config"] == optimal and optimal["batch_size_per_gpu"] >= 1
 
 
+@pytest.mark.promise("C4")
 def test_a_plan_follows_what_there_is(two_gpus):
     ask = ConfigManager().get_optimal_config
     here = ask("8B")
@@ -98,6 +100,7 @@ def test_models_are_named_or_measured(tmp_path):
         estimate("7B")
 
 
+@pytest.mark.promise("C4")
 def test_configs_are_kept_and_checked(tmp_path):
     manager = ConfigManager()
     for name in manager.list_templates():
@@ -118,6 +121,7 @@ def test_configs_are_kept_and_checked(tmp_path):
         manager.get_template("fasst")
 
 
+@pytest.mark.promise("C4")
 def test_devices(two_gpus):
     manager = DeviceManager()
     first, second = manager.get_available_devices()

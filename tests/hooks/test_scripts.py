@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 import pantheraml
 from pantheraml.hooks.sft_scripts import HookedSFTTrainer
 from pantheraml.training.head import needs_cpu_head
-from tests.hooks.work import ROWS, SETTINGS, logged
+from tests.hooks.work import ROWS, SETTINGS, grpo, logged
 from tests.launch.test_agent import run
 
 # TRL 1.15 computes the head of its own trainer in Triton only.
@@ -53,6 +53,7 @@ def ranks(checkpoints, tmp_path_factory):
     return [json.loads((output / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.promise("C1")
 def test_losses_are_those_of_one_process(alone, ranks):
     for rank in ranks:
         assert len(rank["logs"]) == len(alone) == 4
@@ -60,6 +61,7 @@ def test_losses_are_those_of_one_process(alone, ranks):
             assert mine == pytest.approx(theirs, rel=1e-6)
 
 
+@pytest.mark.promise("C1")
 def test_every_argument_acts(ranks):
     for number, found in enumerate(ranks):
         began, ended = found["began"], found["ended"]
@@ -73,6 +75,7 @@ def test_every_argument_acts(ranks):
         assert found["given"] == 7, "the script's own arguments are left as they are"
 
 
+@pytest.mark.promise("C1")
 def test_disabled_ranks_are_trls(ranks):
     for found in ranks:
         after = found["after"]
@@ -86,3 +89,20 @@ def test_other_trainers_train_on_the_ranks(ranks):
         first, second = (found[name] for found in ranks)
         assert first == second and first["ranks"] == 2 and len(first["logs"]) == 1
     assert ranks[0]["grpo"]["kind"] == "GRPOTrainer" and ranks[0]["own"]["kind"] == "SFTTrainer"
+
+
+@pytest.mark.promise("C2")
+def test_an_unchanged_grpo_script_trains_on_two_ranks_as_on_one(checkpoints, ranks, tmp_path):
+    pantheraml.enable_grpo_support()
+    one = grpo(checkpoints("llama"), tmp_path, 4)
+    for rank in ranks:
+        found = rank["supported"]
+        assert found["changed"] == ["GRPOTrainer.__init__", "GRPOConfig.__post_init__"]
+        assert (found["kind"], found["trainers"], found["strategy"]) == (
+            "HookedGRPOTrainer",
+            ["GRPOTrainer"],
+            "ddp",
+        )
+        assert found["completions"] == list(one._logs["completion"])
+        for mine, theirs in zip(found["logs"], logged(one), strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-7)

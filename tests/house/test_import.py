@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import pantheraml
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +56,7 @@ def python(*words: str, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
+@pytest.mark.promise("F13")
 def test_importing_is_free():
     probes = [json.loads(python("-c", PROBE)) for _ in range(5)]
     assert min(probe["seconds"] for probe in probes) < MOST_IMPORT_SECONDS
@@ -101,6 +104,7 @@ def test_a_process_that_starts_ranks_loads_none_of_their_libraries(tmp_path):
     assert json.loads(python("-c", STARTS_RANKS, cwd=tmp_path)) == [2, [], True]
 
 
+@pytest.mark.promise("F13")
 def test_help_answers_at_once():
     seconds = []
     for _ in range(3):
@@ -124,6 +128,7 @@ def test_every_export_is_listed_once_and_alike():
     assert sorted({*typed, "__version__"}) == sorted(pantheraml.__all__)
 
 
+@pytest.mark.promise("A1")
 def test_every_export_is_defined_where_it_is_said_to_be():
     missing = []
     for name, module in pantheraml._EXPORTS.items():

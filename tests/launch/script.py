@@ -43,6 +43,8 @@ def main():
     tell(
         f"rank {rank}/{group.get_world_size()} total={total} cwd={where} argv={sys.argv[1:]} flags={sys.flags.optimize}"
     )
+    for name in os.environ.get("TELL", "").split():
+        tell(f"{name}={os.environ.get(name)} on {rank}")
     if end in ("raise", "exit", "term", "left") and "READY" in os.environ:
         fail_after_three_steps(rank)
     if end == "raise" and rank == 1:

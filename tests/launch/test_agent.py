@@ -39,12 +39,15 @@ def run(*words, cwd=None, stdin=None, **variables):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.promise("A3", "A15")
 def test_a_plain_script_becomes_several_ranks(tmp_path):
-    """With its arguments (also those that torchrun takes for its own), its flags and its folder."""
+    """With its arguments (also those that torchrun takes for its own), its flags, its folder and its environment."""
+    passed = {"CUDA_VISIBLE_DEVICES": "", "TORCH_DISTRIBUTED_DEBUG": "INFO", "NCCL_DEBUG": "INFO"}
     (tmp_path / "below").mkdir()
     copy = tmp_path / "below" / "train.py"
     copy.write_text(SCRIPT.read_text())
-    code, out, err = run("-O", "below/train.py", 2, "--n", "--log", "x", "--chdir", "end", cwd=tmp_path)
+    words = ("-O", "below/train.py", 2, "--n", "--log", "x", "--chdir", "end")
+    code, out, err = run(*words, cwd=tmp_path, TELL=" ".join(passed), **passed)
     lines = sorted(line for line in out.splitlines() if line.startswith("rank"))
     assert code == 0, err
     assert lines == [
@@ -52,6 +55,8 @@ def test_a_plain_script_becomes_several_ranks(tmp_path):
         for rank in range(2)
     ]
     assert err.count("starting 2 ranks") == 1
+    told = [f"{name}={value} on {rank}" for name, value in passed.items() for rank in range(2)]
+    assert [line for line in told if line not in out.splitlines()] == []
 
 
 def test_a_module_becomes_several_ranks():
@@ -65,6 +70,7 @@ def test_one_process_stays_one():
     assert code == 0 and "rank 0/1 total=1" in out and "starting" not in err
 
 
+@pytest.mark.promise("A3", "D1")
 @pytest.mark.parametrize(
     ("end", "code", "says", "tracebacks"),
     [
@@ -97,6 +103,7 @@ def lives(pid):
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.promise("A3")
 @pytest.mark.parametrize(
     ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
 )
@@ -172,6 +179,7 @@ def test_a_program_from_standard_input_is_refused():
     assert code == 1 and "the program came from standard input" in err
 
 
+@pytest.mark.promise("A4")
 def test_torchrun_starts_the_ranks_itself():
     words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", SCRIPT, "2", "end"]
     code, out, err = run(*words)
@@ -179,6 +187,7 @@ def test_torchrun_starts_the_ranks_itself():
     assert len(re.findall(r"rank [01]/2 total=3.0", out)) == 2 and "starting" not in err
 
 
+@pytest.mark.promise("A4", "B8")
 def test_accelerate_starts_the_ranks_itself():
     words = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--main_process_port=0"]
     words += ["--mixed_precision=no", "--dynamo_backend=no", SCRIPT, "2", "end"]

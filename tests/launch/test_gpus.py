@@ -17,6 +17,7 @@ ALIKE = [Gpu("GPU-ab12", False), Gpu("GPU-ab34", False), Gpu("GPU-cd56", False)]
 SPLIT = [gpu._replace(is_split=True) for gpu in WHOLE[:2]]
 
 
+@pytest.mark.promise("A3", "B8")
 @pytest.mark.parametrize(
     ("gpus", "selection", "count"),
     [
@@ -127,6 +128,7 @@ def test_a_driver_that_does_not_work(nvml, tmp_path):
     assert num_visible_gpus({}, str(other), tmp_path / "nothing") == 0
 
 
+@pytest.mark.promise("A3")
 def test_counting_changes_nothing_and_loads_no_torch():
     program = (
         "import os, sys; before = dict(os.environ)\n"

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
 
+import pytest
+
 from tests.launch.test_agent import run
 
 SCRIPT = Path(__file__).with_name("orders.py")
@@ -24,6 +26,7 @@ def train(model, output, order):
     return json.loads(next(line for line in reversed(out.splitlines()) if line.startswith('{"')))
 
 
+@pytest.mark.promise("B3")
 def test_every_order_trains_the_same(llama, tmp_path):
     """Losses and gradient norms, to the last bit."""
     with ThreadPoolExecutor(2) as pool:

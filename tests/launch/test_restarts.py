@@ -20,6 +20,7 @@ from tests.launch.test_agent import environment
 SCRIPT = Path(__file__).with_name("restarted.py")
 
 
+@pytest.mark.promise("C5")
 def test_a_run_goes_on_after_ranks_have_died(llama, tmp_path):
     """From its own last whole checkpoint (another run's lies beside it), at last on fewer ranks."""
     whole, output = tmp_path / "whole", tmp_path / "output"

@@ -105,6 +105,7 @@ def test_jobs_and_steps_meet_at_ports_of_their_own():
     assert 20000 <= min(ports) <= max(ports) <= 29999
 
 
+@pytest.mark.promise("A5")
 @pytest.mark.parametrize(
     ("tasks", "gpus", "seen", "counted", "expected"),
     [

@@ -60,6 +60,7 @@ def column(found: list[dict], *names: str) -> list[tuple]:
     return [tuple(one[name] for name in names) for one in found]
 
 
+@pytest.mark.promise("A5")
 def test_one_task_a_node_starts_the_ranks_of_its_node(cluster):
     found = tasks(cluster, "--nodes=2 --gpus-per-node=2")
     assert column(found, "kind", "is_rank", "host", "node_rank", "num_nodes") == [
@@ -72,6 +73,7 @@ def test_one_task_a_node_starts_the_ranks_of_its_node(cluster):
     assert not any(one["torch"] for one in found)
 
 
+@pytest.mark.promise("A5")
 def test_one_task_a_gpu_is_a_rank(cluster):
     found = tasks(cluster, "--nodes=2 --ntasks-per-node=2 --gpus-per-task=1")
     assert column(found, "kind", "rank", "local_rank", "node_rank", "host") == [

@@ -37,6 +37,7 @@ def srun(cluster, options, *words):
     return cluster.run("srun", *options.split(), *program)
 
 
+@pytest.mark.promise("A5")
 def test_one_task_a_node_starts_the_ranks_of_both_nodes(cluster):
     done = srun(cluster, "--nodes=2 --gpus-per-node=2", 2, "end")
     assert done.returncode == 0, done.stderr
@@ -48,6 +49,7 @@ def test_one_task_a_node_starts_the_ranks_of_both_nodes(cluster):
         )
 
 
+@pytest.mark.promise("A5")
 def test_one_task_a_gpu_is_a_rank(cluster):
     done = srun(cluster, "--nodes=2 --ntasks-per-node=2 --gpus-per-task=1", 2, "end")
     assert done.returncode == 0, done.stderr
@@ -55,6 +57,7 @@ def test_one_task_a_gpu_is_a_rank(cluster):
     assert "starting" not in done.stderr
 
 
+@pytest.mark.promise("A5")
 @pytest.mark.parametrize("options", ["--gpus-per-node=2", "--ntasks-per-node=2 --gpus-per-task=1"])
 def test_a_rank_that_fails_ends_the_job_with_its_code(cluster, options):
     done = srun(cluster, f"--nodes=2 {options}", 2, "exit")  # srun gives the largest code
@@ -77,6 +80,7 @@ def sbatch(cluster, folder, script, options, *words, **variables):
     )  # fmt: skip
 
 
+@pytest.mark.promise("E4")
 @pytest.mark.parametrize(
     ("script", "options", "ranks"),
     [
@@ -93,6 +97,7 @@ def test_the_batch_scripts_of_the_examples(cluster, tmp_path, script, options, r
     assert (tmp_path / "outputs/multi-gpu/adapter/adapter_model.safetensors").is_file()
 
 
+@pytest.mark.promise("E4")
 def test_the_batch_script_of_any_model(cluster, tmp_path):
     """On two nodes, with settings small enough for CPUs."""
     words = "mixed_precision=no grid_size=5 episode_length=5 n_transit=20 unseen_goals=4 learners_per_goal=2 " \

@@ -43,6 +43,7 @@ def result(output, ranks, code, out, err):
     return told | {"err": err, "telemetry": (output / "telemetry.jsonl").read_text().splitlines()}
 
 
+@pytest.mark.promise("A3", "A4")
 @pytest.mark.parametrize(
     ("ranks", "launcher", "more"),
     [

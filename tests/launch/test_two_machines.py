@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(bool(namespaces.why_not()), reason=namespaces.wh
 SCRIPT = Path(__file__).with_name("train.py")
 
 
+@pytest.mark.promise("A4")
 @pytest.mark.parametrize("each", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_torchrun_on_two_machines_gives_the_numbers_of_one_process(tmp_path, each):
     model = tiny.save_checkpoint(tmp_path / "model", "llama")

@@ -29,6 +29,7 @@ model, tokenizer = FastLanguageModel.from_pretrained(
     model_folder,
     max_seq_length=64,
     load_in_4bit=False,
+    dtype="float32",
     use_multi_gpu=None if "RANK" in os.environ else MultiGPUConfig(num_processes=int(ranks)),
 )
 trainer = PantheraMLDistributedTrainer(

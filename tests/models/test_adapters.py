@@ -298,6 +298,7 @@ def test_orthogonal_start(base, adapt):
     torch.testing.assert_close(logits(model), logits(base()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.promise("F1")
 def test_loftq_start(base, adapt):
     pytest.importorskip("scipy")
     if not torch.cuda.is_available():
@@ -318,6 +319,7 @@ def test_loftq_where_it_cannot_be(adapt):
             adapt(flags=flags, init_lora_weights="loftq")
 
 
+@pytest.mark.promise("F1")
 def test_dora_learns_magnitudes(base, adapt):
     model = adapt(use_dora=True)
     magnitudes = {name: w for name, w in trained(model).items() if "lora_magnitude_vector" in name}
@@ -345,6 +347,7 @@ def test_settings_out_of_range(adapt, settings, message):
         adapt(**settings)
 
 
+@pytest.mark.promise("F1")
 def test_any_field_of_loraconfig_is_understood(adapt):
     model = adapt(rank_pattern={"q_proj": 2})
     ranks = {name.split(".")[-3]: w.shape[0] for name, w in trained(model).items() if "lora_A" in name}
@@ -382,6 +385,7 @@ def test_a_saved_adapter_comes_back(adapt, checkpoints, tmp_path, family, flags,
     assert trained(again).keys() == trained(model).keys(), "it comes back trainable"
 
 
+@pytest.mark.promise("F11")
 def test_a_resized_vocabulary_comes_back_with_the_adapter(adapt, tmp_path):
     ids = torch.tensor([[5, 590, 511, 20]])
     model = shake(adapt(flags={"resize_model_vocab": 600, "random_state": 5})).eval()

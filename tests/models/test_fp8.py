@@ -147,6 +147,7 @@ def test_the_adapter_starts_as_beside_other_weights(llama):
         fp8.merge_adapter()  # e4m3 has no sums: nothing is merged by mistake
 
 
+@pytest.mark.promise("A2")
 def test_trains_generates_and_merges(llama, tmp_path):
     model, tokenizer = load(llama)
     model = FastLanguageModel.get_peft_model(model, r=4)

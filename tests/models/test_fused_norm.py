@@ -55,6 +55,7 @@ def test_on_a_cpu_norms_stay_and_the_ledger_says_why():
     assert not any(isinstance(m, FusedRMSNorm) for m in model.modules())
 
 
+@pytest.mark.promise("F4")
 def test_an_unknown_architecture_is_left_alone():
     patches = apply_fused_parts(tiny.build_model("llama"), None, PatchSet())
     assert patches.report() == [("LlamaForCausalLM", "skipped", "no family describes 'llama'")]

@@ -104,6 +104,7 @@ def test_flash_attention_that_is_not_there(llama):
         load(llama, attn_implementation="flash_attention_2")
 
 
+@pytest.mark.promise("F1")
 def test_resize_model_vocab_acts_and_the_seed_decides_new_rows(llama):
     base = load(llama).get_input_embeddings().weight
     grown = [load(llama, resize_model_vocab=600, random_state=seed) for seed in (1, 1, 2)]

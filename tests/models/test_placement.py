@@ -75,6 +75,7 @@ def test_what_fits_goes_to_one_gpu(machine, device_map):
     assert not place.limits
 
 
+@pytest.mark.promise("A6")
 def test_auto_splits_what_does_not_fit(machine, caplog):
     machine(14, 14)
     caplog.set_level("INFO", "pantheraml")
@@ -84,6 +85,7 @@ def test_auto_splits_what_does_not_fit(machine, caplog):
     assert "device_map='auto'" in caplog.text and "0-" in caplog.text
 
 
+@pytest.mark.promise("A6")
 def test_balanced_uses_every_gpu(machine):
     machine(140, 140, 140, 140)
     place = find_place(unplaced(), "balanced", None, is_alone=True)
@@ -95,12 +97,14 @@ def test_balanced_uses_every_gpu(machine):
     assert place.split.head == GPU[3] and place.split.embedding == GPU[0]
 
 
+@pytest.mark.promise("A6")
 def test_sequential_fills_the_first(machine):
     machine(13, 40)
     stages = find_place(unplaced(), "sequential", None, is_alone=True).split.stages
     assert [stage.device for stage in stages] == GPU[:2] and stages[0].stop == 13
 
 
+@pytest.mark.promise("A2")
 def test_limits_are_kept_and_handed_on(machine):
     machine(140, 140)
     place = find_place(unplaced(), "balanced", {0: "10GiB", 1: "30GiB", "cpu": "99GB"}, is_alone=True)
@@ -132,6 +136,7 @@ def test_a_map_that_was_written_is_followed(machine):
     assert split == Split.of_layers([GPU[0]] * 20 + [GPU[1]] * 12, GPU[0], GPU[1])
 
 
+@pytest.mark.promise("A6")
 @pytest.mark.parametrize(
     ("device_map", "max_memory", "words"),
     [
@@ -149,6 +154,7 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(machine, device_map, m
         find_place(unplaced(), device_map, max_memory, is_alone=True)
 
 
+@pytest.mark.promise("A7")
 def test_what_ranks_share_need_not_fit_on_one_of_them(machine):
     machine(140, 140)
     shared = replace(unplaced(), is_shared=True)

@@ -94,6 +94,7 @@ def test_longrope_multiplies_each_frequency(load):
     assert_turned(model, 512, STOCK / 2, scale)
 
 
+@pytest.mark.promise("F1")
 def test_a_stretched_model_answers_otherwise_and_saves_what_it_is(load, tmp_path):
     ids = torch.arange(5, 45)[None]
     stock, stretched = load(), load(rope_scaling={"rope_type": "yarn", "factor": 2.0})

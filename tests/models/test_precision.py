@@ -54,6 +54,7 @@ def test_what_is_chosen(flags, dtype, on_cpu, on_gpu):
     assert choose(dtype, GPU, **flags) == Precision(*on_gpu)
 
 
+@pytest.mark.promise("F2")
 @pytest.mark.parametrize("pair", list(combinations(FLAGS, 2)))
 def test_two_precisions_are_refused(pair):
     with pytest.raises(ConfigError, match=f"{pair[0]}=True and {pair[1]}=True were given together"):

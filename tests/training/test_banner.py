@@ -25,6 +25,7 @@ from tests.distributed.ranks import run_ranks
 GIB = 2**30
 
 
+@pytest.mark.promise("E2")
 def test_ranks_by_host_with_their_gpus():
     places = [
         ("node1", "NVIDIA H200"),
@@ -97,6 +98,7 @@ def folder(tmp_path_factory):
     return tiny.save_checkpoint(tmp_path_factory.mktemp("model"), "llama")
 
 
+@pytest.mark.promise("B7")
 @pytest.mark.parametrize(
     ("settings", "tokens"),
     [
@@ -113,6 +115,7 @@ def test_one_process_says_it_all_in_two_lines(folder, tmp_path, settings, tokens
     assert not any("DDP" in line for line in records)
 
 
+@pytest.mark.promise("B7", "E2")
 def test_ranks_say_who_they_are_once(folder, tmp_path):
     (first, _), (second, _) = run_ranks(2, banner, folder, tmp_path, {})
     (ranks,) = (line for line in first if "DDP" in line)

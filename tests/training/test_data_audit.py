@@ -64,6 +64,7 @@ def data_of(kind, count):
     return given
 
 
+@pytest.mark.promise("B4")
 @pytest.mark.parametrize("count", [1, 23, 29])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_epoch_is_the_data_set(kind, count):
@@ -94,6 +95,7 @@ def test_workers_change_nothing(kind):
     assert list(epochs_of(kind, given, batch, 1, workers)) == list(epochs_of(kind, given, batch, 1))
 
 
+@pytest.mark.promise("B4")
 def test_a_stream_goes_on_with_the_rest_of_its_epoch():
     given, batch = rows(29), GlobalBatch(8, 2, 2)
     for rank in range(2):

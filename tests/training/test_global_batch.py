@@ -42,6 +42,7 @@ def of_stream(batch, count, rank):
     return RankStream(range(count), batch, rank=rank)
 
 
+@pytest.mark.promise("B4")
 @pytest.mark.parametrize("make", [of_table, of_stream])
 @pytest.mark.parametrize("count", [1, 7, 29, 48])
 def test_every_step_takes_the_next_rows_of_one_order(make, count):
@@ -94,6 +95,7 @@ def test_an_accumulation_that_contradicts_it(tmp_path):
         resolve_global_batch(args, 4)
 
 
+@pytest.mark.promise("C5")
 def test_one_process_trains_uneven_steps_as_even_ones(tmp_path, caplog):
     folder = tiny.save_checkpoint(tmp_path / "model", "llama")
     rows = Dataset.from_list([{"input_ids": list(range(5, 9 + index % 9))} for index in range(22)])

@@ -16,6 +16,7 @@ from tests import tiny
 GIB = 2**30
 
 
+@pytest.mark.promise("D6")
 def test_a_record_has_both_figures_of_every_device():
     one = MemoryEstimate(15 * GIB, 0, GIB, 20 * GIB, slack=2 * GIB, driver=GIB, moment="head and loss")
     devices = {torch.device("cuda", 0): one, torch.device("cuda", 1): one}

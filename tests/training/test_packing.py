@@ -55,6 +55,7 @@ def measure(trainer: SFTTrainer, alone: bool):
     return tokens, total, {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
+@pytest.mark.promise("F7")
 @pytest.mark.parametrize(
     ("family", "attention"),
     # gpt_oss has no sdpa attention, and does not look at positions when it makes its masks.
@@ -81,6 +82,7 @@ def test_joined_rows_train_as_the_rows_alone(family, attention, options, rows, t
         )
 
 
+@pytest.mark.promise("F7")
 def test_the_comparison_can_fail(rows, tmp_path):
     """Without positions that restart, the documents of a packed row do see one another."""
     model = tiny.build_model("llama", attn_implementation="sdpa")

@@ -126,6 +126,7 @@ def logits(model):
     return model.eval()(input_ids=torch.arange(5, 25)[None]).logits
 
 
+@pytest.mark.promise("F12")
 @each_trainer
 def test_it_trains_the_adapter_alone_and_the_adapter_is_found_again(name, load, build, tmp_path):
     model, tokenizer = load(r=4, num_labels=SETUPS[name].num_labels)
@@ -142,6 +143,7 @@ def test_it_trains_the_adapter_alone_and_the_adapter_is_found_again(name, load, 
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.promise("F12")
 @each_trainer
 def test_it_trains_exactly_like_a_plain_model(name, load, build, llama):
     """transformers' own model with PEFT's own adapter and the same weights has the same losses and gradients."""
@@ -163,6 +165,7 @@ def test_it_trains_exactly_like_a_plain_model(name, load, build, llama):
     assert torch.allclose(*(torch.tensor(history) for history in histories), rtol=0, atol=1e-5)
 
 
+@pytest.mark.promise("F12")
 @needs_head
 def test_dpo_learns_the_preference(load, build):
     model, tokenizer = load(r=4)
@@ -197,6 +200,7 @@ def test_dpo_resumes_where_it_stopped(load, build, tmp_path):
     assert torch.allclose(logits(resumed), logits(whole), atol=1e-6)
 
 
+@pytest.mark.promise("F12")
 def test_a_reward_model_ranks_the_chosen_first(load, build, tmp_path):
     model, tokenizer = load(r=4, num_labels=1)
     trainer = build("reward", model, tokenizer, max_steps=20)
@@ -217,6 +221,7 @@ def test_a_reward_model_ranks_the_chosen_first(load, build, tmp_path):
         assert chosen > rejected + 1
 
 
+@pytest.mark.promise("F12")
 def test_orpo_learns_the_preference(load, build):
     model, tokenizer = load(r=4)
     trainer = build("orpo", model, tokenizer, max_steps=20)

@@ -64,6 +64,7 @@ def test_peaks_by_name(name, tflops):
     assert peak_tflops(name) == tflops
 
 
+@pytest.mark.promise("D6")
 def test_lines_and_figures(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(telemetry, "show", lambda message, draw: said.append(message))
@@ -92,6 +93,7 @@ def test_a_file_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
     assert "telemetry is not written" in said[0]
 
 
+@pytest.mark.promise("A11")
 def test_devices_of_all_ranks_have_names_of_their_own():
     assert number_devices([{"gpu_0": {"total": 1.0}}]) == {"gpu_0": {"total": 1.0}}
     apart = [{"gpu_0": {"total": 1.0}}, {"gpu_1": {"total": 2.0}}, {"gpu_0": {"total": 3.0}}]

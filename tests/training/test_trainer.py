@@ -59,6 +59,7 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.promise("A8")
 def test_the_known_script(load, arguments, caplog):
     caplog.set_level("INFO", logger="pantheraml")
     model, tokenizer = load()
@@ -115,6 +116,7 @@ def test_the_cpu_head_gives_the_figures_of_trls_own(load, arguments):
     assert torch.allclose(*(torch.tensor(history) for history in histories), rtol=1e-4)
 
 
+@pytest.mark.promise("A8")
 def test_positional_model_and_either_name_of_the_tokenizer(load, arguments):
     model, tokenizer = load()
     assert PantheraMLTrainer(model, arguments(), train_dataset=ALPACA, processing_class=tokenizer)
@@ -135,6 +137,7 @@ def test_positional_model_and_either_name_of_the_tokenizer(load, arguments):
     assert UnslothTrainer is PantheraMLTrainer
 
 
+@pytest.mark.promise("A8")
 def test_a_model_without_adapter_gets_one_and_is_told(load, arguments, caplog):
     caplog.set_level("INFO", logger="pantheraml")
     model, tokenizer = load()
@@ -301,6 +304,7 @@ def test_rows_that_are_left_out_are_counted(load, arguments, caplog):
     assert "1 of 3 train rows have no token left to train on" in caplog.text
 
 
+@pytest.mark.promise("D5")
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_evaluation_is_a_mean_over_tokens(load, arguments, batch):
     """Loss, perplexity and accuracy do not depend on how rows are batched; computed here row by row."""
@@ -329,6 +333,7 @@ def test_evaluation_is_a_mean_over_tokens(load, arguments, batch):
     assert metrics["eval_mean_token_accuracy"] == pytest.approx(correct / tokens, abs=1e-6)
 
 
+@pytest.mark.promise("B1", "F11")
 def test_embeddings_have_a_learning_rate_of_their_own(load, arguments):
     model, tokenizer = load()
     model = FastLanguageModel.get_peft_model(model, r=4, target_modules=["q_proj", "embed_tokens", "lm_head"])
@@ -365,6 +370,7 @@ def test_adapters_of_quantised_models_stay_in_float32(load, arguments):
     assert all(math.isfinite(loss) for loss in losses(trainer))
 
 
+@pytest.mark.promise("A11")
 def test_memory_is_reported(load, arguments, caplog):
     caplog.set_level("INFO", logger="pantheraml")
     model, tokenizer = load()
@@ -375,6 +381,7 @@ def test_memory_is_reported(load, arguments, caplog):
     assert next(iter(usage)) in caplog.text
 
 
+@pytest.mark.promise("A10")
 def test_precision_is_chosen_by_hardware_only_when_left_open(arguments):
     on_gpu = torch.cuda.is_available()
     assert (arguments().bf16, arguments().fp16) == (on_gpu and torch.cuda.is_bf16_supported(), False)

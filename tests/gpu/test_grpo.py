@@ -1,0 +1,52 @@
+"""GRPO on GPUs: two train as one, and the reward of the example rises."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.launch.test_agent import environment
+
+pytestmark = pytest.mark.gpu
+SCRIPT = Path(__file__).with_name("grpo_train.py")
+EXAMPLE = Path(__file__).parents[2] / "examples/grpo_arithmetic.py"
+
+
+def run(*words):
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], env=environment(), capture_output=True, text=True, timeout=290, check=False
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def train(model, folder, ranks, **settings):
+    folder.mkdir()
+    run(SCRIPT, model, folder, ranks, json.dumps(settings))
+    return json.loads((folder / "figures.json").read_text())
+
+
+def test_the_reward_of_the_example_rises(tmp_path):
+    out = run(EXAMPLE, "--num-gpus", "1", "--output", tmp_path)
+    first, *_, last = [float(line.split()[1]) for line in out.splitlines() if line.startswith("reward ")]
+    assert first < 0.25 and last > 0.6
+
+
+@pytest.mark.promise("C2")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_two_gpus_train_as_one(tmp_path):
+    model = tiny.save_checkpoint(tmp_path / "llama", "llama")
+    one = train(model, tmp_path / "one", 1)
+    for name, settings in {"ddp": {}, "fsdp": {"strategy": "fsdp", "shard_frozen": True}}.items():
+        two = train(model, tmp_path / name, 2, **settings)
+        assert two["strategy"] == name and two["steps"] == one["steps"]
+        for mine, theirs in zip(two["logged"], one["logged"], strict=True):
+            assert mine == [
+                None if value is None else pytest.approx(value, rel=1e-3, abs=1e-4) for value in theirs
+            ]
