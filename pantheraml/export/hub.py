@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from pantheraml.errors import SaveError
 from pantheraml.export.adapter import save_adapter
-from pantheraml.export.gguf.save import GgufContents, save_gguf
+from pantheraml.export.gguf.save import GgufContents, write_gguf
 from pantheraml.export.merge import check_mergeable_model, save_merged
 from pantheraml.log import say
 from pantheraml.models.hub_patience import patiently
@@ -152,10 +152,11 @@ def push_gguf(
         ConfigError, NotYetError, AdapterError: as ``save_gguf``.
         SaveError: the disk or the hub failed; after a failed upload the files stay and the error says where.
     """
-    GgufContents(model, tokenizer, quantization_method)  # what is wrong shows before a repository is made
-    return push_built(
-        lambda folder: save_gguf(model, folder, tokenizer, quantization_method), repo_id, token, **upload
-    )
+    contents = GgufContents(model, tokenizer, quantization_method)  # before a repository is made
+    try:
+        return push_built(lambda folder: write_gguf(contents, folder), repo_id, token, **upload)
+    finally:
+        contents.gather_rest()
 
 
 def push_built(

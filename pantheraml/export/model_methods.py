@@ -151,7 +151,27 @@ def save_pretrained_gguf(
     commit_message: str | None = None,
     revision: str | None = None,
 ) -> list[Path]:
-    """Save the trained model as GGUF files for llama.cpp; see ``save_gguf`` and ``push_folder``."""
+    """Save the trained model as GGUF files for llama.cpp, whole or not at all.
+
+    Args:
+        model: a PEFT or transformers model, in any precision.
+        save_directory: where to; ``model-Q8_0.gguf`` and so on.
+        tokenizer: its tokenizer or processor, which the files carry.
+        quantization_method: "f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1" or "q4_0", or a list of them.
+        push_to_hub: also upload the folder.
+        token: hub access token.
+        repo_id: hub name, by default the folder's.
+        private: whether a new hub repository is private.
+        commit_message: of the upload.
+        revision: branch of the upload.
+
+    Returns:
+        The files, on rank 0.
+
+    Raises:
+        ConfigError, NotYetError, AdapterError: the model, the tokenizer or the format cannot be written; nothing was.
+        SaveError: the disk or the hub failed; an older save is untouched.
+    """
     files = save_gguf(model, save_directory, tokenizer, quantization_method)
     if push_to_hub:
         push_folder(

@@ -211,18 +211,26 @@ def test_a_4_bit_base_is_read_as_training_saw_it(tokenizer, tmp_path):
 
 
 def test_the_configuration_comes_back(tokenizer, tmp_path):
-    model = model_of("gemma3_text", num_hidden_layers=6)
+    sizes = dict(head_dim=32, query_pre_attn_scalar=32, tie_word_embeddings=True, num_hidden_layers=6)
+    rope = {
+        "full_attention": dict(rope_type="linear", rope_theta=50000.0, factor=8.0),
+        "sliding_attention": dict(rope_type="default", rope_theta=3000.0),
+    }
+    model = tiny.build_model("gemma3_text", rope_parameters=rope, **sizes)
     save_gguf(model, tmp_path, tokenizer, "f16")
     ours, theirs = model.config, AutoConfig.from_pretrained(tmp_path, gguf_file="model-F16.gguf")
     for name in (
         "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
         "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "sliding_window", "layer_types",
-        "rope_parameters", "bos_token_id", "eos_token_id",
+        "bos_token_id", "eos_token_id",
     ):  # fmt: skip
         expected = getattr(ours, name)
         assert getattr(theirs, name) == (
             pytest.approx(expected) if isinstance(expected, float) else expected
         ), name
+    keys = keys_of(tmp_path / "model-F16.gguf")  # transformers does not read these
+    assert (keys["gemma3.rope.freq_base"], keys["gemma3.rope.freq_base_swa"]) == (50000.0, 3000.0)
+    assert (keys["gemma3.rope.scaling.type"], keys["gemma3.rope.scaling.factor"]) == ("linear", 8.0)
     assert "output.weight" not in kinds_of(tmp_path / "model-F16.gguf")
 
 

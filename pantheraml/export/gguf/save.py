@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -50,13 +49,16 @@ def save_gguf(
         AdapterError: an adapter that cannot be merged.
         SaveError: no tokenizer, the disk is full or cannot be written, or a merged weight is not finite.
     """
-    contents = GgufContents(model, tokenizer, quantization_method)
-    values = contents.values()
+    return write_gguf(GgufContents(model, tokenizer, quantization_method), folder)
+
+
+def write_gguf(contents: GgufContents, folder: str | Path) -> list[Path]:
+    """Write files of ``contents``, once, as ``save_gguf`` says."""
     try:
         with publish_folder(folder, contents.size) as build:
             files = [_File(build, one, contents) for one in contents.formats]
             try:
-                for pieces, value in values:
+                for pieces, value in contents.values:
                     for piece in pieces:
                         for file in files:
                             file.write(piece, piece.of(value))
@@ -64,7 +66,7 @@ def save_gguf(
                 for file in files:
                     file.close()
     finally:
-        contents.gather_rest(values)
+        contents.gather_rest()
     written = [Path(folder) / one.file_name for one in contents.formats]
     say(f"Saved the merged model to {', '.join(map(str, written))}.")
     return written
@@ -79,6 +81,7 @@ class GgufContents:
         keys: metadata and vocabulary.
         constants: tensors that are no weights.
         pieces: all tensors of weights, in their order.
+        values: what weights become and their merged values, one after another, once.
 
     Args:
         model: that is saved.
@@ -105,6 +108,7 @@ class GgufContents:
             **rope,
             **read_vocabulary(tokenizer, rows),
         }
+        self.values = self._read()
         self._is_shared_out = merged.is_shared_out
 
     @property
@@ -116,14 +120,13 @@ class GgufContents:
             for piece in self.pieces
         )
 
-    def values(self) -> Iterator[tuple[list[Piece], torch.Tensor]]:
-        """The merged weights, one after another, and what they become."""
+    def _read(self) -> Iterator[tuple[list[Piece], torch.Tensor]]:
         for weight, pieces in self._plan:
             yield pieces, _finite(weight, merged_value(weight))
 
-    def gather_rest(self, values: Iterator[Any]) -> None:
-        """Gather what is left of ``values``, for ranks that wait for this one; also after a disk has failed."""
-        for _ in values if self._is_shared_out else ():
+    def gather_rest(self) -> None:
+        """Gather what is left of ``values`` for ranks that wait for this one, also after a disk or hub has failed."""
+        for _ in self.values if self._is_shared_out else ():
             pass
 
 
@@ -131,8 +134,7 @@ def gather_gguf(
     model: nn.Module, tokenizer: Processor | None, quantization_method: str | Iterable[str]
 ) -> None:
     """What a rank does while rank 0 is in ``save_gguf``, where ranks share out the weights."""
-    contents = GgufContents(model, tokenizer, quantization_method)
-    contents.gather_rest(contents.values())
+    GgufContents(model, tokenizer, quantization_method).gather_rest()
 
 
 class _File:
