@@ -56,6 +56,8 @@ barrier()  # the other ranks wait for it
 model, tokenizer = FastLanguageModel.from_pretrained(
     name, max_seq_length=128, load_in_4bit=False, full_finetuning=is_small
 )
+if not is_small:
+    model = FastLanguageModel.get_peft_model(model, r=16)
 
 numbers = range(options.largest + 1)
 rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in itertools.product(numbers, numbers)]

@@ -192,6 +192,11 @@ class PantheraMLGRPOTrainer(SharedState, GRPOTrainer):
         with self._strategy.evaluating(self):
             return super().evaluation_loop(*args, **kwargs)
 
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's; the loss of a batch is that of all ranks, of whose copies accelerate leaves some out at the end."""
+        loss, *rest = super().prediction_step(*args, **kwargs)
+        return self.accelerator.reduce(loss, "mean"), *rest
+
     # --- generation -----------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -71,8 +71,8 @@ def build(
     )  # fmt: skip
 
 
-def figures(folder, output, strategy=None, **settings):
-    """Train; the kept steps, and loss, gradient norm, reward and entropy of each step."""
+def figures(folder, output, strategy=None, *, evaluates=False, **settings):
+    """Train; the kept steps, and loss, gradient norm, reward and entropy of each step, and an evaluation."""
     config = None if strategy is None else MultiGPUConfig(**strategy)
     kept = Kept()
     kept.trainer = build(folder, output, config=config, callbacks=[kept], **settings)
@@ -82,4 +82,14 @@ def figures(folder, output, strategy=None, **settings):
         for line in kept.trainer.state.log_history
         if "loss" in line
     ]
-    return {"steps": kept.steps, "logged": logged, "strategy": kept.trainer._strategy.name}
+    evaluated = {}
+    if evaluates:
+        found = kept.trainer.evaluate()
+        evaluated = {name: found[name] for name in ("eval_loss", "eval_reward", "eval_reward_std", "eval_kl")}
+        evaluated["completions"] = sorted(kept.trainer._logs["completion"])
+    return {
+        "evaluated": evaluated,
+        "steps": kept.steps,
+        "logged": logged,
+        "strategy": kept.trainer._strategy.name,
+    }
