@@ -60,7 +60,7 @@ OF_VERSIONS := tests/families tests/facade tests/hooks/test_enable.py tests/hook
 	$(addprefix tests/fused/test_,decoder_layer.py experts.py known_layers.py) \
 	$(addprefix tests/training/test_,arguments.py checkpoints.py grpo_ranks.py head.py merging.py packing.py preference.py \
 		resume_oracle.py::test_two_ranks router_balance.py trainer.py trainer_edges.py) \
-	$(addprefix tests/export/test_,adapter.py merge.py quantized.py) \
+	$(addprefix tests/export/test_,adapter.py gguf.py merge.py quantized.py) \
 	$(addprefix tests/distributed/test_,parity.py fsdp.py::test_equals_one_process \
 		deepspeed.py::test_the_training_is_that_of_one_process \
 		tensor_parallel.py::test_two_ranks_train_evaluate_and_generate_as_one_process \

@@ -153,6 +153,32 @@ def verify(
 
 
 @app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model or a saved adapter: a folder or a hub id.")
+    ],
+    folder: Annotated[Path, typer.Argument(help="Where to.")],
+    forms: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--as",
+            help="merged_16bit (the default), merged_4bit, or GGUF: f32, bf16, f16, q8_0, q5_1, q5_0, q4_1, q4_0. "
+            "May be given several times.",
+        ),
+    ] = None,
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="Merge into the base as 4-bit training saw it.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Merge an adapter, and save the model for other tools; on the CPU."""
+    with _clean_errors(debug):
+        from pantheraml.cli.export import export_model
+
+        export_model(model, folder, forms or ["merged_16bit"], load_in_4bit=load_in_4bit)
+
+
+@app.command()
 def doctor(
     quick: Annotated[
         bool, typer.Option("--quick", help="Leave out the training on one rank and several.")

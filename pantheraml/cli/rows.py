@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sized
+from hashlib import sha256
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +53,7 @@ def call_loader(
         Training rows, and evaluation rows or None.
 
     Raises:
-        DataError: when it returns no data set, or lacks a split.
+        DataError: when it returns no data set, lacks a split, or returned other rows on another rank.
     """
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
@@ -75,6 +77,7 @@ def call_loader(
             "It has to return a datasets.Dataset, or a DatasetDict with a training split.",
             "Wrap a list of rows with datasets.Dataset.from_list(rows).",
         )
+    _check_same_rows(str(data.loader), rows, evaluation)
     return _cut(config, rows, evaluation)
 
 
@@ -82,7 +85,7 @@ def find_loader(name: str) -> Any:
     """The function that ``package.module:function`` names; the current folder is searched too.
 
     Raises:
-        DataError: when the module cannot be found or has no such function.
+        DataError: when the module cannot be found, has no such function, or one with other arguments.
     """
     module_name, _, function_name = name.partition(":")
     # The pantheraml command starts with its own folder on the path, not the user's.
@@ -106,7 +109,51 @@ def find_loader(name: str) -> Any:
             "It is called with (data settings, tokenizer) and returns a Dataset or a DatasetDict.",
             did_you_mean(function_name, vars(module)),
         )
+    _check_arguments(name, function)
     return function
+
+
+def _check_arguments(name: str, function: Any) -> None:
+    """Refuse a loader that cannot be called as it will be, before a model is loaded for it."""
+    try:
+        arguments = signature(function)
+    except ValueError:  # some that are written in C do not tell
+        return
+    try:
+        arguments.bind("data settings", "tokenizer")
+    except TypeError:
+        raise DataError(
+            f"data.loader is {name}, which takes {arguments}.",
+            "It is called with (data settings, tokenizer) and returns a Dataset or a DatasetDict.",
+            f"Write def {name.partition(':')[2]}(config, tokenizer).",
+        ) from None
+
+
+def _check_same_rows(loader: str, *parts: Rows | None) -> None:
+    """Refuse rows that are not the same on all ranks, of which some would be seen twice and others never.
+
+    Compared are their number and three of each part; rows of a stream are not known before they are read.
+
+    Raises:
+        DataError: another rank has other rows; raised on all of them.
+    """
+    from datasets import Dataset
+
+    from pantheraml.distributed.process_group import gather_objects
+
+    mine = [
+        (len(rows), repr([rows[index] for index in sorted({0, len(rows) // 2, len(rows) - 1}) if len(rows)]))
+        for rows in parts
+        if isinstance(rows, Dataset)
+    ]
+    by_rank = gather_objects(sha256(repr(mine).encode()).hexdigest())
+    others = [rank for rank, digest in enumerate(by_rank) if digest != by_rank[0]]
+    if others:
+        raise DataError(
+            f"{loader} returned other rows on rank {others[0]} than on rank 0.",
+            "Each rank calls it and takes its share of the rows, so that all must have the same, in one order.",
+            "Give every shuffle and sample a seed, and read the same files on every machine.",
+        )
 
 
 def _load_split(config: RunConfig, split: str) -> Rows:

@@ -10,7 +10,7 @@ from pantheraml.cli.rows import call_loader, find_loader, read_rows
 from pantheraml.config.devices import device_names
 from pantheraml.config.load import dump_config
 from pantheraml.config.run import ResponseMarks, RunConfig
-from pantheraml.errors import ConfigError, SaveError, did_you_mean
+from pantheraml.errors import ConfigError, HardwareError, SaveError, did_you_mean
 from pantheraml.log import say
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from pantheraml.cli.rows import Rows
     from pantheraml.training.arguments import PantheraMLTrainingArguments
-    from pantheraml.training.trainer import PantheraMLTrainer
+    from pantheraml.training.distributed import PantheraMLDistributedTrainer
 
 
 def run_training(config: RunConfig) -> dict[str, Any]:
@@ -30,8 +30,9 @@ def run_training(config: RunConfig) -> dict[str, Any]:
     start them where the model would be loaded, and does not come back from there.
 
     Returns:
-        ``{"metrics": {...}, "paths": {...}}``: what the trainer measured, and the folder of each saved
-        format, of the checkpoints (``output_dir``) and of the resolved run file (``run_file``).
+        ``{"metrics": {...}, "paths": {...}}``: what the trainer measured, and the folder of each saved format, of the
+        checkpoints (``output_dir``), of the resolved run file (``run_file``), of the metrics (``results``) and of the
+        log that is written while it trains (``log``).
 
     Raises:
         PantheraMLError: when a part of the run cannot be done.
@@ -55,13 +56,10 @@ def run_training(config: RunConfig) -> dict[str, Any]:
     train_rows, eval_rows = rows or call_loader(loader, config, tokenizer)
 
     trainer = _build_trainer(config, model, tokenizer, arguments, train_rows, eval_rows)
-    result = trainer.train(resume_from_checkpoint=config.trainer.resume_from_checkpoint)
-    metrics = dict(result.metrics)
-    if eval_rows is not None:
-        metrics |= trainer.evaluate()
+    metrics = _train(trainer, config, evaluates=eval_rows is not None)
     _save(config, model, tokenizer, paths)
     if is_first_of_group():
-        print("\n".join(["Training has ended.", *(f"  {name}: {path}" for name, path in paths.items())]))
+        print("\n".join(["Training has ended.", *_summary(metrics, paths)]))
     return {"metrics": metrics, "paths": {name: str(path) for name, path in paths.items()}}
 
 
@@ -74,10 +72,19 @@ def check_devices(config: RunConfig, ranks: int) -> None:
 
     Raises:
         ConfigError: one GPU is named, and there are several ranks.
-        HardwareError: one of them is not there; the error names those that are.
+        HardwareError: one of them is not there; the error names those that are, or says how to train without.
     """
-    from pantheraml.devices.inventory import gpu_device
+    from pantheraml.devices.inventory import gpu_device, num_gpus
 
+    gpus = [name for name in device_names(config.devices) if name != "cpu"]
+    if gpus and num_gpus() == 0:
+        ranks_too = f" multi_gpu.num_processes={len(gpus)}" if len(gpus) > 1 else ""
+        raise HardwareError(
+            f"devices names {', '.join(gpus)}, and this process sees no GPU.",
+            "To be seen, a GPU needs its driver, a torch built for it, and a place in CUDA_VISIBLE_DEVICES.",
+            f"To train on the CPU{', with as many ranks' if ranks_too else ''}, add devices=cpu{ranks_too} to the "
+            "command.",
+        )
     if ranks > 1:
         if config.device not in (None, "cpu"):
             raise ConfigError(
@@ -86,9 +93,8 @@ def check_devices(config: RunConfig, ranks: int) -> None:
                 "Leave devices out; CUDA_VISIBLE_DEVICES says which GPUs are used.",
             )
         return  # a rank may see its own alone
-    for name in device_names(config.devices):
-        if name != "cpu":
-            gpu_device(int(name.partition(":")[2]))
+    for name in gpus:
+        gpu_device(int(name.partition(":")[2]))
 
 
 def build_arguments(config: RunConfig) -> PantheraMLTrainingArguments:
@@ -160,29 +166,36 @@ def _build_trainer(
     arguments: PantheraMLTrainingArguments,
     train_rows: Rows,
     eval_rows: Rows | None,
-) -> PantheraMLTrainer:
-    """The trainer of the run; that of several GPUs where the run asks for them, or has ranks."""
+) -> PantheraMLDistributedTrainer:
+    """The trainer of the run, on one process or on all ranks."""
     from pantheraml.data.masking import train_on_responses_only
-    from pantheraml.distributed.process_group import group_size
     from pantheraml.training.distributed import PantheraMLDistributedTrainer
-    from pantheraml.training.trainer import PantheraMLTrainer
+    from pantheraml.training.last_step import LastStepLogged
 
-    given: dict[str, Any] = {
-        "model": model,
-        "tokenizer": tokenizer,
-        "train_dataset": train_rows,
-        "eval_dataset": eval_rows,
-        "args": arguments,
-    }
-    if config.multi_gpu is not None:
-        trainer = PantheraMLDistributedTrainer(**given, multi_gpu_config=config.multi_gpu.to_config())
-    else:
-        trainer = (PantheraMLDistributedTrainer if group_size() > 1 else PantheraMLTrainer)(**given)
+    trainer = PantheraMLDistributedTrainer(
+        model,
+        arguments,
+        tokenizer=tokenizer,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        callbacks=[LastStepLogged()],
+        multi_gpu_config=None if config.multi_gpu is None else config.multi_gpu.to_config(),
+    )
     if config.train_on_responses:
         marks = config.train_on_responses
         parts = dict(marks) if isinstance(marks, ResponseMarks) else {}
         trainer = train_on_responses_only(trainer, **parts)
     return trainer
+
+
+def _train(trainer: PantheraMLDistributedTrainer, config: RunConfig, *, evaluates: bool) -> dict[str, float]:
+    """Train, evaluate if there are rows for it, and keep what was measured in the run's folder, on rank 0."""
+    metrics = trainer.train(resume_from_checkpoint=config.trainer.resume_from_checkpoint).metrics
+    trainer.save_metrics("train", metrics)
+    found: dict[str, float] = trainer.evaluate() if evaluates else {}
+    if evaluates:
+        trainer.save_metrics("eval", found)
+    return {**metrics, **found}
 
 
 def _prepare_folders(config: RunConfig, output_dir: Path) -> dict[str, Path]:
@@ -194,7 +207,8 @@ def _prepare_folders(config: RunConfig, output_dir: Path) -> dict[str, Path]:
 
     folder = Path(config.save.folder) if config.save.folder else output_dir
     paths = {name: folder / name for name in config.save.formats or ()}
-    paths |= {"output_dir": output_dir, "run_file": output_dir / "run.yaml"}
+    files = {"run_file": "run.yaml", "results": "all_results.json", "log": "telemetry.jsonl"}
+    paths |= {"output_dir": output_dir, **{name: output_dir / file for name, file in files.items()}}
     try:
         if is_first_of_group():
             folder.mkdir(parents=True, exist_ok=True)
@@ -216,3 +230,10 @@ def _save(config: RunConfig, model: Any, tokenizer: PreTrainedTokenizerBase, pat
             model.save_pretrained(str(paths[name]), tokenizer)
         else:
             model.save_pretrained_merged(str(paths[name]), tokenizer, save_method=name)
+
+
+def _summary(metrics: dict[str, float], paths: dict[str, Path]) -> list[str]:
+    """What came out, and where everything is: a line for each."""
+    names = ("train_loss", "eval_loss", "eval_perplexity", "eval_mean_token_accuracy")
+    figures = [f"  {name}: {metrics[name]:.4g}" for name in names if name in metrics]
+    return [*figures, *(f"  {name}: {path}" for name, path in paths.items())]

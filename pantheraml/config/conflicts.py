@@ -155,7 +155,8 @@ def _evaluation(config: RunConfig) -> Iterator[Conflict]:
             f"data.validation_fraction holds out training rows, and {_and(held_out)} names other evaluation "
             "rows. Keep one of them.",
         )
-    if trainer.eval_strategy in ("steps", "epoch") and not data.has_eval and data.loader is None:
+    may_have_rows = data.has_eval or data.use_debug_dataset or data.loader is not None
+    if trainer.eval_strategy in ("steps", "epoch") and not may_have_rows:
         yield Conflict(
             ("trainer.eval_strategy", "data.eval_path", "data.eval_split", "data.validation_fraction"),
             f"trainer.eval_strategy is {trainer.eval_strategy}, but there are no evaluation rows. "

@@ -179,7 +179,8 @@ class RunConfig(Section):
     """All settings of a run.
 
     Building it checks each setting and how they fit together. ``random_state``, ``trainer.seed``,
-    ``lora``, ``save.formats`` and ``multi_gpu`` are filled in where they follow from other settings.
+    ``lora``, ``data.eval_split``, ``save.formats`` and ``multi_gpu`` are filled in where they follow from other
+    settings.
 
     Raises:
         pydantic.ValidationError: when a setting is wrong. ``parse_config`` and ``load_config`` raise a
@@ -229,6 +230,8 @@ class RunConfig(Section):
         for section in (self.model, self.lora):
             if section is not None and section.random_state is None:
                 section.random_state = self.seed
+        if self.data.use_debug_dataset and not self.data.has_eval:
+            self.data.eval_split = "validation"  # as a loader's validation rows are, without being asked for
         ranks = num_ranks(self.devices)
         if ranks is not None:
             self.multi_gpu = self.multi_gpu or MultiGPUSettings()

@@ -136,22 +136,22 @@ class ActivationSizes:
         return Kept(projected + mlp * c, projected, attended, alone)
 
     def _kept_stock(self) -> Kept:
-        """What autograd saves of transformers' layer with fused norms: inputs of norms in r, those of linears, q, k,
-        v, what was attended, gate, its activation, up and their product. Autocast copies what goes
-        into each of five linears anew, and PEFT makes one more copy of what goes into all seven.
+        """What autograd saves of transformers' layer with fused norms: inputs of norms in r, q, k, v, what was
+        attended, gate, its activation and up; the inputs of linears that are trained, or adapted: PEFT copies what goes
+        into each of seven, unless it is in float32, and autocast what goes into five.
         """
         hidden, c, r = self.hidden, self.computed, self.size
-        inputs = 5 * hidden * c if c < r else 2 * hidden * r
+        adapters = 0 if self.is_trained else 7 * self.rank * c
+        if not self.is_trained and self.rank and c < 4:
+            inputs = (5 * hidden + self.queries + self.inner) * c
+        else:
+            inputs = (5 * hidden * c if c < r else 2 * hidden * r) + self.inner * c
         heads = (2 * self.queries + 2 * self.keys) * c + 4 * self.heads
         norms = 2 * hidden * r
         norms += (self.queries + self.keys) * c if self.has_head_norms else 0
         norms += 2 * hidden * c if self.has_post_norms else 0
-        adapters = 0
-        if not self.is_trained:
-            adapters = 7 * self.rank * c
-            adapters += (5 * hidden + self.queries + self.inner) * c if c < 4 and self.rank else 0
         alone = hidden * r
-        return Kept(norms + inputs + heads + 4 * self.inner * c + adapters, alone, alone, alone)
+        return Kept(norms + inputs + heads + 3 * self.inner * c + adapters, alone, alone, alone)
 
     def _kept_of_experts(self) -> Kept:
         """An upper estimate: mixtures are computed in parts around their experts."""
@@ -173,9 +173,12 @@ class ActivationSizes:
             mlp = min(tokens, TILE) * 6 * inner * c
             return mlp + tokens * (2 * (hidden + self.queries) + 8 * hidden) * c
         if not self.computes_fused:
-            # Gradients of gate, its activation, up and their product; of a trained weight, in c and as it is added up.
+            # Gradients of gate, its activation, up and their product; of a trained weight, in c and as it is added up,
+            # or of all of them, where none is.
             passing = tokens * (4 * inner * c + 2 * hidden * (c + r))
-            passing += hidden * inner * (c + r) if self.is_trained else 0
+            if self.is_trained:
+                numbers = sum(one.rows * one.cols for one in self.stacks)
+                passing += hidden * inner * (c + r) if c < r else numbers * c
             return passing + (tokens * (self.kept.all - self.kept.input) if recomputes else 0)
         before_qkv, before_o, whole = self._weight_gradients(tokens, recomputes=recomputes)
         if recomputes:
@@ -234,25 +237,39 @@ class ActivationSizes:
 
     def head_passing(self, tokens: int) -> int:
         """Bytes that come and go in the head and the loss: a chunk of logits, which their gradient replaces; the last
-        hidden states, normed, and their gradient in float32; of a trained head its copy in c and its gradient.
+        hidden states, normed, and their gradient in float32. Of a trained head also its copy in c, where it is held in
+        more, and its gradient in float32, which, where it is held in less, is rounded once there are no logits.
         """
         rows = min(tokens, max(1, LOGITS // self.vocabulary))
+        logits = rows * self.vocabulary * self.computed
         states = tokens * self.hidden * (2 * self.size + self.computed + 4)
-        head = self.vocabulary * self.hidden * (4 + (self.computed if self.computed < self.size else 0))
-        return rows * self.vocabulary * self.computed + states + (head if self.is_trained else 0)
+        if not self.is_trained:
+            return logits + states
+        head = self.vocabulary * self.hidden
+        if self.computed < self.size:
+            return logits + states + head * (4 + self.computed)
+        return max(logits, head * self.computed if self.computed < 4 else 0) + states + head * 4
 
     def margin_bytes(self, storage: str) -> int:
-        """Bytes that fused layers add to the weights of one layer: the margins of stacks; of FP8, factors in parts."""
+        """Bytes that fused layers add to the weights of one layer: the margins of stacks; of FP8, factors in parts.
+        Turned FP8 weights have margins of their own: ``turned_bytes``.
+        """
         if not self.is_fused or self.is_trained or storage in ("4bit", "8bit"):
             return 0
         if storage == "plain":
             pairs = zip(self.stacks, self.margins(), strict=True)
             return sum(m * (one.rows + one.cols + m) * self.computed for one, m in pairs if self.rank)
         pairs = zip(self.stacks, self.margins(_FP8_STEP), strict=True)
-        # F and the turned D in e4m3, both factors as they are multiplied, and the scales side by side.
+        # F in e4m3, both factors as they are multiplied, and the scales side by side.
         return sum(
-            m * (one.rows + one.cols) * (_FP8_PARTS + self.computed) + 4 * one.rows for one, m in pairs
+            m * (one.rows * _FP8_PARTS + (one.rows + one.cols) * self.computed) + 4 * one.rows
+            for one, m in pairs
         )
+
+    def turned_bytes(self) -> list[int]:
+        """Bytes of the turned FP8 weights of each stack, with their margins."""
+        pairs = zip(self.stacks, self.margins(_FP8_STEP), strict=True)
+        return [one.cols * (one.rows + _FP8_PARTS * m) for one, m in pairs]
 
     def unpacked_bytes(self) -> int:
         """Bytes of the buffers that all 4-bit layers share: the stacks of one layer in c."""

@@ -141,7 +141,8 @@ def interleaved(
         flight = in_flight(len(gpus) - 1 - position, len(gpus), micro_batches, rounds=2)
         kept = int(counts[gpu] * tokens * flight) * parts.kept_per_token
         passing = max(parts.layer_passing(tokens), parts.head_passing(tokens) if gpu == found.head else 0)
-        fixed = CONTEXT_BYTES + held + parts.beside(counts[gpu], placement.limits[gpu])
+        beside = parts.beside(counts[gpu], placement.limits[gpu], has_first=gpu == layers[0])
+        fixed = CONTEXT_BYTES + held + beside
         predicted[gpu] = fixed + with_gaps(passing + kept)
     fits_all = all(predicted[gpu] <= placement.limits[gpu] for gpu in gpus)
     if not fits_all or _slowest(found, parts) > _UNEVEN * _slowest(placement, parts):

@@ -3,8 +3,7 @@
 Pure arithmetic over ``ModelParts``; nothing here knows torch. What is divided by what follows from
 
     DDP         a copy of everything on each GPU; gradients live in buckets
-    FSDP2       states over ``shard`` ranks; a layer is gathered in what it is computed in while the next is on its way,
-                its gradients are there once whole, in what they are computed in and in what they are sent in
+    FSDP2       states over ``shard`` ranks; what is gathered and reduced: ``devices/gathering.py``
     ZeRO 1-3    16-bit weights and gradients beside masters and moments in float32 (Rajbhandari et al. 2020, "ZeRO":
                 of Adam 2 + 2 + 12 bytes a number, of which stages 1, 2 and 3 divide the 12, the gradients, the weights)
     tensor      weights of layers, embedding and head; heads and MLP of the activations, not the residual stream
@@ -23,22 +22,22 @@ from itertools import pairwise
 
 from pantheraml.devices.activations import ActivationSizes
 from pantheraml.devices.flight import in_flight
+from pantheraml.devices.gathering import LAYERS, REDUCED, Trained, frozen_gathered, trained_gathered
 from pantheraml.devices.layout import Layout
 from pantheraml.devices.model_parts import ModelParts, PartSizes
 from pantheraml.devices.optimizer_states import moment_bytes
 from pantheraml.devices.peak_memory import (
     CONTEXT_BYTES,
     NCCL_BYTES,
+    Gathered,
     MemoryEstimate,
     StepSizes,
     peak_memory,
 )
 from pantheraml.errors import ConfigError
 
-# Layers whose weights are there at a time where they are gathered: the one at work, and the next.
-_GATHERED = 2
-# Bytes of a number of a gradient on its way to its shard, and of masters.
-_REDUCED = _MASTER = 4
+# Bytes of a number of masters, and in 16 bits.
+_MASTER = 4
 _HALF = 2
 
 
@@ -132,6 +131,10 @@ def stage_sizes(parts: ModelParts, layout: Layout, work: Work, stage: Stage, rec
     held = int(work.tokens * flight)
     whole, again = sizes.kept.all, sizes.kept.attended
     head = sizes.head_passing(work.tokens) if stage.has_head else 0
+    kept_first, kept_last = (held * (again if recomputing >= count else whole) for count in (1, total))
+    gathered = _gathered(parts, layout, stage, (kept_first, kept_last))
+    trained = [sum(part.trainable for part in some) for some in (stage.ends, (*stage.layers, *stage.ends))]
+    late = states.gradients * trained[0] // max(1, trained[1])
     # Buckets of DDP and ZeRO, and the sums of several micro-batches, outlive a backward.
     keeps = layout.strategy != "none" and not (layout.strategy == "fsdp" and parts.full_finetuning)
     keeps = keeps or work.micro_batches > 1
@@ -139,7 +142,9 @@ def stage_sizes(parts: ModelParts, layout: Layout, work: Work, stage: Stage, rec
         states,
         keeps_gradients=keeps,
         kept=held * (recomputing * again + (total - recomputing) * whole),
-        kept_first=held * (again if recomputing else whole),
+        kept_first=kept_first,
+        gathered=gathered,
+        late_gradients=late if gathered.ends else 0,
         passing=sizes.layer_passing(work.tokens, recomputes=recomputing == total),
         passing_first=sizes.layer_passing(work.tokens, recomputes=recomputing > 0),
         logits=head,
@@ -164,12 +169,9 @@ def sizes_of(parts: ModelParts) -> ActivationSizes:
 
 
 def is_fused(parts: ModelParts, layout: Layout) -> bool:
-    """Whether layers are computed by fused functions: not where ranks cut them, ZeRO-3 gathers them part by part, or
-    FP8 weights are gathered.
-    """
+    """Whether layers are computed by fused functions: not where ranks cut them, or ZeRO-3 gathers them part by part."""
     is_cut = layout.tensor > 1 or (layout.strategy == "deepspeed" and layout.zero_stage == 3)
-    is_gathered = layout.is_sharded and layout.shard_frozen and parts.storage == "fp8"
-    return sizes_of(parts).is_fused and not is_cut and not is_gathered
+    return sizes_of(parts).is_fused and not is_cut
 
 
 def _computed_in(parts: ModelParts, layout: Layout) -> ActivationSizes:
@@ -183,7 +185,7 @@ def _computed_in(parts: ModelParts, layout: Layout) -> ActivationSizes:
 
 
 def _states(parts: ModelParts, layout: Layout, work: Work, stage: Stage) -> StepSizes:
-    """Weights, what is trained, gradients and moments, and what is gathered."""
+    """Weights, what is trained, gradients and moments."""
     here = (*stage.layers, *stage.ends)
     full, tensor = parts.full_finetuning, layout.tensor
     # Embedding, norm and head are whole on every rank, and so are adapters.
@@ -192,7 +194,8 @@ def _states(parts: ModelParts, layout: Layout, work: Work, stage: Stage) -> Step
     numbers = sum(part.trainable for part in here) // (tensor if full else 1)
     layers, room = len(stage.layers), work.room
     frozen = frozen_layers // tensor + frozen_ends
-    beside = parts.beside(layers, room) if is_fused(parts, layout) else 0
+    has_first = stage.later + 1 == layout.pipeline
+    beside = parts.beside(layers, room, has_first=has_first) if is_fused(parts, layout) else 0
     if layout.is_sharded and layout.shard_frozen:
         # Stacks and twins are made anew of what was gathered, for a layer at a time; 4-bit buffers always were.
         frozen = frozen_layers // layout.shard + frozen_ends
@@ -204,7 +207,6 @@ def _states(parts: ModelParts, layout: Layout, work: Work, stage: Stage) -> Step
         optimizer = 0
         if layout.strategy == "fsdp":
             frozen = trainable = gradients = 0
-    gathered, gathered_head = _gathered(parts, layout, stage)
     buffers = beside if parts.storage == "4bit" else 0
     return StepSizes(
         weights=frozen + beside - buffers,
@@ -218,8 +220,6 @@ def _states(parts: ModelParts, layout: Layout, work: Work, stage: Stage) -> Step
         passing=0,
         passing_first=0,
         logits=0,
-        gathered=gathered,
-        gathered_head=gathered_head,
         driver=CONTEXT_BYTES + NCCL_BYTES * layout.groups,
     )
 
@@ -241,37 +241,35 @@ def _deepspeed_states(parts: ModelParts, layout: Layout, optim: str, numbers: in
     return weights, gradients, masters
 
 
-def _gathered(parts: ModelParts, layout: Layout, stage: Stage) -> tuple[int, int]:
-    """Bytes that are gathered, or wait to be sent, around a layer and around the head.
-
-    Beside an adapter, layers alone are. What FSDP2 trains in full and is in no layer is gathered once a step.
-    """
+def _gathered(parts: ModelParts, layout: Layout, stage: Stage, kept: tuple[int, int]) -> Gathered:
+    """Bytes that are gathered, or wait to be sent; ``kept``: what the first layer, and the last, keeps."""
     sizes, full = _computed_in(parts, layout), parts.full_finetuning
     if layout.strategy == "deepspeed" and layout.zero_stage in (1, 2):
-        return 2 * _HALF * sizes.hidden**2, 0
+        buckets = 2 * _HALF * sizes.hidden**2
+        return Gathered(last=buckets, first=buckets)
     if not layout.is_sharded or layout.shard == 1:
-        return 0, 0
+        return Gathered()
+    if layout.strategy == "fsdp" and not full:
+        largest = max(layer.weights for layer in stage.layers)
+        return frozen_gathered(largest) if layout.shard_frozen else Gathered()
+    if layout.strategy == "fsdp":
+        numbers = Trained(
+            layer=max(one.trainable for one in stage.layers),
+            ends=sum(one.trainable for one in stage.ends),
+            head=sizes.vocabulary * sizes.hidden,
+            is_tied=parts.tied,
+        )
+        return trained_gathered(numbers, sizes.computed, layout.shard, kept)
 
     def size(part: PartSizes) -> int:
         frozen = part.weights if layout.shard_frozen and not full else 0
         return frozen + part.trainable * (_HALF if full else parts.trained_size)
 
-    def reduced(part: PartSizes) -> int:
-        # The gradients that a fused layer hands on pass with what else passes around it.
-        made = 0 if full and sizes.computes_fused else _HALF if full else parts.trained_size
-        return part.trainable * (made + _REDUCED)
-
     layer = max(stage.layers, key=size)
-    if not full and layout.strategy == "fsdp":
-        return (
-            _GATHERED * layer.weights * layout.shard_frozen,
-            _GATHERED * layer.weights * layout.shard_frozen,
-        )
-    if layout.strategy == "fsdp":
-        ends = sum(size(part) for part in stage.ends)
-        return _GATHERED * size(layer) + reduced(layer) + ends, size(layer) + ends
-    head = parts.embedding if parts.tied else parts.head
-    return _GATHERED * size(layer) + reduced(layer), size(head) + size(layer)
+    around = LAYERS * size(layer) + layer.trainable * ((_HALF if full else parts.trained_size) + REDUCED)
+    return Gathered(
+        head=size(parts.embedding if parts.tied else parts.head) + size(layer), last=around, first=around
+    )
 
 
 def _casts(parts: ModelParts, layout: Layout, sizes: ActivationSizes, layers: Sequence[PartSizes]) -> int:

@@ -80,27 +80,30 @@ class ModelParts:
         """Every part."""
         return self.embedding, *self.layers, self.head
 
-    def beside(self, layers: int, room: float) -> int:
+    def beside(self, layers: int, room: float, *, has_first: bool = True) -> int:
         """Bytes that fused computation adds to the weights of ``layers`` layers on a GPU: margins for LoRA, the buffers
         into which 4-bit weights are unpacked, and the turned twins of FP8 weights.
 
         Args:
             layers: how many there are.
             room: bytes of the GPU that may be taken; twins are kept where they are a small share of what is free.
+            has_first: whether the model's first layer is among them.
         """
         sizes = self.activations
         if sizes is None or not sizes.is_fused:
             return 0
         unpacked = sizes.unpacked_bytes() if self.storage == "4bit" else 0
-        return layers * sizes.margin_bytes(self.storage) + unpacked + self._turned(layers, room)
+        return layers * sizes.margin_bytes(self.storage) + unpacked + self._turned(layers, room, has_first)
 
-    def _turned(self, layers: int, room: float) -> int:
-        """Bytes of FP8 twins; where they are not kept, of the largest stack, which is turned anew."""
+    def _turned(self, layers: int, room: float, has_first: bool) -> int:
+        """Bytes of FP8 twins, by the rule of ``choose_turned`` (models/fp8.py): all but that of what reads the
+        embedding, whose gradient nobody asks for. Where they are not kept, of the largest stack, which is turned anew.
+        """
         sizes = self.activations
         if self.storage != "fp8" or sizes is None:
             return 0
-        numbers = sum(part.numbers for part in self.layers[:layers])
+        numbers, turned = layers * sum(one.rows * one.cols for one in sizes.stacks), sizes.turned_bytes()
         weights = sum(part.weights for part in (*self.layers[:layers], self.embedding, self.head))
         if numbers <= TURNED_SHARE * (room - weights):
-            return numbers
-        return max(one.rows * one.cols for one in sizes.stacks)
+            return layers * sum(turned) - turned[0] * has_first
+        return max(turned)

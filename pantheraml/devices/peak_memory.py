@@ -1,7 +1,7 @@
 """The most that a GPU holds in a training step, and when: the one formula behind every prediction of memory.
 
 What a step needs is not all there at once. Layers fill the activations one after the other, the head comes while all of
-them are there, and each layer's backward frees its own before gradients are complete. So the peak is that of four
+them are there, and each layer's backward frees its own before gradients are complete. So the peak is that of five
 moments, and its parts are those of that moment: gradients that do not exist then are 0.
 
 ``allocated`` is what ``torch.cuda.max_memory_allocated`` will say, ``reserved`` what has to fit on the card.
@@ -10,6 +10,7 @@ moments, and its parts are those of that moment: gradients that do not exist the
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 # What a process takes on a GPU before its first tensor: CUDA's context and the kernels.
 CONTEXT_BYTES = int(0.6 * 2**30)
@@ -88,6 +89,25 @@ class MemoryEstimate:
         return {name: sizes[name] for name in COMPONENTS if sizes[name]}
 
 
+class Gathered(NamedTuple):
+    """Bytes of weights of other ranks, and of gradients that are whole on their way to them, by the moment.
+
+    Attributes:
+        head: at head and loss.
+        last: in the last layer, whose backward is the first.
+        first: in the backward of the first layer, or the second, beside the gradients of all layers.
+        ends: while gradients of embedding and head are reduced, behind all backwards.
+    """
+
+    head: int = 0
+    last: int = 0
+    first: int = 0
+    ends: int = 0
+
+
+NOTHING = Gathered()
+
+
 @dataclass(frozen=True)
 class StepSizes:
     """Bytes of what a step of one GPU is made of; see ``MemoryEstimate`` for the first.
@@ -101,8 +121,8 @@ class StepSizes:
         logits: of head and loss; 0 where the head is elsewhere.
         casts: 16-bit copies of trained weights, at the head.
         casts_left: of those, what the backward of the last layer still holds.
-        gathered: around a layer.
-        gathered_head: around the head.
+        gathered: by the moment.
+        late_gradients: of ``gradients``, those of embedding and head, if they come behind all backwards.
         workspace: as in ``MemoryEstimate``.
         driver: as in ``MemoryEstimate``.
     """
@@ -120,23 +140,25 @@ class StepSizes:
     logits: int
     casts: int = 0
     casts_left: int = 0
-    gathered: int = 0
-    gathered_head: int = 0
+    gathered: Gathered = NOTHING
+    late_gradients: int = 0
     workspace: int = WORKSPACE_BYTES
     driver: int = CONTEXT_BYTES
 
 
 def peak_memory(step: StepSizes) -> MemoryEstimate:
     """The fullest of the moments of ``step``."""
-    gradients = step.gradients if step.keeps_gradients else 0
+    gathered, keeps = step.gathered, step.keeps_gradients
+    before = step.gradients if keeps else 0
+    of_layers = step.gradients if keeps else step.gradients - step.late_gradients
     moments = (
-        _at(step, "the last layer", gradients, step.kept, casts=step.casts_left, passing=step.passing,
-            gathered=step.gathered),
-        _at(step, "head and loss", gradients, step.kept, casts=step.casts, logits=step.logits,
-            gathered=step.gathered_head),
-        _at(step, "the backward of the first layer", step.gradients, step.kept_first, passing=step.passing_first,
-            gathered=step.gathered),
+        _at(step, "the last layer", before, step.kept, casts=step.casts_left, passing=step.passing,
+            gathered=gathered.last),
+        _at(step, "head and loss", before, step.kept, casts=step.casts, logits=step.logits, gathered=gathered.head),
+        _at(step, "the backward of the first layer", of_layers, step.kept_first, passing=step.passing_first,
+            gathered=gathered.first),
         _at(step, "the optimizer's step", step.gradients, 0),
+        _at(step, "the reduction of embedding and head", of_layers, 0, gathered=gathered.ends),
     )  # fmt: skip
     fullest = max(moments, key=lambda one: one.total)
     # Another moment may have fewer bytes and more gaps; the card has to hold the most of both.

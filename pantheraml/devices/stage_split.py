@@ -92,7 +92,7 @@ class StageSizes:
         """
         layers = stop - start
         held = CONTEXT_BYTES + self._held[stop] - self._held[start]
-        held += self._parts.beside(layers, limit)
+        held += self._parts.beside(layers, limit, has_first=start == 0)
         time = self._time[stop] - self._time[start]
         passing = self._layer_passing
         if start == 0 or stop == self.num_layers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from pantheraml.errors import SaveError
 from pantheraml.export.adapter import save_adapter
+from pantheraml.export.gguf.save import GgufContents, write_gguf
 from pantheraml.export.merge import check_mergeable_model, save_merged
 from pantheraml.log import say
 from pantheraml.models.hub_patience import patiently
@@ -124,6 +125,38 @@ def push_merged(
         save_merged(model, folder, tokenizer, save_method, max_shard_size=max_shard_size, dtype=dtype)
 
     return push_built(build, repo_id, token, **upload)
+
+
+def push_gguf(
+    model: nn.Module,
+    repo_id: str,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+    quantization_method: str | Iterable[str] = "q8_0",
+    token: str | bool | None = None,
+    **upload: Any,
+) -> str:
+    """Save ``model`` as ``save_gguf`` does to a temporary folder and upload it.
+
+    Args:
+        model: a transformers model, or a PEFT model around one.
+        repo_id: "user/name".
+        tokenizer: its tokenizer or processor.
+        quantization_method: one format or several.
+        token: an access token; None for the stored one.
+        **upload: ``private``, ``commit_message`` and ``revision`` of ``push_folder``.
+
+    Returns:
+        Address of the repository.
+
+    Raises:
+        ConfigError, NotYetError, AdapterError: as ``save_gguf``.
+        SaveError: the disk or the hub failed; after a failed upload the files stay and the error says where.
+    """
+    contents = GgufContents(model, tokenizer, quantization_method)  # before a repository is made
+    try:
+        return push_built(lambda folder: write_gguf(contents, folder), repo_id, token, **upload)
+    finally:
+        contents.gather_rest()
 
 
 def push_built(

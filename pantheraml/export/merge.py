@@ -80,7 +80,7 @@ def save_merged(
     method = parse_method(save_method)
     if method == "lora":
         return save_adapter(model, folder, tokenizer)
-    merged = _Merged(model, method, _parse_dtype(dtype))
+    merged = Merged(model, method, _parse_dtype(dtype))
     dtype, in_4bit = merged.dtype, merged.in_4bit
     tensors = merged.tensors()
     try:
@@ -104,18 +104,20 @@ def gather_merged(model: nn.Module, save_method: str, dtype: str | torch.dtype |
     """What a rank does while rank 0 is in ``save_merged``, where ranks share out the weights."""
     method = parse_method(save_method)
     if method != "lora":
-        merged = _Merged(model, method, _parse_dtype(dtype))
+        merged = Merged(model, method, _parse_dtype(dtype))
         merged.gather_rest(merged.tensors())
 
 
-class _Merged:
+class Merged:
     """What a merged folder will hold.
 
     Attributes:
         plain: the transformers model.
         skeleton: what will be loaded.
+        weights: those that it has, without tied copies.
         dtype: of its weights.
         in_4bit: names of those that are packed.
+        is_shared_out: ranks share out the weights, and all of them have to read each.
 
     Args:
         model: that is saved.
@@ -127,30 +129,30 @@ class _Merged:
         self.plain = plain_model(model)
         _refuse_other_quantizations(self.plain)
         weights = list(plain_weights(model))
-        self.dtype = dtype or _sixteen_bit(weights)
+        self.dtype = dtype or sixteen_bit(weights)
         skeleton = build_skeleton(self.plain, self.dtype, tied=True)
         if not _still_tied(skeleton, weights):
             skeleton = build_skeleton(self.plain, self.dtype, tied=False)
         expected = skeleton.state_dict().keys() - skeleton.all_tied_weights_keys.keys()
-        self._weights = [weight for weight in weights if weight.name in expected]
+        self.weights = [weight for weight in weights if weight.name in expected]
         is_packed = method == "merged_4bit"
         self.in_4bit = quantize_skeleton(skeleton, _skipped(self.plain)) if is_packed else set[str]()
         self.skeleton = skeleton
-        self._is_shared_out = is_sharded(model)
-        _check_complete(expected | self.in_4bit, self._weights)
+        self.is_shared_out = is_sharded(model)
+        _check_complete(expected | self.in_4bit, self.weights)
 
     @property
     def size(self) -> int:
         """Bytes of the weight files."""
-        return _bytes_needed(self._weights, self.dtype, self.in_4bit)
+        return _bytes_needed(self.weights, self.dtype, self.in_4bit)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Checkpoint names and CPU tensors, one repeated block at a time."""
-        return _file_tensors(self._weights, self.skeleton, self.dtype, self.in_4bit)
+        return _file_tensors(self.weights, self.skeleton, self.dtype, self.in_4bit)
 
     def gather_rest(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Gather what is left of ``tensors``, for ranks that wait for this one; also after a disk has failed."""
-        for _ in tensors if self._is_shared_out else ():
+        for _ in tensors if self.is_shared_out else ():
             pass
 
 
@@ -164,7 +166,7 @@ def merged_tensors(
         which may share memory with the model where nothing had to be computed.
     """
     weights = list(plain_weights(model))
-    dtype = _parse_dtype(dtype) or _sixteen_bit(weights)
+    dtype = _parse_dtype(dtype) or sixteen_bit(weights)
     for weight in weights:
         yield weight.name, _rounded(weight, dtype, ()).cpu()
 
@@ -211,15 +213,24 @@ def _file_tensors(
         yield from checkpoint_tensors(skeleton, tensors).items()
 
 
-def _rounded(weight: Weight, dtype: torch.dtype, exceptions: tuple[str, ...]) -> torch.Tensor:
-    """The weight's values in the dtype of the file."""
+def merged_value(weight: Weight) -> torch.Tensor:
+    """The weight's values with what was trained, as ``Weight.values`` gives them.
+
+    Raises:
+        SaveError: it is not in memory.
+    """
     if weight.tensor.is_meta:
         raise SaveError(
             got=f"{weight.name} is not in memory: it was offloaded to the disk.",
             need="Merging reads every weight of the live model.",
             fix="Load the model without offloading (more memory or load_in_4bit=True), or save 'lora'.",
         )
-    value = weight.values()
+    return weight.values()
+
+
+def _rounded(weight: Weight, dtype: torch.dtype, exceptions: tuple[str, ...]) -> torch.Tensor:
+    """The weight's values in the dtype of the file."""
+    value = merged_value(weight)
     if not (weight.is_parameter and value.is_floating_point()):
         return value
     keep = any(re.search(part.replace("*", ".*"), weight.name) for part in exceptions)
@@ -275,7 +286,7 @@ def _skipped(plain: PreTrainedModel) -> list[str] | None:
     return getattr(quantization, "llm_int8_skip_modules", None)
 
 
-def _sixteen_bit(weights: list[Weight]) -> torch.dtype:
+def sixteen_bit(weights: list[Weight]) -> torch.dtype:
     """float16 when most of the weights compute in it, else bfloat16."""
     counts: dict[torch.dtype, int] = {}
     for weight in weights:

@@ -6,6 +6,7 @@ out.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,21 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from pantheraml.checkpoint.publish import publish_folder
 from pantheraml.errors import SaveError
 from pantheraml.export.adapter import save_adapter
-from pantheraml.export.hub import push_built, push_folder, push_merged
-from pantheraml.export.merge import save_merged
+from pantheraml.export.gguf.save import gather_gguf, save_gguf
+from pantheraml.export.hub import push_built, push_folder, push_gguf, push_merged
+from pantheraml.export.merge import gather_merged, save_merged
 from pantheraml.export.one_rank import by_one_rank, merging_by_one_rank
 from pantheraml.models.sharded_linear import tensor_group_of
 
 Processor = PreTrainedTokenizerBase | ProcessorMixin
+
+
+def _gather_merged(model: nn.Module, options: dict[str, Any]) -> None:
+    gather_merged(model, options["save_method"], options.get("dtype"))
+
+
+def _gather_gguf(model: nn.Module, options: dict[str, Any]) -> None:
+    gather_gguf(model, options["tokenizer"], options["quantization_method"])
 
 
 @by_one_rank
@@ -85,7 +95,7 @@ def save_pretrained(
         )
 
 
-@merging_by_one_rank
+@merging_by_one_rank(_gather_merged)
 def save_pretrained_merged(
     model: nn.Module,
     save_directory: str | Path,
@@ -114,7 +124,7 @@ def save_pretrained_merged(
         )
 
 
-@merging_by_one_rank
+@merging_by_one_rank(_gather_merged)
 def push_to_hub_merged(
     model: nn.Module,
     repo_id: str,
@@ -125,6 +135,67 @@ def push_to_hub_merged(
 ) -> str:
     """Upload the trained model for use in plain transformers; options and errors as ``push_merged``."""
     return push_merged(model, repo_id, tokenizer, save_method, token, **options)
+
+
+@merging_by_one_rank(_gather_gguf)
+def save_pretrained_gguf(
+    model: nn.Module,
+    save_directory: str | Path,
+    tokenizer: Processor | None = None,
+    quantization_method: str | Iterable[str] = "q8_0",
+    push_to_hub: bool = False,
+    token: str | bool | None = None,
+    *,
+    repo_id: str | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+) -> list[Path]:
+    """Save the trained model as GGUF files for llama.cpp, whole or not at all.
+
+    Args:
+        model: a PEFT or transformers model, in any precision.
+        save_directory: where to; ``model-Q8_0.gguf`` and so on.
+        tokenizer: its tokenizer or processor, which the files carry.
+        quantization_method: "f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1" or "q4_0", or a list of them.
+        push_to_hub: also upload the folder.
+        token: hub access token.
+        repo_id: hub name, by default the folder's.
+        private: whether a new hub repository is private.
+        commit_message: of the upload.
+        revision: branch of the upload.
+
+    Returns:
+        The files, on rank 0.
+
+    Raises:
+        ConfigError, NotYetError, AdapterError: the model, the tokenizer or the format cannot be written; nothing was.
+        SaveError: the disk or the hub failed; an older save is untouched.
+    """
+    files = save_gguf(model, save_directory, tokenizer, quantization_method)
+    if push_to_hub:
+        push_folder(
+            save_directory,
+            repo_id or Path(save_directory).name,
+            token,
+            private=private,
+            commit_message=commit_message,
+            revision=revision,
+        )
+    return files
+
+
+@merging_by_one_rank(_gather_gguf)
+def push_to_hub_gguf(
+    model: nn.Module,
+    repo_id: str,
+    tokenizer: Processor | None = None,
+    quantization_method: str | Iterable[str] = "q8_0",
+    token: str | bool | None = None,
+    **options: Any,
+) -> str:
+    """Upload the trained model as GGUF files; options and errors as ``push_gguf``."""
+    return push_gguf(model, repo_id, tokenizer, quantization_method, token, **options)
 
 
 @by_one_rank

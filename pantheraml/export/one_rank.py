@@ -12,7 +12,6 @@ from torch import nn
 
 from pantheraml.distributed.process_group import is_first_of_group
 from pantheraml.export.gathering import saved_together
-from pantheraml.export.merge import gather_merged
 from pantheraml.models.sharding import is_sharded
 from pantheraml.models.shares import gathered_weights
 from pantheraml.models.zero3 import whole_on_first
@@ -34,19 +33,27 @@ def by_one_rank(method: Method) -> Method:
     return cast(Method, save)
 
 
-def merging_by_one_rank(method: Method) -> Method:
-    """``method``, which reads weight by weight what is merged, on rank 0 alone."""
+def merging_by_one_rank(
+    gather: Callable[[nn.Module, dict[str, Any]], None],
+) -> Callable[[Method], Method]:
+    """A decorator: the method, which reads weight by weight what is merged, on rank 0 alone.
 
-    @functools.wraps(method)
-    def save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        is_first = is_first_of_group()
-        with whole_on_first(model, is_first=is_first):
-            if is_first or not is_sharded(model):
-                return saved_together(model, lambda: method(model, *args, **kwargs))
-            given = inspect.signature(method).bind(model, *args, **kwargs)
-            given.apply_defaults()
-            options = {**given.arguments, **given.arguments.get("options", {})}
-            gather_merged(model, options["save_method"], options.get("dtype"))
-        return None
+    Args:
+        gather: what the others do where ranks share out the weights; gets the model and the method's arguments.
+    """
 
-    return cast(Method, save)
+    def on_rank_0(method: Method) -> Method:
+        @functools.wraps(method)
+        def save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            is_first = is_first_of_group()
+            with whole_on_first(model, is_first=is_first):
+                if is_first or not is_sharded(model):
+                    return saved_together(model, lambda: method(model, *args, **kwargs))
+                given = inspect.signature(method).bind(model, *args, **kwargs)
+                given.apply_defaults()
+                gather(model, {**given.arguments, **given.arguments.get("options", {})})
+            return None
+
+        return cast(Method, save)
+
+    return on_rank_0

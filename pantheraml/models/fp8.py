@@ -24,7 +24,8 @@ from pantheraml.kernels.fp8 import DTYPE, LARGEST, quantise_rows
 from pantheraml.kernels.fp8_product import multiply, turn
 from pantheraml.kernels.launch import launching_on
 from pantheraml.kernels.workspace import borrow
-from pantheraml.models.shares import whole
+from pantheraml.models.families import find_family
+from pantheraml.models.shares import is_share, whole
 
 METHOD = "pantheraml_fp8"
 # Tensor cores take e4m3 matrices in steps of 16.
@@ -232,15 +233,32 @@ def _is_below(path: str, name: str) -> bool:
 
 
 def choose_turned(model: nn.Module) -> int:
-    """Let fused layers keep their weights turned as well if that takes little of the free memory.
+    """Let fused layers keep their weights turned as well if that takes little of the free memory; none of shares.
 
     Returns:
-        How many layers there are.
+        How many linear layers there are in FP8.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, Fp8Linear)]
-    if layers and layers[0].weight.is_cuda:
+    layers = _linears_of(model)
+    if layers and layers[0].weight.is_cuda and not any(is_share(layer.weight) for layer in layers):
         free = torch.cuda.mem_get_info(layers[0].weight.device)[0]
-        keeps = sum(layer.weight.numel() for layer in layers) <= TURNED_SHARE * free
-        for layer in layers:
-            layer.keeps_turned = keeps
+        if sum(layer.weight.numel() for layer in layers) <= TURNED_SHARE * free:
+            keep_turned(model)
     return len(layers)
+
+
+def keep_turned(model: Any) -> None:
+    """Let fused layers of a base model keep FP8 weights turned; never those that read the embedding, for whose backward
+    nobody asks, unless embeddings are trained.
+    """
+    for layer in _linears_of(model):
+        layer.keeps_turned = True
+    family = find_family(model.config)
+    if family is not None:
+        attention = model.get_submodule(f"{family.layers}.0.{family.attention}")
+        for name in family.attention_projections[:-1]:
+            for layer in _linears_of(getattr(attention, name)):
+                layer.keeps_turned = False
+
+
+def _linears_of(model: nn.Module) -> list[Fp8Linear]:
+    return [module for module in model.modules() if isinstance(module, Fp8Linear)]

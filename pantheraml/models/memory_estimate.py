@@ -24,11 +24,12 @@ from pantheraml.devices.peak_memory import (
     StepSizes,
     peak_memory,
 )
+from pantheraml.models.decoder_layers import layers_of
 from pantheraml.models.recompute_plan import RecomputePlan, kept_bytes, sizes_of, unpacked_bytes
 from pantheraml.models.sharding import device_of, gathered_bytes
 from pantheraml.models.shares import local
-from pantheraml.models.stack_memory import beside_bytes
-from pantheraml.models.stack_memory import unpacked_bytes as unpacked_buffers
+from pantheraml.models.stack_memory import beside_bytes, shared_bytes
+from pantheraml.models.state import get_state
 
 __all__ = ["MemoryEstimate", "Share", "describe", "predicted_bytes", "weight_bytes"]
 
@@ -75,7 +76,7 @@ def predicted_bytes(
         share: what the device has of it; None for all.
         keeps_gradients: whether gradients outlive a backward: of several micro-batches, and in DDP's buckets.
     """
-    device = None if share is None else share.device
+    device = _place_of(model) if share is None else share.device
     trained = [p for p in model.parameters() if p.requires_grad and device in (None, p.device)]
     sizes = sizes_of(model)
     fused = _fused_on(model, device)
@@ -87,10 +88,12 @@ def predicted_bytes(
     of_trained = sum(local(p).nbytes for p in trained)
     on_gpu = next(model.parameters()).device.type == "cuda"
     casts = _casts(model, trained, sizes) if computes else 0
+    kept_last = getattr(sizes.kept, plan.keep) if plan.layers == total else sizes.kept.all
+    gathered = gathered_bytes(model, (kept_first * tokens, kept_last * tokens))
     return peak_memory(
         StepSizes(
             weights=weight_bytes(model, device) - of_trained + beside_bytes(fused, sizes),
-            buffers=_unpacked(plan, fused) + unpacked_buffers(fused, sizes),
+            buffers=_unpacked(plan, fused) + shared_bytes(fused, sizes),
             trainable=of_trained,
             gradients=of_trained,
             optimizer=sum(local(p).numel() * moment_bytes(optim, p.element_size()) for p in trained),
@@ -102,12 +105,24 @@ def predicted_bytes(
             logits=sizes.head_passing(tokens) if computes and has_head else 0,
             casts=casts,
             casts_left=casts * max(1, total - plan.layers) // max(1, total),
-            gathered=gathered_bytes(model),
-            gathered_head=gathered_bytes(model),
+            gathered=gathered,
+            late_gradients=_of_ends(model, trained) if gathered.ends else 0,
             workspace=WORKSPACE_BYTES if on_gpu else 0,
             driver=CONTEXT_BYTES if on_gpu else 0,
         )
     )
+
+
+def _place_of(model: Any) -> torch.device | None:
+    """The device of a rank whose shares may lie in host memory; None of other models, all of which is on one."""
+    state = get_state(model)
+    return None if state is None or state.sharding is None else state.sharding.device
+
+
+def _of_ends(model: Any, trained: list[nn.Parameter]) -> int:
+    """Bytes of what is trained here and is in no layer."""
+    inside = {id(p) for layer in layers_of(model) for p in layer.parameters()}
+    return sum(local(p).nbytes for p in trained if id(p) not in inside)
 
 
 def _casts(model: Any, trained: list[nn.Parameter], sizes: ActivationSizes) -> int:

@@ -32,7 +32,7 @@ from pantheraml.models.recompute_plan import (
     unpacked_bytes,
 )
 from pantheraml.models.sharded_linear import tensor_group_of
-from pantheraml.models.sharding import device_of, gathered_bytes
+from pantheraml.models.sharding import device_of
 from pantheraml.models.shares import local
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def _free_bytes(model: Any, section: Section, is_new: bool) -> int:
     group = tensor_group_of(model)
     free = free if group is None else group.least(free)  # what is computed again is so by all of them
     held = sum(unpacked_bytes(layer) for layer in _fused(section.layers) if layer.reader.keeps_unpacked)
-    return free + held - gathered_bytes(model) - (optimizer_bytes(model, device) if is_new else 0)
+    return free + held - (optimizer_bytes(model, device) if is_new else 0)
 
 
 def _plan_recompute(

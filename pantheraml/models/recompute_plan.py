@@ -16,8 +16,9 @@ from pantheraml.devices.peak_memory import WORKSPACE_BYTES
 from pantheraml.models.activation_sizes import TILE, ActivationSizes, Kept, activation_sizes
 from pantheraml.models.families import find_family
 from pantheraml.models.sharded_linear import tensor_group_of
-from pantheraml.models.stack_memory import missing_bytes
-from pantheraml.models.stack_memory import unpacked_bytes as shared_buffers
+from pantheraml.models.sharding import gathered_bytes
+from pantheraml.models.stack_memory import missing_bytes, shared_bytes
+from pantheraml.models.state import get_state
 
 if TYPE_CHECKING:
     from torch import nn
@@ -92,9 +93,11 @@ def sizes_of(model: Any) -> ActivationSizes:
     if first is not None and first.requires_grad:
         # The trainer computes in 16 bits on GPUs, whatever masters are in.
         trained_in = min(first.itemsize, 2) if first.device.type == "cuda" else first.itemsize
-        gathered_in = fused[0].reader.gathered_in if fused else None
-        if gathered_in is not None:  # shares of masters; the residual stream is as they are gathered
-            trained_in = size = gathered_in.itemsize
+        state = get_state(model)
+        sharding = None if state is None else state.sharding
+        if sharding is not None and sharding.compute_dtype is not None:
+            # Shares of masters; the residual stream is as they are gathered.
+            trained_in = size = sharding.compute_dtype.itemsize
     group = tensor_group_of(model)
     return activation_sizes(
         model.config,
@@ -150,9 +153,14 @@ def plan_recompute(
     total = _num_layers(model) if layers is None else layers
     sizes = sizes_of(model)
     beside = _not_there_yet(model, sizes)
-    kept, head = sizes.kept, sizes.head_passing(tokens)
+    kept, gathered = sizes.kept, gathered_bytes(model)
+
+    def around(*, recomputes: bool = False, attends: bool = False) -> int:
+        layer = sizes.layer_passing(tokens, recomputes=recomputes, attends=attends)
+        return max(layer + gathered.last, sizes.head_passing(tokens) + gathered.head)
+
     usable = int(FREE_SHARE * free) - beside
-    room = usable - max(sizes.layer_passing(tokens), head)
+    room = usable - around()
     held = int(tokens * in_flight)
     whole, attended, alone = held * kept.all, held * kept.attended, held * kept.input
     if total * whole <= room:
@@ -161,13 +169,12 @@ def plan_recompute(
     count = -(-(total * whole - room) // saved)
     if count < total:
         return RecomputePlan(tokens, count, need=count * attended + (total - count) * whole, free=free)
-    room = usable - max(sizes.layer_passing(tokens, recomputes=True), head)
+    room = usable - around(recomputes=True)
     if total * attended <= room:
         return RecomputePlan(tokens, total, need=total * attended, free=free)
     last_resorts: tuple[tuple[Keep, int], ...] = (("attended", attended), ("input", alone))
     for keep, size in last_resorts:
-        attends = keep == "input"
-        room = usable - max(sizes.layer_passing(tokens, recomputes=True, attends=attends), head)
+        room = usable - around(recomputes=True, attends=keep == "input")
         over = total * size - room
         stored = -(-over // size) + _IN_FLIGHT if over > 0 else 0
         if stored <= total and stored * size <= HOST_SHARE * host_free:
@@ -219,13 +226,13 @@ def _fused_layers(model: Any) -> list[Any]:
 
 
 def _not_there_yet(model: Any, sizes: ActivationSizes) -> int:
-    """Bytes that the first step takes for good: margins of stacks, FP8 twins, buffers of 4-bit weights, workspace.
+    """Bytes that the first step takes for good: margins of stacks, FP8 twins, buffers that layers share, workspace.
     Later plans count the last two once more, a few hundred MiB.
     """
     layers = _fused_layers(model)
     if not layers or model.device.type != "cuda":
         return 0
-    return missing_bytes(layers, sizes) + shared_buffers(layers, sizes) + WORKSPACE_BYTES
+    return missing_bytes(layers, sizes) + shared_bytes(layers, sizes) + WORKSPACE_BYTES
 
 
 def _num_layers(model: Any) -> int:

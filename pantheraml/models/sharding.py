@@ -30,8 +30,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pantheraml.config.combinations import refusal
+from pantheraml.devices.gathering import Trained, frozen_gathered, trained_gathered
+from pantheraml.devices.peak_memory import Gathered
 from pantheraml.models.decoder_layers import layers_of
-from pantheraml.models.shares import Bytes, cut, joined, local, whole_shape
+from pantheraml.models.shares import Bytes, cut, joined, whole_shape
 from pantheraml.models.state import get_state
 
 
@@ -57,7 +59,11 @@ class Sharding:
     @property
     def ranks(self) -> int:
         """How many share one copy."""
-        return self.mesh.size(self.mesh.ndim - 1)
+        return _ranks(self.mesh)
+
+
+def _ranks(mesh: DeviceMesh) -> int:
+    return mesh.size(mesh.ndim - 1)
 
 
 def shard_model(model: PreTrainedModel, sharding: Sharding, dtype: torch.dtype | None = None) -> None:
@@ -80,7 +86,6 @@ def shard_model(model: PreTrainedModel, sharding: Sharding, dtype: torch.dtype |
         packed.watch(layer)
         if isinstance(layer, FusedDecoderLayer):
             layer.reader.is_passing = True
-            layer.reader.gathered_in = sharding.compute_dtype if sharding.trained else None
     # The root, by which the next layer is gathered while one is computed: where adapters are, PEFT calls the backbone.
     root: Any = model if sharding.trained else model.base_model
     left = {parameter for parameter in root.parameters() if not isinstance(parameter, DTensor)}
@@ -171,17 +176,32 @@ def _is_away(weight: DTensor) -> bool:
     return weight.device.type != weight.device_mesh.device_type
 
 
-def gathered_bytes(model: nn.Module) -> int:
-    """Memory that a rank needs for layers while they are whole: the one that is computed, and the next."""
-    sizes = [
-        sum(
-            p.numel() * p.element_size() - (0 if _is_away(p) else local(p).nbytes)
-            for p in layer.parameters()
-            if isinstance(p, DTensor)
-        )
-        for layer in layers_of(model)
-    ]
-    return 2 * max(sizes, default=0)
+def gathered_bytes(model: Any, kept: tuple[int, int] = (0, 0)) -> Gathered:
+    """Memory that a rank needs for weights while they are whole, and for gradients that it sends.
+
+    Args:
+        model: whose weights ranks share out, or which each has whole.
+        kept: bytes that the first layer, and the last, keeps for its backward.
+    """
+    shared_out = [[p for p in layer.parameters() if isinstance(p, DTensor)] for layer in layers_of(model)]
+    largest = max(shared_out, key=lambda one: sum(p.numel() for p in one), default=[])
+    if not largest or _ranks(largest[0].device_mesh) == 1:
+        return Gathered()
+    if not any(p.requires_grad for p in largest):
+        return frozen_gathered(sum(p.numel() * p.element_size() for p in largest))
+    inside = {id(p) for some in shared_out for p in some}
+    ends = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in inside)
+    state, head = get_state(model), model.get_output_embeddings()
+    sharding = None if state is None else state.sharding
+    dtype = None if sharding is None else sharding.compute_dtype
+    numbers = Trained(
+        layer=sum(p.numel() for p in largest),
+        ends=ends,
+        head=0 if head is None else head.weight.numel(),
+        is_tied=head is not None and head.weight is model.get_input_embeddings().weight,
+    )
+    size, ranks = (dtype or largest[0].dtype).itemsize, _ranks(largest[0].device_mesh)
+    return trained_gathered(numbers, size, ranks, kept)
 
 
 # What bitsandbytes keeps on a packed weight, and PEFT asks for.

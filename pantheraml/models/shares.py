@@ -92,6 +92,11 @@ def whole_shape(weight: Tensor) -> torch.Size:
     return getattr(weight, "whole_shape", weight.shape)
 
 
+def is_share(weight: Tensor) -> bool:
+    """Whether ``weight`` is a rank's share already, to be taken up by ``shard_model``."""
+    return whole_shape(weight) != weight.shape
+
+
 class Bytes:
     """Gathers tensors as the bytes they are: gloo knows no FP8."""
 

@@ -24,11 +24,11 @@ def storage_of(layer: nn.Module) -> Storage:
 
 def beside_bytes(layers: list[Any], sizes: ActivationSizes) -> int:
     """Bytes that fused layers hold beside the memory of their weights once they have computed, forward and backward:
-    margins, and the turned twins of FP8 weights.
+    margins, and the turned twins of FP8 weights. Of weights that ranks share out both are in ``shared_bytes``.
 
     The margins of 16-bit weights that lie in stacks are part of their memory.
     """
-    moved = [layer.reader for layer in layers if _has_moved(layer)]
+    moved = [layer.reader for layer in _resting(layers) if _has_moved(layer)]
     return sum(reader.beside_bytes for reader in moved) + missing_bytes(layers, sizes)
 
 
@@ -39,20 +39,40 @@ def missing_bytes(layers: list[Any], sizes: ActivationSizes) -> int:
     return sum(
         layer.reader.missing_bytes
         if _has_moved(layer)
-        else sizes.margin_bytes(storage_of(layer)) + _twins(layer)
-        for layer in layers
+        else sizes.margin_bytes(storage_of(layer)) + _twins(layer, sizes)
+        for layer in _resting(layers)
     )
 
 
-def _twins(layer: nn.Module) -> int:
-    return sum(
-        one.weight.numel() for one in layer.modules() if isinstance(one, Fp8Linear) and one.keeps_turned
-    )
+def _resting(layers: list[Any]) -> list[Any]:
+    """Those whose weights are always in their places."""
+    return [layer for layer in layers if not layer.reader.is_passing]
 
 
-def unpacked_bytes(layers: list[Any], sizes: ActivationSizes) -> int:
-    """Bytes of the buffers that fused layers with 4-bit weights share."""
-    return sizes.unpacked_bytes() if any(storage_of(layer) == "4bit" for layer in layers) else 0
+def _twins(layer: Any, sizes: ActivationSizes) -> int:
+    """Bytes of the turned FP8 weights that the stacks of a layer keep."""
+    groups = layer.reader.groups(layer).values()
+    pairs = zip(sizes.turned_bytes(), groups, strict=False)  # a mixture's experts are not in FP8
+    return sum(size for size, linears in pairs if any(map(_keeps_turned, linears[0].modules())))
+
+
+def _keeps_turned(module: nn.Module) -> bool:
+    return isinstance(module, Fp8Linear) and module.keeps_turned
+
+
+def shared_bytes(layers: list[Any], sizes: ActivationSizes) -> int:
+    """Bytes of the buffers that fused layers share: the stacks of one layer, for 4-bit weights and frozen ones that
+    ranks share out; of FP8, the largest stack, where it is turned anew.
+    """
+    if sizes.is_trained:
+        return 0
+    storages = {storage_of(layer) for layer in layers}
+    is_passing = any(layer.reader.is_passing for layer in layers)
+    if "fp8" in storages:
+        stacks = sum(one.rows * one.cols for one in sizes.stacks) + sizes.margin_bytes("fp8")
+        turned = 0 if any(_twins(layer, sizes) for layer in layers) else max(sizes.turned_bytes())
+        return stacks * is_passing + turned
+    return sizes.unpacked_bytes() if is_passing or "4bit" in storages else 0
 
 
 def _has_moved(layer: nn.Module) -> bool:

@@ -102,8 +102,9 @@ def predict_memory(model: Any, args: TrainingArguments, longest: int | None, mer
     # Micro-batches are merged up to what needs no recompute.
     is_planned = bool(state.plans) and state.plans[0].tokens >= tokens
     plan = state.plans[0] if is_planned else RecomputePlan(tokens, 0)
-    # DDP's buckets, and the sums of several passes, outlive a backward.
-    keeps = args.world_size > 1 or longest * args.gradient_accumulation_steps > tokens
+    # DDP's buckets, and the sums of several passes, outlive a backward; FSDP2 gives a step's gradients back.
+    has_buckets = args.world_size > 1 and not (state.sharding is not None and state.sharding.trained)
+    keeps = has_buckets or longest * args.gradient_accumulation_steps > tokens
     return {
         cast(torch.device, args.device): predicted_bytes(model, tokens, plan, optim, keeps_gradients=keeps)
     }

@@ -139,6 +139,12 @@ class PantheraMLGRPOTrainer(SharedState, GRPOTrainer):
                 need="Its ranks have prompts and weights of DDP or FSDP2.",
                 fix='Write strategy="fsdp" where a GPU does not hold the model, or leave strategy out.',
             )
+        if settings.batch_split != "even":
+            raise ConfigError(
+                got=f"GRPO was started with batch_split={settings.batch_split!r}.",
+                need="Its ranks generate as many completions each.",
+                fix="Leave batch_split out.",
+            )
         join_generation(config, ranks)
         check_generator(config, model)
         self._strategy.prepare(config)

@@ -28,7 +28,6 @@ from pantheraml.models.packed_rows import documents_mix
 from pantheraml.models.recompute import optimizer_bytes
 from pantheraml.models.recompute_plan import most_tokens
 from pantheraml.models.sharded_linear import tensor_group_of
-from pantheraml.models.sharding import gathered_bytes
 from pantheraml.models.state import get_state
 from pantheraml.training.rank_batches import LABEL_AT
 from pantheraml.training.router_balance import Groups
@@ -206,7 +205,7 @@ class MergedSteps(StepLoss):
         model = cast(Any, self.model)
         if self.args.device.type != "cuda":
             return MOST_TOKENS
-        free = free_gpu_bytes(self.args.device) - optimizer_bytes(model) - gathered_bytes(model)
+        free = free_gpu_bytes(self.args.device) - optimizer_bytes(model)
         group = tensor_group_of(model)
         free = free if group is None else group.least(free)
         if self._strategy.talks_in_passes:  # all ranks merge, or none

@@ -1,10 +1,12 @@
-"""One run file, the same numbers: one process, ranks that the command starts, torchrun."""
+"""The printed run file, the same numbers: one process, ranks that the command starts, torchrun."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -16,17 +18,9 @@ from pantheraml.errors import DataError
 from pantheraml.launch.environment import LaunchEnvironment
 from pantheraml.launch.rank_files import would_come_again
 from pantheraml.launch.ranks import FirstTraceback
+from tests.config.test_load import GUIDE
 from tests.launch.test_agent import environment
 
-ROWS = [
-    {
-        "messages": [
-            {"role": "user", "content": f"What is {number} plus two?"},
-            {"role": "assistant", "content": f"It is {number + 2}."},
-        ]
-    }
-    for number in range(21)
-]
 LOADER = """\
 from datasets import Dataset
 from pantheraml import get_rank
@@ -38,28 +32,26 @@ def load(data, tokenizer):
 CONSOLE_SCRIPT = str(Path(sys.executable).with_name("pantheraml"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 STEPS = 3
+EVALUATED = ("eval_loss", "eval_mean_token_accuracy", "eval_perplexity")
+
+
+# What is not as printed: the model, and a step of eight rows on two ranks, logged and evaluated.
+WORDS = [
+    "devices=cpu", "multi_gpu.num_processes=2", "pretrained_model_config.load_in_4bit=false",
+    "trainer_config.per_device_train_batch_size=2", "trainer_config.gradient_accumulation_steps=2",
+    "trainer_config.logging_steps=1", "trainer_config.eval_strategy=steps", f"trainer_config.eval_steps={STEPS}",
+]  # fmt: skip
 
 
 def write_run(folder: Path, model: Path) -> None:
-    """A run of three steps of eight rows, evaluated at the end, in ``folder``."""
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (folder / "run.yaml").write_text(f"""\
-devices: cpu
-model: {{model_name: {model}, max_seq_length: 64, load_in_4bit: false, dtype: fp32}}
-lora: {{r: 2, lora_alpha: 4}}
-data: {{path: rows.jsonl, validation_fraction: 0.2}}
-train_on_responses: true
-multi_gpu: {{num_processes: 2}}
-trainer: {{output_dir: out, max_steps: {STEPS}, per_device_train_batch_size: 2, gradient_accumulation_steps: 2,
-          learning_rate: 1e-3, bf16: false, logging_steps: 1, eval_strategy: steps, eval_steps: {STEPS},
-          report_to: none}}
-""")
+    """The printed file in ``folder``, with a model that is there."""
+    (folder / "run.yaml").write_text(GUIDE.replace("unsloth/Llama-3.2-1B-Instruct", str(model)))
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
     """What the run in ``folder`` logged of each step and of the evaluation, by its checkpoint."""
     state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
-    names = ("loss", "grad_norm", "eval_loss")
+    names = ("loss", "grad_norm", *EVALUATED)
     return [{name: log[name] for name in names if name in log} for log in state["log_history"]]
 
 
@@ -70,28 +62,34 @@ def alone(llama, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("alone")
     write_run(folder, llama)
-    paths = [f"trainer.output_dir={folder / 'out'}", f"data.path={folder / 'rows.jsonl'}"]
     changes = ["multi_gpu=null", "trainer.gradient_accumulation_steps=4", "trainer.disable_tqdm=true"]
-    run_training(load_config(folder / "run.yaml", [*paths, *changes]))
+    run_training(load_config(folder / "run.yaml", [*WORDS, *changes, f"trainer.output_dir={folder / 'out'}"]))
     return losses(folder / "out")
 
 
-def command(folder: Path, words: list[str], **variables: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of ``words`` in ``folder``."""
-    done = subprocess.run(
-        words, capture_output=True, text=True, cwd=folder, env=environment(**variables), timeout=100, check=False
-    )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
+def command(folder: Path, words: list[str], **variables: str) -> tuple[int, str, str, list[str]]:
+    """Exit code, standard output and standard error of ``words`` in ``folder``, and its log's first lines as it ran."""
+    log, followed, end = folder / "ranks" / "telemetry.jsonl", [], time.monotonic() + 100
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        master = subprocess.Popen(words, stdout=out, stderr=err, cwd=folder, env=environment(**variables))
+        while master.poll() is None and time.monotonic() < end:
+            if not followed and log.exists():
+                followed = log.read_text().splitlines()
+            time.sleep(0.02)
+        master.kill()
+        code = master.wait()
+        said = [file.seek(0) or file.read() for file in (out, err)]
+    return code, *said, followed
 
 
-@pytest.mark.promise("D5")
+@pytest.mark.promise("D1", "D3", "D5", "D6")
 @pytest.mark.parametrize(
     ("words", "variables"),
     [
         pytest.param([CONSOLE_SCRIPT, "train", "run.yaml"], {}, marks=pytest.mark.slow),
         ([sys.executable, "-m", "pantheraml.train"], {"CONFIG_PATH": "run.yaml"}),
         pytest.param(
-            [*TORCHRUN, "-m", "pantheraml.train", "--config", "run.yaml", "multi_gpu=null"],
+            [*TORCHRUN, "-m", "pantheraml.train", "--config", "run.yaml"],
             {},
             marks=pytest.mark.slow,
         ),
@@ -100,29 +98,35 @@ def command(folder: Path, words: list[str], **variables: str) -> tuple[int, str,
 )
 def test_ranks_train_to_the_numbers_of_one_process(llama, alone, tmp_path, words, variables):
     write_run(tmp_path, llama)
-    code, out, err = command(tmp_path, [*words, "trainer.output_dir=ranks", "seed=3407"], **variables)
+    changes = [*WORDS, *(["multi_gpu=null"] if words[:3] == TORCHRUN[:3] else []), "trainer.output_dir=ranks"]
+    code, out, err, followed = command(tmp_path, [*words, *changes], **variables)
     assert code == 0, err
+    assert f"  eval_perplexity: {alone[-1]['eval_perplexity']:.4g}\n" in out
     folder = tmp_path / "ranks"
-    assert [sorted(log) for log in alone] == [["grad_norm", "loss"]] * STEPS + [["eval_loss"]]
+    assert [sorted(log) for log in alone] == [["grad_norm", "loss"]] * STEPS + [[*EVALUATED]]
     for mine, theirs in zip(losses(folder), alone, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-6)
+    kept = json.loads((folder / "all_results.json").read_text())
+    assert {name: kept[name] for name in EVALUATED} == pytest.approx(alone[-1], rel=1e-6)
     # Everything is written and said once, by rank 0.
     assert out.count("Training has ended.") == 1
-    for line in ("LoRA r=2: ", "= 8 rows a step", "Saved the adapter to ranks/adapter."):
+    for line in ("LoRA r=16: ", "= 8 rows a step", "Saved the adapter to ranks/adapter."):
         assert err.count(line) == 1, line
     assert ("starting 2 ranks of this script" in err) == (words[:3] != TORCHRUN[:3])
-    assert len((folder / "telemetry.jsonl").read_text().splitlines()) == STEPS
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "run.yaml", "ranks"}
-    overrides = ["trainer.output_dir=ranks", *[word for word in words if word == "multi_gpu=null"]]
-    assert load_config(folder / "run.yaml") == load_config(tmp_path / "run.yaml", overrides)
+    lines = [json.loads(line) for line in (folder / "telemetry.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, STEPS]
+    assert all(line["devices"].keys() == {"cpu_0", "cpu_1"} for line in lines)
+    assert json.loads(followed[0])["step"] == 1, "the log is there before the run has ended"
+    assert {path.name for path in tmp_path.iterdir()} == {"run.yaml", "ranks"}
+    assert load_config(folder / "run.yaml") == load_config(tmp_path / "run.yaml", changes)
 
 
 @pytest.mark.promise("D1")
 def test_a_rank_that_fails_is_heard_once(llama, tmp_path):
     write_run(tmp_path, llama)
     (tmp_path / "rows_of_mine.py").write_text(LOADER)
-    words = [CONSOLE_SCRIPT, "train", "run.yaml", "data={loader: 'rows_of_mine:load'}"]
-    code, out, err = command(tmp_path, [*words, "trainer.eval_strategy=no", "trainer.eval_steps=null"])
+    words = [CONSOLE_SCRIPT, "train", "run.yaml", *WORDS[:3], "data={loader: 'rows_of_mine:load'}"]
+    code, out, err, _ = command(tmp_path, words)
     assert code == 1, err
     assert err.count("ValueError: rows are gone") == err.count("Traceback (most recent call last)") == 1
     assert "rank 1 ended with exit code 1" in err

@@ -55,7 +55,7 @@ def test_an_adapter_run_trains_evaluates_and_saves(settings, capsys):
     result = run(config)
     assert result["metrics"]["train_loss"] > 0
     assert result["metrics"]["eval_loss"] > 0
-    assert set(result["paths"]) == {"adapter", "merged_16bit", "output_dir", "run_file"}
+    assert set(result["paths"]) == {"adapter", "merged_16bit", "output_dir", "run_file", "results", "log"}
     adapter = load_file(Path("out/adapter/adapter_model.safetensors"))
     assert any(weight.abs().sum() > 0 for name, weight in adapter.items() if "lora_B" in name)
     assert json.loads(Path("out/adapter/adapter_config.json").read_text())["r"] == 2
@@ -90,9 +90,14 @@ def test_a_loader_of_ones_own(settings, tmp_path):
         "    return DatasetDict(train=Dataset.from_list(rows), validation=Dataset.from_list(rows[:2]))\n"
     )
     result = run(
-        settings("data={loader: 'loader_rows:load'}", "trainer.eval_strategy=epoch", "save.formats=[]")
-    )
+        settings(
+            "data={loader: 'loader_rows:load'}", "trainer.eval_strategy=epoch", "save.formats=[]",
+            "trainer.logging_steps=null", "trainer.logging_strategy=no",
+        )
+    )  # fmt: skip
     assert result["metrics"]["eval_loss"] > 0
+    (line,) = Path(result["paths"]["log"]).read_text().splitlines()
+    assert "loss" not in json.loads(line), "the last step is not logged, either"
     assert not Path("out/adapter").exists()
 
 
@@ -113,16 +118,16 @@ def test_the_arguments_of_the_trainer(settings):
 
 
 def test_rows_are_cut_at_the_length_of_the_model(settings, monkeypatch):
-    from pantheraml.training.trainer import PantheraMLTrainer
+    from pantheraml.training.distributed import PantheraMLDistributedTrainer
 
     lengths = []
 
-    class Watched(PantheraMLTrainer):
+    class Watched(PantheraMLDistributedTrainer):
         def train(self, **options):
             lengths.extend(len(ids) for ids in self.train_dataset["input_ids"])
             return super().train(**options)
 
-    monkeypatch.setattr("pantheraml.training.trainer.PantheraMLTrainer", Watched)
+    monkeypatch.setattr("pantheraml.training.distributed.PantheraMLDistributedTrainer", Watched)
     run(settings("model.max_seq_length=16", "trainer.max_steps=1", "save.formats=[]"))
     assert max(lengths) == 16
 
@@ -147,9 +152,11 @@ def test_an_adapter_is_trained_further(settings):
         (["data.path=nothing.jsonl"], DataError, "nothing.jsonl"),
         (["data={loader: 'no_such_rows:load'}"], DataError, "there is no module no_such_rows"),
         (["data={loader: 'json:lod'}"], DataError, "json has no function lod"),
+        (["data={loader: 'textwrap:dedent'}"], DataError, r"takes \(text\)\..* def dedent\(config, tokenizer\)"),
         (["trainer.output_dir=rows.jsonl"], SaveError, "cannot be written"),
         (["devices=63"], HardwareError, "63"),
-        (["devices=[0, 1]"], HardwareError, "GPU 0 was asked for, but this process sees no GPU"),
+        (["devices=[0]"], HardwareError, "names cuda:0, and this process sees no GPU.* add devices=cpu to"),
+        (["devices=[0, 1]"], HardwareError, "add devices=cpu multi_gpu.num_processes=2 to the command"),
         (["multi_gpu.num_processes=2", "data.path=nothing.jsonl"], DataError, "nothing.jsonl"),
         (["multi_gpu.num_processes=2"], ConfigError, "2 ranks were asked for, and this process runs pytest"),
     ],
@@ -159,9 +166,12 @@ def test_what_cannot_work_is_refused(settings, overrides, error, says):
         run(settings(*overrides))
 
 
-def test_one_gpu_is_not_that_of_several_ranks(settings):
+def test_one_gpu_is_not_that_of_several_ranks(settings, monkeypatch):
     from pantheraml.cli.train import check_devices
 
+    with pytest.raises(HardwareError, match="this process sees no GPU"):
+        check_devices(settings("devices=[0, 1]"), 2)  # ranks of torchrun, say
+    monkeypatch.setattr("pantheraml.devices.inventory.num_gpus", lambda: 1)  # a rank may see its own alone
     with pytest.raises(ConfigError, match="devices names cuda:0 alone, and this is one of 2 ranks"):
         check_devices(settings("devices=[0]"), 2)
     check_devices(settings("devices=[0, 1]"), 2)

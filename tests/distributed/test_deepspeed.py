@@ -27,6 +27,7 @@ from pantheraml.models.patching import PatchSet
 from tests import tiny
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_parity import rows
+from tests.export.gguf_files import assert_same_model
 
 deepspeed = pytest.importorskip("deepspeed")
 with (
@@ -140,6 +141,7 @@ def whole_run(folder, output, config, resume=None):
     trainer.train(resume_from_checkpoint=resume)
     model.save_pretrained(output / "adapter")
     model.save_pretrained_merged(output / "merged", tokenizer, dtype="float32")
+    model.save_pretrained_gguf(output / "gguf", tokenizer, "f32")
     trainer.save_model(output / "model")
     model.eval()
     new = model.generate(input_ids=torch.tensor(PROMPT), max_new_tokens=4, do_sample=False)
@@ -164,6 +166,7 @@ def test_what_is_saved_is_whole_and_gone_on_with(folder, tmp_path, by_ddp, stage
     assert evals == pytest.approx(want_eval, rel=1e-6) and new == want_new
     for mine, theirs in zip(logs, want_logs, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-6)
+    assert_same_model(tmp_path / "gguf/model-F32.gguf", tmp_path / "merged")
     names = [f"{place}/adapter_model.safetensors" for place in ("adapter", "model", "run/checkpoint-3")]
     for name in (*names, "merged/model.safetensors"):
         mine, theirs = load_file(tmp_path / name), load_file(ddp / name)

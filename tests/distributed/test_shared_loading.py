@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
-from weakref import WeakSet
-
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pantheraml import FastLanguageModel, MultiGPUConfig
 from pantheraml.models.shares import local, whole
 from tests import tiny
 from tests.distributed.ranks import run_ranks
+from tests.live_bytes import LiveBytes
 
 SHARED = MultiGPUConfig(strategy="fsdp", shard_frozen=True)
 FLAGS = {"4bit": dict(load_in_4bit=True), "fp8": dict(load_in_fp8=True)}
@@ -82,34 +78,6 @@ def test_the_bits_of_one_process(tmp_path):
             assert not odd, (name, kind)
             assert shares == 2 * {"qwen3_moe": 7}.get(name, 7)
             assert about == {"bitsandbytes" if kind == "4bit" else "pantheraml_fp8"}
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operators have made and that are still there; not what a file is mapped to."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self._seen = WeakSet()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu" and not func.is_view:
-                self._count(tensor.untyped_storage())
-        return made
-
-    def _count(self, storage):
-        if storage in self._seen:
-            return
-        self._seen.add(storage)
-        size = storage.nbytes()
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._forget, size)
-
-    def _forget(self, size):
-        self.now -= size
 
 
 def peaks_of_loads(folder):

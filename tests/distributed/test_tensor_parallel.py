@@ -20,6 +20,7 @@ from pantheraml.training.telemetry import operations_per_token
 from tests import tiny
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_parity import rows
+from tests.export.gguf_files import assert_same_model
 
 STEPS, SAVED = 4, 2
 
@@ -60,6 +61,7 @@ def train(folder, output, degree, resume=None, save=True, targets="all-linear", 
     if save:
         model.save_pretrained(str(output / "adapter"))
         model.save_pretrained_merged(str(output / "merged"), tokenizer, dtype="float32")
+        model.save_pretrained_gguf(output / "gguf", tokenizer, "f32")
     return {
         "logs": logs,
         "eval": [figures["eval_loss"], figures["eval_mean_token_accuracy"]],
@@ -132,6 +134,7 @@ def test_the_merged_model_is_whole(one, two):
     assert mine.keys() == theirs.keys()
     for name, value in theirs.items():
         torch.testing.assert_close(mine[name], value, rtol=1e-3, atol=1e-5)
+    assert_same_model(two[1] / "gguf/model-F32.gguf", two[1] / "merged")
     config = json.loads((two[1] / "merged" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
 

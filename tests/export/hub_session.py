@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pantheraml.errors import PantheraMLError
 from pantheraml.export.hub import push_adapter, push_folder, push_merged
-from pantheraml.export.model_methods import push_to_hub, save_pretrained_merged
+from pantheraml.export.model_methods import push_to_hub, push_to_hub_gguf, save_pretrained_merged
 from tests.export.hub_stand_in import TOKEN
 from tests.export.models import adapted, logits
 
@@ -36,6 +36,10 @@ def main(checkpoint: Path, folder: Path) -> None:
     push_merged(model, "someone/merged", tokenizer, token=TOKEN, dtype="float32", max_shard_size="100KB")
     found["merged"] = push_merged(
         model, "someone/merged", tokenizer, token=TOKEN, dtype="float32", private=True
+    )
+    found["gguf"] = push_to_hub_gguf(model, "someone/gguf", tokenizer, ["f32", "q8_0"], TOKEN)
+    found["wrong format"] = failure(
+        lambda: push_to_hub_gguf(model, "someone/new", tokenizer, "q4_k_m", TOKEN)
     )
     push_to_hub(model, "short-name", tokenizer, TOKEN, private=True, revision="tried")
     save_pretrained_merged(

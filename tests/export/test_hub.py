@@ -20,6 +20,8 @@ from tests.export.models import logits
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # The gguf library reads arrays out of a memory map.
+    pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning"),
 ]
 
 
@@ -80,6 +82,16 @@ def test_a_merged_model_arrives_loads_and_replaces_older_shards(session, tmp_pat
     assert [name for name in files if "safetensors" in name] == ["model.safetensors"]
     model = AutoModelForCausalLM.from_pretrained(download(files, tmp_path)).eval()
     torch.testing.assert_close(logits(model), torch.load(folder / "logits.pt"), rtol=0, atol=1e-5)
+
+
+def test_gguf_files_arrive_and_load(session, tmp_path):
+    hub, found, folder = session
+    assert found["gguf"] == f"{hub.endpoint}/someone/gguf"
+    got = download(hub.repos["someone/gguf"]["main"], tmp_path)
+    assert {path.name for path in got.glob("*.gguf")} == {"model-F32.gguf", "model-Q8_0.gguf"}
+    model = AutoModelForCausalLM.from_pretrained(got, gguf_file="model-F32.gguf", dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(model), torch.load(folder / "logits.pt"), rtol=0, atol=1e-5)
+    assert found["wrong format"].startswith("NotYetError")
 
 
 def test_branch_privacy_and_names_without_a_user(session):

@@ -156,6 +156,34 @@ def test_a_backward_after_the_forward_of_another_adapter(kept):
     assert torch.equal(first.input_gradient(dy)[0], want)
 
 
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (0, 0, 0)])
+def test_weights_that_only_pass_share_a_room(ranks):
+    """Two layers take turns in it, and compute the same as where each has one of its own."""
+    layers = [linears(), [linear.requires_grad_(False) for linear in linears()]]
+    for linear in layers[1]:
+        linear.weight.data = linear.weight.view(torch.uint8).flip(0).contiguous().view(linear.weight.dtype)
+        linear.weight_scale = linear.weight_scale.flip(0).contiguous()
+    x, dy = tensors()
+    found = []
+    for is_passing in (True, False):
+        stacks = [Fp8Stack(), Fp8Stack()]
+        parts = [projections(copy.deepcopy(own), ranks) for own in layers]
+        for stack in stacks:
+            stack.is_passing = is_passing
+        first, second = (stack.bind(own) for stack, own in zip(stacks, parts, strict=True))
+        assert (first._memory.room is second._memory.room) == is_passing
+        found.append([first.product(x).y, second.product(x).y, first.product(x).y])
+        found[-1] += [bound.input_gradient(dy)[0] for bound in (second, first)]
+        storages = {linear.weight.untyped_storage().data_ptr() for linear, *_ in parts[0]}
+        assert len(storages) == (3 if is_passing else 1)  # whose memory is not touched, or moves together
+        for linear, *_ in parts[0]:  # gathered anew, elsewhere
+            linear.weight.data = linear.weight.data.clone()
+        assert first.renew() == is_passing
+        assert not is_passing or torch.equal(first.product(x).y, found[-1][0])
+    assert all(map(torch.equal, *found))
+    assert not torch.equal(found[0][0], found[0][1]) and torch.equal(found[0][0], found[0][2])
+
+
 def test_the_projection_knows_its_kind():
     linear = Fp8Linear(K, 32, dtype=torch.bfloat16).quantise_()
     found = read_projection(linear)

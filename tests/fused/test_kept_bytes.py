@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
 from pantheraml.devices.estimate import Work, estimate
 from pantheraml.devices.layout import Layout
+from pantheraml.kernels import workspace
+from pantheraml.kernels.workspace import release_buffers
 from pantheraml.models.activation_sizes import TILE
+from pantheraml.models.fp8 import keep_turned
+from pantheraml.models.fused import fp8_stack, stack
 from pantheraml.models.memory_estimate import predicted_bytes
 from pantheraml.models.precision import Precision
 from pantheraml.models.recompute_plan import RecomputePlan, sizes_of
-from pantheraml.models.stack_memory import beside_bytes, missing_bytes
+from pantheraml.models.stack_memory import beside_bytes, missing_bytes, shared_bytes
 from pantheraml.models.weight_sizes import measure_parts
 from tests.fused.test_decoder_layer import FAMILIES, MIXTURES
 from tests.fused.test_fp8_layer import in_fp8
@@ -76,7 +82,7 @@ def test_margins_are_there_after_a_forward_and_counted_before_it():
 def test_fp8_weights_count_with_their_twins_before_they_are_there_and_after():
     """Plan and prediction agree, before a step, after its forward and after its backward."""
     model, layers = build_whole("llama", "all", r=16)
-    in_fp8(model, keeps_turned=True)
+    keep_turned(in_fp8(model).get_base_model())
     config, sizes = model.get_base_model().config, sizes_of(model)
     parts = measure_parts(config, Precision("fp8", torch.float32), rank=16)
     assert parts is not None and parts.activations == sizes
@@ -86,12 +92,35 @@ def test_fp8_weights_count_with_their_twins_before_they_are_there_and_after():
         return predicted_bytes(model, TOKENS, RecomputePlan(TOKENS, 0)).weights
 
     before = predicted()
-    # The plan takes norms for twins, too.
-    assert before <= planned <= before + 2 * len(layers) * config.hidden_size
+    assert before == planned
     output = model(input_ids=torch.arange(5, 5 + TOKENS)[None])
     assert predicted() == before and 0 < missing_bytes(layers, sizes) < before
     output.logits.sum().backward()
-    # Nobody asks for the gradient of the first layer's input.
-    first, margin = sizes.stacks[0], sizes.margins(16)[0]
-    assert predicted() == before
-    assert missing_bytes(layers, sizes) == first.cols * (first.rows + 3 * margin)
+    # Nobody asks for the gradient of the first layer's input, nor makes the turned weights for it.
+    assert predicted() == before and missing_bytes(layers, sizes) == 0
+    assert [
+        sum(one._memory._turned is None for one in layer.reader._stacks.values()) for layer in layers
+    ] == [1, 0]
+
+
+def test_weights_that_only_pass_take_buffers_that_are_counted():
+    """Those of one layer, whatever their number; of FP8, also the largest stack turned."""
+    for is_fp8 in (False, True):
+        gc.collect()  # what other tests shared
+        model, layers = build_whole("llama", "all")
+        model = in_fp8(model) if is_fp8 else model
+        for layer in layers:
+            layer.reader.is_passing = True
+        before, sizes = storages(model), sizes_of(model)
+        release_buffers()
+        ids = torch.arange(5, 5 + TOKENS)[None]
+        model.get_base_model().model(input_ids=ids, use_cache=False)[0].sum().backward()
+        assert storages(model) == before and beside_bytes(layers, sizes) == 0
+        counted = shared_bytes(layers, sizes)
+        if is_fp8:
+            rooms = {one for room in fp8_stack._shared.values() for one in (room.matrix, room.a, room.b)}
+            turned = max(one.nbytes for one in workspace._buffers.values())
+            scales = 4 * sum(one.rows for one in sizes.stacks)
+            assert sum(one.nbytes for one in rooms) + turned + scales == counted
+        else:
+            assert sum(buffer.matrix.nbytes for buffer in stack._shared.values()) == counted

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from pantheraml import FastLanguageModel
@@ -14,7 +17,13 @@ from pantheraml.models.memory_estimate import (
     predicted_bytes,
     weight_bytes,
 )
-from pantheraml.models.recompute_plan import RecomputePlan, kept_bytes, kept_per_token, passing_bytes
+from pantheraml.models.recompute_plan import (
+    RecomputePlan,
+    kept_bytes,
+    kept_per_token,
+    passing_bytes,
+    sizes_of,
+)
 from tests import tiny
 
 
@@ -104,6 +113,31 @@ def test_layers_keep_what_is_predicted(model):
     assert output.last_hidden_state.requires_grad
     layers, last = kept_bytes(model, RecomputePlan(128, 0), 128), 2 * 128 * 64 * 4
     assert layers < sum(held.values()) < layers + last, "beside the layers', what the final norm keeps"
+
+
+def test_layers_of_transformers_keep_what_is_predicted_in_16_bits():
+    """Of a frozen linear nothing is kept but PEFT's copy of what goes into it. On CPUs norms compute in float32."""
+    held = {}
+    for layers, tokens in itertools.product((1, 2), (64, 128)):
+        model = tiny.build_model("llama", num_hidden_layers=layers, hidden_size=128).to(torch.bfloat16)
+        model.requires_grad_(False)
+        adapted = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+        sizes = sizes_of(adapted)
+        found = {}
+
+        def hold(tensor, found=found):
+            found[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor),
+            torch.autocast("cpu", dtype=torch.bfloat16),
+        ):
+            model.model(input_ids=torch.arange(5, 5 + tokens)[None])
+        held[layers, tokens] = sum(one.untyped_storage().nbytes() for one in found.values())
+    of_two, of_one = (held[layers, 128] - held[layers, 64] for layers in (2, 1))
+    in_float32 = 2 * (4 - 2) * sizes.hidden + 2 * 4
+    assert (of_two - of_one) / 64 == pytest.approx(sizes.kept.all + in_float32, rel=0.01)
 
 
 def test_the_sum_and_its_words():

@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 from pantheraml.config.multi_gpu import MultiGPUConfig
@@ -23,6 +24,7 @@ from pantheraml.distributed.strategies.held_reduction import count_launches
 from pantheraml.errors import ConfigError
 from pantheraml.models.sharding import is_sharded
 from pantheraml.models.split import is_split
+from pantheraml.models.state import get_state
 
 # Trained parameters up to so many bytes are reduced at once, at the end: less would not hide behind the backward.
 _ONE_BUCKET = 2**30
@@ -99,7 +101,23 @@ class DDP(Strategy):
                 need="A model that is a pipeline of its rank is trained as one.",
                 fix="Pass the MultiGPUConfig of from_pretrained to the trainer, or none.",
             )
+        if _is_read_in_place(accelerator, model):
+            # accelerate would move the model from "cpu" to "cpu:1", which for torch is a copy.
+            accelerator.device_placement = False
         configure(accelerator, args, model, self.config)
+
+    def wrap(self, accelerator: Any, model: nn.Module) -> nn.Module:
+        """``model``, of which DDP leaves alone what all ranks of the machine read from the pages of one file.
+
+        A rank that writes to such a page gets a copy of its own, and DDP would write the first rank's weights to all.
+        """
+        if _is_read_in_place(accelerator, model):
+            module = model.module if isinstance(model, DistributedDataParallel) else model
+            # For this wrapping alone: torch's own setter leaves a mark on the weights that outlasts it.
+            vars(module)["_ddp_params_and_buffers_to_ignore"] = [
+                name for name, weight in module.named_parameters() if not weight.requires_grad
+            ]
+        return model
 
     def describe(self) -> str:
         """As the banner says it."""
@@ -109,3 +127,10 @@ class DDP(Strategy):
             else "since the model fits on each device"
         )
         return f"DDP, {why}: each has the whole model and rows of its own"
+
+
+def _is_read_in_place(accelerator: Any, model: nn.Module) -> bool:
+    """Whether ranks on the CPU train a model of ``from_pretrained``: what is frozen is the file's, the same on all."""
+    if accelerator.device.type != "cpu" or get_state(model) is None:
+        return False
+    return all(weight.device.type == "cpu" for weight in model.parameters())

@@ -9,12 +9,17 @@ LoRA's share thus costs 3 E more columns of an inner dimension of thousands, E t
 
 ``F = [W_q | margin]`` (N, K + 3 E) holds the layers' Parameters as views. The backward reads the turned ``D``
 (K, N + 3 E): kept where the layers say so (``keeps_turned``), else made anew in memory that all layers share.
+
+Weights that are in their places only while their layer is computed, because ranks share them out, are copied into an F
+that all layers share, and turned in every backward. To gather them turned as well would spare a kernel that reads and
+writes them once, and cost as much again on every rank and on the way between ranks, which is slower.
 """
 
 from __future__ import annotations
 
 import math
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -37,10 +42,15 @@ _LEAST_B, _LEAST_A = 3.5, 1e-12
 
 
 class Fp8Stack:
-    """As ``Stack``, for projections whose weights are in FP8."""
+    """As ``Stack``, for projections whose weights are in FP8.
+
+    Attributes:
+        is_passing: whether weights are in their places only while the layer is computed.
+    """
 
     keeps_unpacked = False  # nothing is packed
-    is_passing = False  # layers whose weights are not always in their places are not fused
+    is_passing = False
+    is_trained = False  # FP8 weights cannot be
 
     def __init__(self) -> None:
         self._memory: Fp8Memory | None = None
@@ -50,10 +60,8 @@ class Fp8Stack:
         """The stack as it computes with these adapters."""
         margin = margin_of(projections, _STEP)
         if self._memory is None or not self._memory.holds(projections, margin):
-            self._memory = Fp8Memory(projections, margin)
+            self._memory = Fp8Memory(projections, margin, is_passing=self.is_passing)
         return BoundFp8Stack(self._memory, projections, margin)
-
-    is_trained = False  # FP8 weights cannot be
 
     @property
     def beside_bytes(self) -> int:
@@ -72,48 +80,80 @@ class Fp8Stack:
             memory.release()
 
 
+class _Room:
+    """F and the factors as they are multiplied, and whose they are.
+
+    Attributes:
+        matrix: F (N, K + 3 E).
+        a: (E, K).
+        b: (N, E), scaled.
+        ones: (E,), what is added to t for biases, or None.
+        weights: the call whose weights were copied here, where they are only passing.
+        factors: the call whose factors lie here.
+        layout: where in the margins they do.
+        largest: what the margins are multiplied by follows from these.
+    """
+
+    def __init__(self, rows: int, cols: int, margin: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.matrix = torch.zeros(rows, cols + 3 * margin, dtype=torch.uint8, device=device).view(DTYPE)
+        self.a = torch.zeros(margin, cols, dtype=dtype, device=device)
+        self.b = torch.zeros(rows, margin, dtype=dtype, device=device)
+        self.ones: Tensor | None = None
+        self.weights: object = None
+        self.factors: object = None
+        self.layout: object = None
+        self.largest: dict[str, Tensor] = {}
+
+
+# Rooms of passing weights, shared by all layers of the same sizes on a device: they hold one layer at a time.
+_shared: WeakValueDictionary[tuple[object, ...], _Room] = WeakValueDictionary()
+
+
 class Fp8Memory:
     """The weights of a stack side by side with their factors, both ways.
 
     Attributes:
+        room: where they lie; the layer's own, or one that it shares.
         matrix: F (N, K + 3 E).
         scales: (N,) float32, those of the weights.
         a: (E, K), the factors as they are multiplied.
         b: (N, E), scaled.
-        ones: (E,), what is added to t for biases, or None.
     """
 
-    def __init__(self, projections: tuple[Projection, ...], margin: int) -> None:
+    def __init__(self, projections: tuple[Projection, ...], margin: int, *, is_passing: bool = False) -> None:
         linears: Any = [projection.linear for projection in projections]
         rows, cols = sum(p.features for p in projections), linears[0].in_features
-        device, dtype = linears[0].weight.device, projections[0].dtype
-        self.margin = margin
-        self.matrix = torch.zeros(rows, cols + 3 * margin, dtype=torch.uint8, device=device).view(DTYPE)
+        kind = rows, cols, margin, linears[0].weight.device, projections[0].dtype
+        room = _shared.get(kind) if is_passing else None
+        if room is None:
+            room = _Room(*kind)
+        if is_passing:
+            _shared[kind] = room
+        self.margin, self.room, self.is_passing = margin, room, is_passing
+        self.matrix, self.a, self.b = room.matrix, room.a, room.b
         self.scales = torch.cat([linear.weight_scale for linear in linears])
-        self.a = torch.zeros(margin, cols, dtype=dtype, device=device)
-        self.b = torch.zeros(rows, margin, dtype=dtype, device=device)
-        self.ones: Tensor | None = None
         self.linears = tuple(linears)
         self._versions = [linear.weight_scale for linear in linears]
+        self._places = self.matrix[:, :cols].split_with_sizes([linear.out_features for linear in linears])
         self._table = Table()
-        self._layout: object = None
-        self._factors: object = None
         self._turned: Tensor | None = None
         self._turned_factors: object = None
-        self._largest: dict[str, Tensor] = {}
-        at = 0
-        for linear in linears:
-            place = self.matrix[at : at + linear.out_features, :cols]
-            place.view(torch.uint8).copy_(linear.weight.detach().view(torch.uint8))
-            linear.weight.data = place
-            at += linear.out_features
+        if not is_passing:
+            self._copy_weights()
+            for linear, place in zip(linears, self._places, strict=True):
+                linear.weight.data = place
+
+    @torch.no_grad()
+    def _copy_weights(self) -> None:
+        for linear, place in zip(self.linears, self._places, strict=True):
+            place.view(torch.uint8).copy_(linear.weight.view(torch.uint8))
 
     def holds(self, projections: tuple[Projection, ...], margin: int) -> bool:
-        """Whether these Parameters and scales lie here still, and the margin is theirs."""
+        """Whether these Parameters and scales lie here still, unless they only pass, and the margin is theirs."""
         at = self.matrix.data_ptr()
         for projection, scales in zip(projections, self._versions, strict=True):
             linear: Any = projection.linear
-            if linear.weight.data_ptr() != at or linear.weight_scale is not scales:
+            if linear.weight_scale is not scales or not (self.is_passing or linear.weight.data_ptr() == at):
                 return False
             at += projection.features * self.matrix.stride(0)
         return self.margin == margin and self.a.dtype == projections[0].dtype
@@ -121,31 +161,37 @@ class Fp8Memory:
     def release(self) -> None:
         """Give each Parameter memory of its own again."""
         storage = self.matrix.untyped_storage().data_ptr()
-        for linear in self.linears:
+        for linear in () if self.is_passing else self.linears:
             if linear.weight.untyped_storage().data_ptr() == storage:
                 linear.weight.data = linear.weight.data.clone(memory_format=torch.contiguous_format)
 
     def place(self, bound: BoundFp8Stack) -> None:
-        """Write the factors to ``a``, ``b`` and the margin of ``matrix``, once for each call."""
-        if not self.margin or self._factors is bound.call:
+        """Write the factors to ``a``, ``b`` and the margin of ``matrix``, once for each call; before them the weights
+        beside which they belong, where others may have passed since.
+        """
+        room = self.room
+        if self.is_passing and room.weights is not bound.call:
+            self._copy_weights()
+            room.weights, room.factors = bound.call, None
+        if not self.margin or room.factors is bound.call:
             return
         projections = bound.projections
         wanted = layout(projections)
-        if wanted != self._layout:
+        if wanted != room.layout:
             self.a.zero_()
             self.b.zero_()
-            self.ones = ones_of(projections, self.a)
-            self._layout = wanted
+            room.ones = ones_of(projections, self.a)
+            room.layout = wanted
         if bound.placements is None:
             bound.placements = placements(projections, self.a, self.b)
         self._table.write(bound.placements)
         factor = Factor(self.b, self.scales, _LEAST_B)
-        self._largest["b"] = split_factor(factor, self.matrix[:, self.matrix.shape[1] - 3 * self.margin :])
-        self._factors = bound.call
+        room.largest["b"] = split_factor(factor, self.matrix[:, self.matrix.shape[1] - 3 * self.margin :])
+        room.factors = bound.call
 
     def largest(self, name: str) -> Tensor:
         """What the margin beside the factor "a" or "b" is multiplied by follows from this."""
-        return self._largest[name]
+        return self.room.largest[name]
 
     @property
     def beside_bytes(self) -> int:
@@ -156,8 +202,11 @@ class Fp8Memory:
     @property
     def missing_bytes(self) -> int:
         """Bytes of D where it is to be kept and nobody asked for it yet."""
-        is_missing = self._turned is None and self.linears[0].keeps_turned
-        return math.prod(self._turned_shape) if is_missing else 0
+        return math.prod(self._turned_shape) if self._turned is None and self._keeps_turned else 0
+
+    @property
+    def _keeps_turned(self) -> bool:
+        return self.linears[0].keeps_turned and not self.is_passing
 
     @property
     def _turned_shape(self) -> tuple[int, int]:
@@ -169,7 +218,7 @@ class Fp8Memory:
         shape, kept = self._turned_shape, self._turned
         cols, rows = shape[0], self.matrix.shape[0]
         if kept is None:
-            if self.linears[0].keeps_turned:
+            if self._keeps_turned:
                 kept = torch.empty(shape, dtype=torch.uint8, device=self.matrix.device).view(DTYPE)
                 self._turned = kept
             result = borrow(shape, DTYPE, self.matrix.device) if kept is None else kept
@@ -177,7 +226,7 @@ class Fp8Memory:
         else:
             result = kept
         if self.margin and (self._turned is None or self._turned_factors is not call):
-            self._largest["a"] = split_factor(Factor(self.a.T, None, _LEAST_A), result[:, rows:])
+            self.room.largest["a"] = split_factor(Factor(self.a.T, None, _LEAST_A), result[:, rows:])
             self._turned_factors = call
         return result
 
@@ -200,7 +249,9 @@ class BoundFp8Stack(BoundStack):
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Product:
         """``x W^T + bias`` with LoRA's share."""
-        memory, t = self._memory, self.thin(x)
+        memory = self._memory
+        memory.place(self)
+        t = self.thin(x)
         rows = quantise_rows(x, margin=None if t is None else Margin(t, memory.largest("b"), _LEAST_B))
         y = multiply(rows, memory.matrix, memory.scales, x.dtype)
         return Product(y if bias is None else y.add_(bias), t)
@@ -213,7 +264,7 @@ class BoundFp8Stack(BoundStack):
         """``product`` of the norm of x (T, K), which is written in the dtype of x for dropout and biases alone."""
         memory = self._memory
         memory.place(self)
-        if self.inputs.drop or memory.ones is not None:  # t is no product of x then
+        if self.inputs.drop or memory.room.ones is not None:  # t is no product of x then
             return self.product(rms_norm_into(torch.empty_like(x), x, norm))
         raw = None
         if self.margin:
@@ -224,7 +275,9 @@ class BoundFp8Stack(BoundStack):
 
     def input_gradient(self, dy: Tensor) -> tuple[Tensor, Tensor | None]:
         """dX (T, K) with LoRA's share, and ``i = s dy B`` (T, E)."""
-        memory, inner = self._memory, self.inner(dy)
+        memory = self._memory
+        memory.place(self)
+        inner = self.inner(dy)
         turned = memory.turned(self.call)
         if inner is not None and self.inputs.drop:
             dx = multiply(quantise_rows(dy, memory.scales), turned[:, : self.rows], None, dy.dtype)
@@ -238,7 +291,7 @@ class BoundFp8Stack(BoundStack):
         if not self.margin:
             return None
         self._memory.place(self)
-        return self.inputs.product(x, self._memory.a.T, self._memory.ones)
+        return self.inputs.product(x, self._memory.a.T, self._memory.room.ones)
 
     def inner(self, dy: Tensor) -> Tensor | None:
         """``i = s dy B`` alone, where no gradient of x is wanted."""

@@ -59,7 +59,6 @@ class LayerReader:
     Attributes:
         keeps_unpacked: whether 4-bit weights stay unpacked between calls; set by ``keep_unpacked``.
         is_passing: whether weights are in their places only while the layer is computed; set before the first reading.
-        gathered_in: the dtype that they are there in, if not in what they are held in.
 
     Args:
         family: the layer's architecture.
@@ -69,7 +68,6 @@ class LayerReader:
         self.family = family
         self.keeps_unpacked = False
         self.is_passing = False
-        self.gathered_in: torch.dtype | None = None
         self._stacks: dict[str, Stack | Fp8Stack] = {}
         self._holds = False
         self._held: LayerParts | None = None
@@ -97,19 +95,17 @@ class LayerReader:
 
     def _read(self, layer: nn.Module, as_frozen: bool) -> LayerParts | str:
         family = self.family
-        attention, mlp = layer.get_submodule(family.attention), layer.get_submodule(family.mlp)
+        attention = layer.get_submodule(family.attention)
         norms = [self._norm(layer, name) for name in family.layer_norms]
         head_norms = [self._norm(attention, name) for name in family.head_norms]
         if layer.training and _has_residual_dropout(layer):
             return "the residual has dropout"
-        groups = _groups(family, attention, mlp)
+        groups = self.groups(layer)
         found: list[Projection] = []
         for module in (module for modules in groups.values() for module in modules):
             projection = read_projection(module, as_frozen=as_frozen)
             if isinstance(projection, str):
                 return projection
-            if self.is_passing and projection.is_fp8:
-                return "FP8 weights that ranks share out are computed one by one"
             found.append(projection)
         of_norms = tuple(norm.is_trained for norm in (*norms, *head_norms))
         if any(of_norms) and not as_frozen and not any(projection.is_trained for projection in found):
@@ -139,6 +135,19 @@ class LayerReader:
             stack = self._stacks[name] = Fp8Stack() if projections[0].is_fp8 else Stack()
             stack.keeps_unpacked, stack.is_passing = self.keeps_unpacked, self.is_passing
         return self._stacks[name].bind(projections)
+
+    def groups(self, layer: nn.Module) -> dict[str, list[nn.Module]]:
+        """The linears of ``layer`` that share an input, by the name of their stack; those of the MLP only where it is
+        a gated one.
+        """
+        attention, mlp = layer.get_submodule(self.family.attention), layer.get_submodule(self.family.mlp)
+        *inputs, output = (getattr(attention, name) for name in self.family.attention_projections)
+        groups = {"qkv": inputs, "o": [output]}
+        names = self.family.mlp_projections
+        if names and all(hasattr(mlp, name) for name in names):
+            *inputs, output = (getattr(mlp, name) for name in names)
+            groups |= {"gate_up": inputs, "down": [output]}
+        return groups
 
     @property
     def beside_bytes(self) -> int:
@@ -212,17 +221,6 @@ def _copy_of(family: ModelFamily, keeps_unpacked: bool) -> LayerReader:
     reader = LayerReader(family)
     reader.keeps_unpacked = keeps_unpacked
     return reader
-
-
-def _groups(family: ModelFamily, attention: nn.Module, mlp: nn.Module) -> dict[str, list[nn.Module]]:
-    """The linears that share an input, by the name of their stack; those of the MLP only where it is a gated one."""
-    *inputs, output = (getattr(attention, name) for name in family.attention_projections)
-    groups = {"qkv": inputs, "o": [output]}
-    names = family.mlp_projections
-    if names and all(hasattr(mlp, name) for name in names):
-        *inputs, output = (getattr(mlp, name) for name in names)
-        groups |= {"gate_up": inputs, "down": [output]}
-    return groups
 
 
 def _why_not_together(stacks: dict[str, tuple[Projection, ...]]) -> str | None:

@@ -1,0 +1,1 @@
+"""What the guides promise, the tests that show it, and the page that says so (``docs/promises.md``)."""
