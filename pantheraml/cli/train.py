@@ -76,14 +76,6 @@ def check_devices(config: RunConfig, ranks: int) -> None:
     """
     from pantheraml.devices.inventory import gpu_device, num_gpus
 
-    if ranks > 1:
-        if config.device not in (None, "cpu"):
-            raise ConfigError(
-                f"devices names {config.device} alone, and this is one of {ranks} ranks.",
-                "Each rank has a GPU of its own.",
-                "Leave devices out; CUDA_VISIBLE_DEVICES says which GPUs are used.",
-            )
-        return  # a rank may see its own alone
     gpus = [name for name in device_names(config.devices) if name != "cpu"]
     if gpus and num_gpus() == 0:
         ranks_too = f" multi_gpu.num_processes={len(gpus)}" if len(gpus) > 1 else ""
@@ -93,6 +85,14 @@ def check_devices(config: RunConfig, ranks: int) -> None:
             f"To train on the CPU{', with as many ranks' if ranks_too else ''}, add devices=cpu{ranks_too} to the "
             "command.",
         )
+    if ranks > 1:
+        if config.device not in (None, "cpu"):
+            raise ConfigError(
+                f"devices names {config.device} alone, and this is one of {ranks} ranks.",
+                "Each rank has a GPU of its own.",
+                "Leave devices out; CUDA_VISIBLE_DEVICES says which GPUs are used.",
+            )
+        return  # a rank may see its own alone
     for name in gpus:
         gpu_device(int(name.partition(":")[2]))
 

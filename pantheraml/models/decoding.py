@@ -136,6 +136,12 @@ def set_decoding(model: Any, on: bool) -> None:
         apply_decoding_layers(base, state.decoding)
 
 
+def is_recording(model: Any) -> bool:
+    """Whether ``generate`` replays recorded steps now, as ``set_decoding`` has switched it."""
+    state = get_state(model)
+    return state is not None and any(change.what != "skipped" for change in state.decoding.report())
+
+
 def why_not_recorded(model: PreTrainedModel, *, on_cpu: bool = False) -> str | None:
     """Why steps of ``model`` are not recorded, or None when they are."""
     if model.device.type != "cuda" and not on_cpu:

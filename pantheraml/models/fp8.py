@@ -24,7 +24,6 @@ from pantheraml.kernels.fp8 import DTYPE, LARGEST, quantise_rows
 from pantheraml.kernels.fp8_product import multiply, turn
 from pantheraml.kernels.launch import launching_on
 from pantheraml.kernels.workspace import borrow
-from pantheraml.models.decoder_layers import layers_of
 from pantheraml.models.families import find_family
 from pantheraml.models.shares import is_share, whole
 
@@ -248,14 +247,14 @@ def choose_turned(model: nn.Module) -> int:
 
 
 def keep_turned(model: Any) -> None:
-    """Let fused layers keep FP8 weights turned; never those that read the embedding, for whose backward nobody asks,
-    unless embeddings are trained.
+    """Let fused layers of a base model keep FP8 weights turned; never those that read the embedding, for whose backward
+    nobody asks, unless embeddings are trained.
     """
     for layer in _linears_of(model):
         layer.keeps_turned = True
     family = find_family(model.config)
     if family is not None:
-        attention = layers_of(model)[0].get_submodule(family.attention)
+        attention = model.get_submodule(f"{family.layers}.0.{family.attention}")
         for name in family.attention_projections[:-1]:
             for layer in _linears_of(getattr(attention, name)):
                 layer.keeps_turned = False

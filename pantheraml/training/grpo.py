@@ -27,7 +27,8 @@ from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
 from pantheraml.distributed.process_group import get_rank, group_size, settings_of_run, setup_multi_gpu
 from pantheraml.distributed.strategies.choose import strategy_of
 from pantheraml.errors import ConfigError
-from pantheraml.models.decoding import set_decoding
+from pantheraml.log import say
+from pantheraml.models.decoding import is_recording, set_decoding
 from pantheraml.models.patching import PatchSet
 from pantheraml.models.recompute import is_recompute_forced
 from pantheraml.models.sample_dropout import TokenKeys, follow_samples, keyed, mixed
@@ -39,7 +40,13 @@ from pantheraml.training.arguments import join_ranks, pin_device, set_recompute_
 from pantheraml.training.default_adapter import ensure_adapter
 from pantheraml.training.generators import check_generator
 from pantheraml.training.given import refuse_name
-from pantheraml.training.grpo_batch import join_generation, reordered, spread, steps_served
+from pantheraml.training.grpo_batch import (
+    describe_generation,
+    join_generation,
+    reordered,
+    spread,
+    steps_served,
+)
 from pantheraml.training.head import (
     bind_cpu_head,
     bind_head,
@@ -117,10 +124,7 @@ class PantheraMLGRPOTrainer(SharedState, GRPOTrainer):
                 **kwargs,
             )
         self._strategy.configure(self.accelerator, config, cast(nn.Module, self.model))
-        is_fused = state is not None and state.kernels == "auto"
-        self._place_head(fused=is_fused)
-        if is_fused and not self.use_vllm and config.cache_implementation is None:
-            self.generation_config.disable_compile = False  # TRL's: it would switch recorded steps off, too
+        self._place_head(fused=state is not None and state.kernels == "auto")
         ledger = PatchSet() if state is None else state.patches
         self._keyed = follow_samples(cast(nn.Module, self.model), ledger)
 
@@ -134,6 +138,12 @@ class PantheraMLGRPOTrainer(SharedState, GRPOTrainer):
                 got=f"GRPO was started with strategy={self._strategy.name!r}.",
                 need="Its ranks have prompts and weights of DDP or FSDP2.",
                 fix='Write strategy="fsdp" where a GPU does not hold the model, or leave strategy out.',
+            )
+        if settings.batch_split != "even":
+            raise ConfigError(
+                got=f"GRPO was started with batch_split={settings.batch_split!r}.",
+                need="Its ranks generate as many completions each.",
+                fix="Leave batch_split out.",
             )
         join_generation(config, ranks)
         check_generator(config, model)
@@ -169,8 +179,11 @@ class PantheraMLGRPOTrainer(SharedState, GRPOTrainer):
         return super()._wrap_model(model, training, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as GRPOTrainer does."""
+        """Train as GRPOTrainer does, after a line or two about the run."""
         let_go(cast(nn.Module, self.model))
+        say(describe_generation(cast(GRPOConfig, self.args), group_size()))
+        if group_size() > 1:
+            say(f"{group_size()} ranks: {self._strategy.describe()}.")
         return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -216,6 +229,8 @@ class PantheraMLGRPOTrainer(SharedState, GRPOTrainer):
         trains = model.training
         model.eval()
         set_decoding(model, decoding)
+        if decoding:  # TRL switches compiled steps off, and recorded ones are asked for by the same name
+            self.generation_config.disable_compile = not is_recording(model)
         try:
             yield
         finally:

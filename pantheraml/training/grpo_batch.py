@@ -93,6 +93,15 @@ def _no_whole_groups(config: GRPOConfig, ranks: int, generation: int) -> ConfigE
     )
 
 
+def describe_generation(config: GRPOConfig, ranks: int) -> str:
+    """What a generation is, as a line of the log."""
+    rows, steps = config.per_device_train_batch_size * ranks, config.steps_per_generation or 1
+    group, updates = config.num_generations or 1, steps_served(config)
+    serves = f", which serve {updates} optimizer steps" if updates > 1 else ""
+    size = f"{rows * steps // group} prompts x {group} completions of up to {config.max_completion_length} tokens"
+    return f"a generation is {size}{serves}; a step has {rows * config.gradient_accumulation_steps} of them."
+
+
 def steps_served(config: GRPOConfig) -> int:
     """S: parts of a generation that each belong to one optimizer step."""
     steps = config.steps_per_generation or 1

@@ -24,6 +24,8 @@ from pantheraml.models.sample_dropout import mixed
 
 # What probabilities are multiplied by, and then rounded down: a token below 2^-48 is never drawn.
 _UNITS = 2.0**48
+# Rows whose sums exist at a time: three numbers of 8 bytes for each word of the vocabulary.
+_ROWS = 64
 # Steps of splitmix64 (Steele et al. 2014), as in models/sample_dropout.py.
 _STEP, _FIRST, _SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -58,6 +60,8 @@ def drawn(scores: Tensor, u: Tensor) -> Tensor:
     Returns:
         (B,) int64; -1 for a row with a score that is no number.
     """
+    if len(scores) > _ROWS:
+        return torch.cat([drawn(*part) for part in zip(scores.split(_ROWS), u.split(_ROWS), strict=True)])
     weights = (torch.softmax(scores.float(), dim=-1).double() * _UNITS).nan_to_num(0.0).long()
     cumulated = weights.cumsum(-1)
     total = cumulated[:, -1:]

@@ -90,9 +90,14 @@ def test_a_loader_of_ones_own(settings, tmp_path):
         "    return DatasetDict(train=Dataset.from_list(rows), validation=Dataset.from_list(rows[:2]))\n"
     )
     result = run(
-        settings("data={loader: 'loader_rows:load'}", "trainer.eval_strategy=epoch", "save.formats=[]")
-    )
+        settings(
+            "data={loader: 'loader_rows:load'}", "trainer.eval_strategy=epoch", "save.formats=[]",
+            "trainer.logging_steps=null", "trainer.logging_strategy=no",
+        )
+    )  # fmt: skip
     assert result["metrics"]["eval_loss"] > 0
+    (line,) = Path(result["paths"]["log"]).read_text().splitlines()
+    assert "loss" not in json.loads(line), "the last step is not logged, either"
     assert not Path("out/adapter").exists()
 
 
@@ -161,9 +166,12 @@ def test_what_cannot_work_is_refused(settings, overrides, error, says):
         run(settings(*overrides))
 
 
-def test_one_gpu_is_not_that_of_several_ranks(settings):
+def test_one_gpu_is_not_that_of_several_ranks(settings, monkeypatch):
     from pantheraml.cli.train import check_devices
 
+    with pytest.raises(HardwareError, match="this process sees no GPU"):
+        check_devices(settings("devices=[0, 1]"), 2)  # ranks of torchrun, say
+    monkeypatch.setattr("pantheraml.devices.inventory.num_gpus", lambda: 1)  # a rank may see its own alone
     with pytest.raises(ConfigError, match="devices names cuda:0 alone, and this is one of 2 ranks"):
         check_devices(settings("devices=[0]"), 2)
     check_devices(settings("devices=[0, 1]"), 2)

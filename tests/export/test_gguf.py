@@ -46,6 +46,7 @@ def read(folder, name):
     return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
 
 
+@pytest.mark.promise("F9")
 @pytest.mark.parametrize(
     "family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "qwen3_moe"]
 )
@@ -65,6 +66,7 @@ def test_transformers_loads_the_trained_model(family, tokenizer, tmp_path):
         assert (logits(model) - expected).abs().max() > 0.2
 
 
+@pytest.mark.promise("F9")
 def test_formats_keep_what_needs_more_bits(tokenizer, tmp_path):
     model = model_of("mixtral", intermediate_size=80)
     save_gguf(model, tmp_path, tokenizer, ["q4_0", "q8_0"])
@@ -160,6 +162,7 @@ TOKENIZERS = {
 }
 
 
+@pytest.mark.promise("F9")
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_tokenizer_comes_back(name, tmp_path):
     tokenizer = TOKENIZERS[name]()
@@ -248,6 +251,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
+@pytest.mark.promise("F9")
 @pytest.mark.parametrize(
     ("family", "overrides", "method", "error", "said"), REFUSED, ids=lambda value: str(value)[:20]
 )
@@ -273,6 +277,7 @@ def test_other_models_and_tokenizers_are_refused(tmp_path, tokenizer):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.promise("F9")
 def test_what_does_not_fit_leaves_the_older_file(tokenizer, tmp_path):
     model = model_of("llama")
     save_gguf(model, tmp_path, tokenizer, "f16")

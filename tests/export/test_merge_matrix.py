@@ -95,6 +95,7 @@ def documented() -> dict[tuple[str, str], float]:
     }
 
 
+@pytest.mark.promise("F8")
 @pytest.mark.parametrize(
     ("family", "precision"),
     [
@@ -115,6 +116,7 @@ def test_merged_it_is_the_trained_model(family, precision, documented, tmp_path_
         torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.promise("F8")
 def test_memory_does_not_grow_with_the_model(tokenizer, tmp_path):
     """Beyond the model: a shard and a layer, or for GGUF one weight."""
     layer = 2 * (3 * 64**2 + 3 * 64 * 256)  # bytes in bfloat16

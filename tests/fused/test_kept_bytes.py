@@ -82,7 +82,7 @@ def test_margins_are_there_after_a_forward_and_counted_before_it():
 def test_fp8_weights_count_with_their_twins_before_they_are_there_and_after():
     """Plan and prediction agree, before a step, after its forward and after its backward."""
     model, layers = build_whole("llama", "all", r=16)
-    keep_turned(in_fp8(model))
+    keep_turned(in_fp8(model).get_base_model())
     config, sizes = model.get_base_model().config, sizes_of(model)
     parts = measure_parts(config, Precision("fp8", torch.float32), rank=16)
     assert parts is not None and parts.activations == sizes

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pantheraml.models.state import get_state
 from tests import tiny
 from tests.launch.test_agent import environment
+from tests.training.grpo_runs import build
 
 pytestmark = pytest.mark.gpu
 SCRIPT = Path(__file__).with_name("grpo_train.py")
@@ -36,6 +38,16 @@ def test_the_reward_of_the_example_rises(tmp_path):
     out = run(EXAMPLE, "--num-gpus", "1", "--output", tmp_path)
     first, *_, last = [float(line.split()[1]) for line in out.splitlines() if line.startswith("reward ")]
     assert first < 0.25 and last > 0.6
+
+
+def test_completions_are_generated_by_recorded_steps(tmp_path):
+    model = tiny.save_checkpoint(tmp_path / "llama", "llama")
+    trainer = build(
+        model, tmp_path, loading={"device_map": None}, use_cpu=False, bf16=True, per_device_train_batch_size=8
+    )
+    trainer.train()
+    assert not trainer.generation_config.disable_compile and trainer.model.training
+    assert not get_state(trainer.model).decoding.report()
 
 
 @pytest.mark.promise("C2")

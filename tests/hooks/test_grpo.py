@@ -108,11 +108,14 @@ def test_a_vllm_server_that_is_named_is_asked(tmp_path):
 
 
 def test_what_cannot_be_is_refused_with_what_to_type(llama, tmp_path):
-    def build(model=None, strategy=None, **settings):
+    def build(model=None, split=None, **settings):
         model = AutoModelForCausalLM.from_pretrained(llama) if model is None else model
         args = config(tmp_path, per_device_train_batch_size=4, **settings)
         rows = ROWS.rename_column("text", "prompt")
-        return PantheraMLGRPOTrainer(model, reward_length, args, train_dataset=rows, eval_dataset=rows)
+        spread = None if split is None else pantheraml.MultiGPUConfig(num_processes=1, batch_split=split)
+        return PantheraMLGRPOTrainer(
+            model, reward_length, args, train_dataset=rows, eval_dataset=rows, multi_gpu_config=spread
+        )
 
     with pytest.raises(ConfigError, match=r"vllm is not installed.*pip install 'trl\[vllm\]'"):
         build(use_vllm=True)
@@ -123,3 +126,5 @@ def test_what_cannot_be_is_refused_with_what_to_type(llama, tmp_path):
     )
     with pytest.raises(ConfigError, match=r'load the model with kernels="off"'):
         build(fused, use_transformers_continuous_batching=True)
+    with pytest.raises(ConfigError, match=r"batch_split='speed'.*Leave batch_split out"):
+        build(split="speed")

@@ -49,11 +49,12 @@ def build(
     **settings,
 ):
     """A trainer of a tiny model, on the CPU if nothing else is said; ``kind`` is lora or full."""
-    where = {"use_multi_gpu": config} if config is not None else {"device_map": "cpu"}
-    options = {"full_finetuning": True} if kind == "full" else {"load_in_4bit": False}
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        str(folder), max_seq_length=64, **where, **options, **dict(loading)
-    )
+    options = {
+        "max_seq_length": 64,
+        **({"full_finetuning": True} if kind == "full" else {"load_in_4bit": False}),
+    }
+    options |= {"use_multi_gpu": config} if config is not None else {"device_map": "cpu"}
+    model, tokenizer = FastLanguageModel.from_pretrained(str(folder), **{**options, **dict(loading)})
     if kind == "lora":
         model = FastLanguageModel.get_peft_model(model, r=4, lora_dropout=0.2)
     args = GRPOConfig(

@@ -27,6 +27,8 @@ def test_tokens_are_drawn_by_their_probability():
     tokens = drawn(scores.expand(20_000, -1), uniforms(1, range(20_000), 1)[:, 0])
     found = torch.bincount(tokens, minlength=6) / 20_000
     assert torch.allclose(found, scores.softmax(-1)[0], atol=0.01) and found[2] == found[5] == 0
+    u = uniforms(2, range(200), 1)[:, 0]
+    assert torch.equal(drawn(scores.expand(200, -1), u)[70:80], drawn(scores.expand(10, -1), u[70:80]))
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert drawn(scores.expand(2, -1), ends).tolist() == [0, 4], "never one of probability 0"
 

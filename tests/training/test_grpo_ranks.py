@@ -103,6 +103,7 @@ def test_two_ranks_train_as_one_with_dropout_and_groups_that_are_cut_between_the
         assert_same(rank[strategy], alone["lora"])
 
 
+@pytest.mark.promise("F12")
 def test_accumulation_makes_no_difference(alone):
     assert_same(alone["parts"], alone["lora"])
 

@@ -75,6 +75,7 @@ def test_cosine_and_length_prefer_short_right_answers_and_long_wrong_ones():
     )
 
 
+@pytest.mark.promise("C2")
 def test_the_guides_names_are_known_and_others_are_not():
     names = ["accuracy", "format", "reasoning_steps", "cosine", "repetition_penalty", "length"]
     assert len(get_reward_funcs(names)) == 6

@@ -101,7 +101,7 @@ class DDP(Strategy):
                 need="A model that is a pipeline of its rank is trained as one.",
                 fix="Pass the MultiGPUConfig of from_pretrained to the trainer, or none.",
             )
-        if _is_read_in_place(model):
+        if _is_read_in_place(accelerator, model):
             # accelerate would move the model from "cpu" to "cpu:1", which for torch is a copy.
             accelerator.device_placement = False
         configure(accelerator, args, model, self.config)
@@ -111,8 +111,7 @@ class DDP(Strategy):
 
         A rank that writes to such a page gets a copy of its own, and DDP would write the first rank's weights to all.
         """
-        del accelerator
-        if _is_read_in_place(model):
+        if _is_read_in_place(accelerator, model):
             module = model.module if isinstance(model, DistributedDataParallel) else model
             # For this wrapping alone: torch's own setter leaves a mark on the weights that outlasts it.
             vars(module)["_ddp_params_and_buffers_to_ignore"] = [
@@ -130,6 +129,8 @@ class DDP(Strategy):
         return f"DDP, {why}: each has the whole model and rows of its own"
 
 
-def _is_read_in_place(model: nn.Module) -> bool:
-    """Whether the model is one of ``from_pretrained`` on a CPU: what is frozen is the file's, the same on all ranks."""
-    return get_state(model) is not None and all(weight.device.type == "cpu" for weight in model.parameters())
+def _is_read_in_place(accelerator: Any, model: nn.Module) -> bool:
+    """Whether ranks on the CPU train a model of ``from_pretrained``: what is frozen is the file's, the same on all."""
+    if accelerator.device.type != "cpu" or get_state(model) is None:
+        return False
+    return all(weight.device.type == "cpu" for weight in model.parameters())
