@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from pantheraml.errors import SaveError
 from pantheraml.export.adapter import save_adapter
 from pantheraml.export.gguf.save import GgufContents, write_gguf
-from pantheraml.export.merge import check_mergeable_model, save_merged
+from pantheraml.export.merge import Merged, check_mergeable_model, parse_method, write_merged
 from pantheraml.log import say
 from pantheraml.models.hub_patience import patiently
 
@@ -120,11 +120,16 @@ def push_merged(
         SaveError: the disk or the hub failed; after a failed upload the files stay and the error says where.
     """
     check_mergeable_model(model, save_method, max_shard_size)
-
-    def build(folder: Path) -> None:
-        save_merged(model, folder, tokenizer, save_method, max_shard_size=max_shard_size, dtype=dtype)
-
-    return push_built(build, repo_id, token, **upload)
+    method = parse_method(save_method)
+    if method == "lora":
+        return push_adapter(model, repo_id, tokenizer, token, **upload)
+    merged = Merged(model, method, dtype)
+    try:
+        return push_built(
+            lambda folder: write_merged(merged, folder, tokenizer, max_shard_size), repo_id, token, **upload
+        )
+    finally:
+        merged.gather_rest()
 
 
 def push_gguf(

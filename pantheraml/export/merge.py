@@ -80,23 +80,27 @@ def save_merged(
     method = parse_method(save_method)
     if method == "lora":
         return save_adapter(model, folder, tokenizer)
-    merged = Merged(model, method, _parse_dtype(dtype))
-    dtype, in_4bit = merged.dtype, merged.in_4bit
-    tensors = merged.tensors()
+    return write_merged(Merged(model, method, dtype), folder, tokenizer, max_shard_size)
+
+
+def write_merged(
+    merged: Merged, folder: Path, tokenizer: Processor | None, max_shard_size: int | str
+) -> Path:
+    """Write the folder that ``merged`` describes, once, as ``save_merged`` says."""
     try:
         with publish_folder(folder, merged.size) as build:
             _write_configs(merged.plain, merged.skeleton, build)
-            write_shards(build, tensors, max_shard_size)
+            write_shards(build, merged.tensors, max_shard_size)
             if tokenizer is not None:
                 tokenizer.save_pretrained(build)
     finally:
-        merged.gather_rest(tensors)
+        merged.gather_rest()
     if (folder / "adapter_config.json").exists():
         warn(
             f"{folder} also holds an adapter, which transformers loads instead of the merged model. "
             "Save them to two folders, or delete adapter_config.json there."
         )
-    say(f"Saved the merged model ({'4-bit NF4' if in_4bit else str(dtype)[6:]}) to {folder}.")
+    say(f"Saved the merged model ({'4-bit NF4' if merged.in_4bit else str(merged.dtype)[6:]}) to {folder}.")
     return folder
 
 
@@ -104,8 +108,7 @@ def gather_merged(model: nn.Module, save_method: str, dtype: str | torch.dtype |
     """What a rank does while rank 0 is in ``save_merged``, where ranks share out the weights."""
     method = parse_method(save_method)
     if method != "lora":
-        merged = Merged(model, method, _parse_dtype(dtype))
-        merged.gather_rest(merged.tensors())
+        Merged(model, method, dtype).gather_rest()
 
 
 class Merged:
@@ -117,15 +120,17 @@ class Merged:
         weights: those that it has, without tied copies.
         dtype: of its weights.
         in_4bit: names of those that are packed.
+        tensors: checkpoint names and CPU tensors, one repeated block at a time, once.
         is_shared_out: ranks share out the weights, and all of them have to read each.
 
     Args:
         model: that is saved.
         method: "merged_16bit" or "merged_4bit".
-        dtype: of the weights, or None for the one that fits the model.
+        dtype: of the weights (a torch dtype or its name), or None for the one that fits the model.
     """
 
-    def __init__(self, model: nn.Module, method: str, dtype: torch.dtype | None) -> None:
+    def __init__(self, model: nn.Module, method: str, dtype: str | torch.dtype | None) -> None:
+        dtype = _parse_dtype(dtype)
         self.plain = plain_model(model)
         _refuse_other_quantizations(self.plain)
         weights = list(plain_weights(model))
@@ -140,19 +145,16 @@ class Merged:
         self.skeleton = skeleton
         self.is_shared_out = is_sharded(model)
         _check_complete(expected | self.in_4bit, self.weights)
+        self.tensors = _file_tensors(self.weights, skeleton, self.dtype, self.in_4bit)
 
     @property
     def size(self) -> int:
         """Bytes of the weight files."""
         return _bytes_needed(self.weights, self.dtype, self.in_4bit)
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Checkpoint names and CPU tensors, one repeated block at a time."""
-        return _file_tensors(self.weights, self.skeleton, self.dtype, self.in_4bit)
-
-    def gather_rest(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Gather what is left of ``tensors``, for ranks that wait for this one; also after a disk has failed."""
-        for _ in tensors if self.is_shared_out else ():
+    def gather_rest(self) -> None:
+        """Gather what is left of ``tensors`` for ranks that wait for this one, also after a disk or hub has failed."""
+        for _ in self.tensors if self.is_shared_out else ():
             pass
 
 

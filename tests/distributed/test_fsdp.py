@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from pantheraml import FastLanguageModel, MultiGPUConfig, PantheraMLTrainer, PantheraMLTrainingArguments
 from pantheraml.distributed.strategies.fsdp import sharding_of
-from pantheraml.errors import ConfigError
+from pantheraml.errors import ConfigError, SaveError
 from pantheraml.export.quantized import is_4bit
 from pantheraml.models.fused.decoder_layer import FusedDecoderLayer, apply_layers
 from pantheraml.models.fused.functions import AttentionInput
@@ -173,6 +173,11 @@ def save_on_all(folder, output, kind):
     model.save_pretrained_merged(output / "merged", tokenizer, dtype="float32")
     model.save_pretrained_gguf(output / "gguf", tokenizer, "f32")
     model.save_pretrained(output / "saved", tokenizer)
+    for push in (model.push_to_hub_merged, model.push_to_hub_gguf):
+        try:  # no hub is asked here; rank 0 finds out, and the others do not wait for it
+            assert push("someone/model", tokenizer) is None and dist.get_rank() == 1
+        except SaveError:
+            assert dist.get_rank() == 0
     with torch.no_grad():
         ids = torch.tensor([[1, 7, 30, 12, 99, 4]])
         logits = model(input_ids=ids).logits

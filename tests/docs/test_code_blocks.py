@@ -19,14 +19,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # How many blocks of each page are marked as not run. A new one belongs here, with its reason in the page.
 NOT_RUN = {
     "docs/any-pytorch-model.md": 1, "docs/attention.md": 1, "docs/exactness.md": 1, "docs/grpo.md": 1,
-<<<<<<< HEAD
     "docs/memory.md": 1, "docs/multi-gpu.md": 3, "docs/parallelism-pipeline.md": 1, "docs/parallelism-tensor.md": 1,
     "docs/performance.md": 1,
     "docs/planner.md": 1, "docs/promises.md": 1, "docs/quick-start.md": 1,
-=======
-    "docs/multi-gpu.md": 3, "docs/parallelism-pipeline.md": 1, "docs/parallelism-tensor.md": 1,
-    "docs/performance.md": 1, "docs/planner.md": 1, "docs/quick-start.md": 1,
->>>>>>> grpo
 }  # fmt: skip
 
 FENCE = re.compile(

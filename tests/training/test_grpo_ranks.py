@@ -118,9 +118,6 @@ def test_two_ranks_train_as_one_with_dropout_and_groups_that_are_cut_between_the
         assert_same(rank[strategy], alone["lora"])
 
 
-<<<<<<< HEAD
-@pytest.mark.promise("F12")
-=======
 def test_two_ranks_evaluate_as_one(alone, ranks):
     expected = alone["lora"]["evaluated"]
     for rank in ranks:
@@ -129,7 +126,7 @@ def test_two_ranks_evaluate_as_one(alone, ranks):
         assert found == {name: pytest.approx(expected[name], rel=1e-4, abs=1e-6) for name in found}
 
 
->>>>>>> grpo
+@pytest.mark.promise("F12")
 def test_accumulation_makes_no_difference(alone):
     """But to the entropy and the KL of the log, which TRL averages over micro-batches."""
     trained = [
