@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -87,6 +87,9 @@ class PantheraMLGRPOTrainer(SharedState, GRPOTrainer):
         ConfigError: arguments that contradict each other, or vLLM where it cannot be loaded.
         HardwareError: a vLLM server that does not answer.
     """
+
+    # What holds until a training step is done.
+    _during_step: ExitStack | None = None
 
     def __init__(
         self,
@@ -265,13 +268,19 @@ class PantheraMLGRPOTrainer(SharedState, GRPOTrainer):
             self._buffered_inputs = [unsplit_pixel_values_by_grid(cast(Any, part)) for part in parts]
         return self._buffered_inputs[self._step % steps]
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """TRL's; what ``_compute_loss`` says about dropout holds until the backward, which computes layers again."""
+        with ExitStack() as self._during_step:
+            loss = super().training_step(*args, **kwargs)
+        self._during_step = None
+        return loss
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """TRL's; dropout in front of adapters follows the rows and the number of the step."""
         numbers = inputs.get(_ROWS)
-        if numbers is None or not self._keyed:
-            return super()._compute_loss(model, inputs)
-        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1).long()
-        keys = (numbers[:, None] << 32) | (mask.cumsum(1) - 1).clamp(min=0)
-        seed = mixed(self.args.seed, self.state.global_step)
-        with keyed(TokenKeys(keys.reshape(-1), seed)):
-            return super()._compute_loss(model, inputs)
+        if numbers is not None and self._keyed and self._during_step is not None:
+            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1).long()
+            keys = (numbers[:, None] << 32) | (mask.cumsum(1) - 1).clamp(min=0)
+            seed = mixed(self.args.seed, self.state.global_step)
+            self._during_step.enter_context(keyed(TokenKeys(keys.reshape(-1), seed)))
+        return super()._compute_loss(model, inputs)

@@ -46,6 +46,7 @@ def build(
     callbacks=(),
     rewards=(vowels, lengths),
     loading=(),
+    recompute="auto",
     **settings,
 ):
     """A trainer of a tiny model, on the CPU if nothing else is said; ``kind`` is lora or full."""
@@ -56,7 +57,9 @@ def build(
     options |= {"use_multi_gpu": config} if config is not None else {"device_map": "cpu"}
     model, tokenizer = FastLanguageModel.from_pretrained(str(folder), **{**options, **dict(loading)})
     if kind == "lora":
-        model = FastLanguageModel.get_peft_model(model, r=4, lora_dropout=0.2)
+        model = FastLanguageModel.get_peft_model(
+            model, r=4, lora_dropout=0.2, use_gradient_checkpointing=recompute
+        )
     model.generation_config.eos_token_id = [2, *range(5, 69)]  # so that completions are of several lengths
     args = GRPOConfig(
         str(output),

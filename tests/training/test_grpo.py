@@ -95,6 +95,16 @@ def test_our_head_trains_what_trls_head_trains(llama, tmp_path):
         assert mine == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
+def test_layers_that_recompute_drop_what_they_dropped(llama, tmp_path):
+    kept, recomputed = (
+        figures(llama, tmp_path, per_device_train_batch_size=8, beta=0.04, recompute=recompute)
+        for recompute in (False, True)
+    )
+    assert kept["steps"] == recomputed["steps"]
+    for mine, other in zip(recomputed["logged"], kept["logged"], strict=True):
+        assert mine == pytest.approx(other, rel=1e-5, abs=1e-6)
+
+
 class Evaluated(TrainerCallback):
     """Evaluates again at the end of the first step."""
 
