@@ -10,7 +10,6 @@ import sys
 import tempfile
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from pantheraml.checkpoint.publish import ensure_can_save, publish_folder, recover
 from pantheraml.errors import SaveError
+from tests.small_disk import small_disk
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,19 +45,6 @@ def run(code: str, *args: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         check=False,
     )
-
-
-@contextmanager
-def tiny_disk(folder: Path, size: str):
-    """A real file system of ``size`` on ``folder``; skips the test where mounting is not permitted."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a file system is not permitted here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_new_folder_appears_with_its_parents_and_nothing_else(tmp_path):
@@ -135,7 +122,7 @@ def test_a_symbolic_link_is_followed(tmp_path):
 
 @pytest.mark.parametrize("writer", ["python", "safetensors", "tokenizers"])
 def test_full_disk_keeps_the_old_model(tmp_path, writer):
-    with tiny_disk(tmp_path / "disk", "3m") as disk:
+    with small_disk(tmp_path / "disk", "3m") as disk:
         target = disk / "model"
         with publish_folder(target) as folder:
             save_file({"x": torch.ones(200_000)}, folder / "model.safetensors")
@@ -159,14 +146,14 @@ def test_full_disk_keeps_the_old_model(tmp_path, writer):
 
 
 def test_a_mount_point_can_be_the_target(tmp_path):
-    with tiny_disk(tmp_path / "disk", "1m") as disk:
+    with small_disk(tmp_path / "disk", "1m") as disk:
         save(disk, config_dot_json="1")
         assert tree(disk) == {"config.json": b"1"}
         assert [path.name for path in tmp_path.iterdir()] == ["disk"]
 
 
 def test_too_small_a_disk_is_refused_before_the_work(tmp_path):
-    with tiny_disk(tmp_path / "disk", "1m") as disk:
+    with small_disk(tmp_path / "disk", "1m") as disk:
         ensure_can_save(disk / "new" / "model", 900_000)
         with pytest.raises(SaveError, match=r"needs 5\.0 GB and 1\.0 MB is free") as caught:
             ensure_can_save(disk / "new" / "model", 5_000_000_000)
@@ -175,7 +162,7 @@ def test_too_small_a_disk_is_refused_before_the_work(tmp_path):
 
 
 def test_a_read_only_disk_is_refused_before_the_work(tmp_path):
-    with tiny_disk(tmp_path / "disk", "1m") as disk:
+    with small_disk(tmp_path / "disk", "1m") as disk:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         with pytest.raises(SaveError, match="Read-only file system"):
             ensure_can_save(disk / "model")

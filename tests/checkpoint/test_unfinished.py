@@ -29,7 +29,8 @@ from tests.checkpoint.runs import (
     value_of,
     write,
 )
-from tests.checkpoint.test_publish import as_nobody, open_the_way_to, tiny_disk
+from tests.checkpoint.test_publish import as_nobody, open_the_way_to
+from tests.small_disk import small_disk
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
@@ -276,7 +277,7 @@ def test_two_processes_that_save_the_same_steps_at_once(tmp_path):
 
 
 def test_a_full_disk_at_every_moment_keeps_the_older_checkpoint(tmp_path):
-    with tiny_disk(tmp_path / "disk", "300k") as disk:
+    with small_disk(tmp_path / "disk", "300k") as disk:
         run = disk / "run"
         save(run, 2, 20)
         texts, codes = [], []

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
-import subprocess
 from logging import getLogger
 from logging.handlers import BufferingHandler
 from pathlib import Path
@@ -20,6 +18,7 @@ from pantheraml.errors import SaveError
 from pantheraml.training.agreeing import DiskRefused, agreeing
 from tests import tiny
 from tests.distributed.ranks import run_ranks
+from tests.small_disk import small_disk
 from tests.training.test_checkpoints import ROWS
 
 
@@ -85,11 +84,8 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def disk(tmp_path):
     """A real file system of two megabytes."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)]
-    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a file system is not permitted here")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
+    with small_disk(tmp_path, "2m"):
+        yield tmp_path
 
 
 def left(output):

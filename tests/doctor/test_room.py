@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import socket
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,18 +12,14 @@ from pantheraml.devices.nvml import GIB
 from pantheraml.doctor.apart import call_apart
 from pantheraml.doctor.checks import disk, port, shared_memory, versions
 from pantheraml.doctor.known_bad import KNOWN_BAD
+from tests.small_disk import small_disk
 
 
 @pytest.fixture
 def tmpfs(tmp_path):
     """A file system of 4 MiB in memory."""
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4M", "none", str(tmp_path)], capture_output=True
-    )
-    if done.returncode:
-        pytest.skip("mounting needs root")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
+    with small_disk(tmp_path, "4M"):
+        yield tmp_path
 
 
 def test_shared_memory_that_is_small_or_full(tmpfs):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from tests.errors.workshop import Workshop, case, small_disk
+from tests.errors.workshop import Workshop, case, disk_of
 
 
 def _saved(shop: Workshop, name: str):
@@ -60,7 +60,7 @@ def pointer_that_was_cut_short(shop: Workshop) -> None:
 def checkpoint_on_a_full_disk(shop: Workshop) -> None:
     from tests.checkpoint.runs import save
 
-    with small_disk(shop, "40k") as disk:
+    with disk_of(shop, "40k") as disk:
         save(disk, 3)
         save(disk, 5)
 

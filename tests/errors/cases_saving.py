@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.errors.workshop import Workshop, case, small_disk
+from tests.errors.workshop import Workshop, case, disk_of
 
 
 def _tree(folder: Path) -> dict[str, bytes]:
@@ -58,7 +58,7 @@ def shards_without_a_size(shop: Workshop) -> None:
 
 @case
 def full_disk(shop: Workshop) -> None:
-    with small_disk(shop, "450k") as disk:
+    with disk_of(shop, "450k") as disk:
         model = shop.adapted()
         model.save_pretrained_merged(disk / "out", shop.tokenizer)
         with _kept(disk / "out"):
@@ -67,7 +67,7 @@ def full_disk(shop: Workshop) -> None:
 
 @case
 def disk_that_fills_up(shop: Workshop) -> None:
-    with small_disk(shop, "700k") as disk:
+    with disk_of(shop, "700k") as disk:
         model = shop.adapted()
         model.save_pretrained_merged(disk / "out", shop.tokenizer)
         # Room for the weights, which are counted beforehand, and not for the tokenizer after them.

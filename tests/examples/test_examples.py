@@ -49,6 +49,7 @@ OWN = {
     "10_larger_than_a_gpu": ("outputs/quickstart/merged", "rows.jsonl"),
     "deepspeed_multi_gpu": ("outputs/quickstart/merged", "rows.jsonl"),
     "direct_trainer_usage": ("outputs/quickstart/merged", "rows.jsonl"),
+    "existing_script": ("outputs/quickstart/merged", "rows.jsonl"),
     "grpo_arithmetic": ("outputs/quickstart/merged", None),
     "grpo_open_r1_multi_gpu": ("outputs/quickstart/merged", "rows.jsonl"),
     "multi_gpu_training": ("outputs/quickstart/merged", "rows.jsonl"),
@@ -212,6 +213,14 @@ def test_the_multi_gpu_example_on_two_ranks(tmp_path, monkeypatch):
     assert err.count("2 x 4 x 2 = 16 rows a step") == 1 and "cpu_1" in err
     assert out.count("2 ranks trained") == 1
     assert (tmp_path / "outputs/multi-gpu/adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.promise("C1")
+def test_existing_script(folder, printed):
+    assert "Trained on 1 ranks, by SFTTrainer." in printed
+    assert is_adapter(folder / "outputs/existing-script/adapter") and is_adapter(
+        folder / "second/existing_script/adapter"
+    )
 
 
 def test_grpo_arithmetic_saves_what_it_trained(folder, printed):

@@ -6,7 +6,6 @@ import copy
 import multiprocessing
 import os
 import signal
-import subprocess
 import types
 
 import pytest
@@ -18,6 +17,7 @@ from pantheraml.errors import SaveError
 from pantheraml.export.model_methods import save_pretrained, save_pretrained_merged
 from tests import tiny
 from tests.export.models import adapted, assert_same, logits
+from tests.small_disk import small_disk
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -96,11 +96,7 @@ def test_killed_while_saving_the_old_model_loads(llama, tmp_path):
 
 def test_a_disk_that_is_too_small_is_found_before_merging(llama, tmp_path):
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)]
-    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a file system is not permitted here")
-    try:
+    with small_disk(disk, "700k"):
         model = adapted(load(llama))
         save_pretrained_merged(model, disk / "model")
         before = sorted((path.name, path.stat().st_size) for path in (disk / "model").iterdir())
@@ -109,5 +105,3 @@ def test_a_disk_that_is_too_small_is_found_before_merging(llama, tmp_path):
         assert "untouched" in caught.value.need
         assert sorted((path.name, path.stat().st_size) for path in (disk / "model").iterdir()) == before
         assert load(disk / "model").dtype == torch.bfloat16
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)

@@ -98,6 +98,7 @@ def test_the_batch_scripts_of_the_examples(cluster, tmp_path, script, options, r
 
 
 @pytest.mark.promise("E4")
+@pytest.mark.slow
 def test_the_batch_script_of_any_model(cluster, tmp_path):
     """On two nodes, with settings small enough for CPUs."""
     words = "mixed_precision=no grid_size=5 episode_length=5 n_transit=20 unseen_goals=4 learners_per_goal=2 " \

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import shutil
-import subprocess
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from pantheraml.models.patching import PatchSet
 from pantheraml.models.recompute import is_recomputing
 from pantheraml.training.head import bind_cpu_head, needs_cpu_head
 from tests import tiny
+from tests.small_disk import small_disk
 
 ALPACA = Dataset.from_list(
     [
@@ -247,11 +246,7 @@ class Fill(TrainerCallback):
 def test_a_full_disk_costs_one_checkpoint(load, arguments, tmp_path, free, reason):
     """Whichever file of checkpoint 2 does not fit: it leaves no trace, checkpoint 1 loads and can be resumed from."""
     out = tmp_path / "disk"
-    out.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(out)]
-    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a file system is not permitted here")
-    try:
+    with small_disk(out, "2m"):
         args = arguments(
             output_dir=str(out), max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1
         )
@@ -271,8 +266,6 @@ def test_a_full_disk_costs_one_checkpoint(load, arguments, tmp_path, free, reaso
             str(out / "checkpoint-1"), max_seq_length=64, load_in_4bit=False
         )
         assert isinstance(model, PeftModel)
-    finally:
-        subprocess.run(["umount", str(out)], check=True)
 
 
 def test_streamed_rows_train(load, arguments):
