@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO on every GPU, in the order of a script that makes its arguments first.
 
     python examples/deepspeed_multi_gpu.py
-    accelerate launch --config_file examples/ds_config.yaml examples/deepspeed_multi_gpu.py
+    accelerate launch --config_file examples/ds_config.yaml --num_processes 4 examples/deepspeed_multi_gpu.py
     torchrun --nproc_per_node=4 examples/deepspeed_multi_gpu.py --zero-stage 3
 
 pip install "pantheraml[deepspeed]" first. Under accelerate launch its file says the stage; else --zero-stage does.
