@@ -115,17 +115,18 @@ def train(folder, output, config, skipped=False):
     )
     try:
         trainer.train()
-    except RuntimeError as error:
-        return str(error)
+    except ConfigError as error:
+        return str(error), trainer.state.global_step
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses, is_recomputing(model), len(calls)
 
 
 @pytest.mark.promise("A7")
 def test_find_unused_parameters(llama, tmp_path):
-    """A trained weight that takes no part in the loss."""
-    for said in run_ranks(2, train, llama, tmp_path, MultiGPUConfig(), True):
-        assert "find_unused_parameters=True" in said
+    """A trained weight that takes no part in the loss: named before any weight has moved."""
+    for said, steps in run_ranks(2, train, llama, tmp_path, MultiGPUConfig(), True):
+        assert "no gradient to trained weights: of_another_head." in said and steps == 0
+        assert "Write MultiGPUConfig(find_unused_parameters=True)" in said
     config = MultiGPUConfig(find_unused_parameters=True)
     for losses, _, _ in run_ranks(2, train, llama, tmp_path, config, True):
         assert len(losses) == 2 and all(loss > 0 for loss in losses)

@@ -68,8 +68,14 @@ def work(folder, output):
     )
     pantheraml.disable_multi_gpu()
     pantheraml.enable_multi_gpu(debug=True)
+    with pytest.raises(ConfigError) as missed:
+        build(folder, output, unused=True).train()
+    found["left"] = str(missed.value)
+    pantheraml.disable_multi_gpu()
+    # Where steps are not repeated, torch finds out: at the second step.
+    pantheraml.enable_multi_gpu(debug=True, enable_memory_optimization=False)
     with pytest.raises(RuntimeError) as missed:
-        build(folder, output, unused=True, logging_steps=3).train()  # torch finds out at the second step
+        build(folder, output, unused=True, logging_steps=3).train()
     found["missed"] = str(missed.value)
     return found
 
@@ -85,4 +91,5 @@ def test_two_ranks(llama, tmp_path):
         assert "Each of 2 ranks has loaded the model onto several GPUs" in found["placed"]
         assert len(found["logs"]) == 4
         assert found["shared"] == ([pytest.approx(step, rel=1e-5) for step in found["logs"]], "fsdp", True)
+        assert "no gradient to trained weights: unused." in found["left"]
         assert "did not receive grad for rank" in found["missed"] and ".unused" in found["missed"]

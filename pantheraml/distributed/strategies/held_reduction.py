@@ -24,8 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pantheraml.distributed.process_group import group_size
 from pantheraml.distributed.strategies.gathered_passes import PassExchanges
+from pantheraml.errors import ConfigError
 from pantheraml.models.sharding import is_sharded
 
+# Weights that an error names.
+_NAMED = 3
 # A hook of DDP: reduces a bucket.
 Hook = Callable[[Any, Any], Future[Any]]
 
@@ -94,17 +97,33 @@ class HeldReduction(Reduction):
         self._model.require_forward_param_sync = False
 
     def finish(self) -> None:
-        """A backward of nothing: it reaches every parameter that has a gradient, and DDP reduces what is there.
-
-        One that took no part in the loss is missing then, as ever, unless DDP looks for such ones.
-        """
+        """A backward of nothing: it reaches every parameter, and DDP reduces what is there."""
         trained = [p for p in self._model.parameters() if p.requires_grad]
-        if not self._model.find_unused_parameters:
-            trained = [p for p in trained if p.grad is not None]
+        _check_gradients(self._model, trained)
         reached: Tensor = _Reached.apply(*trained)
         self._model.reducer.prepare_for_backward([reached])
         reached.backward()
         self._model.require_forward_param_sync = True
+
+
+def _check_gradients(model: DistributedDataParallel, trained: list[nn.Parameter]) -> None:
+    """Refuse a step in which a trained weight took no part, unless DDP looks for such ones.
+
+    DDP waits for its gradient, reduces nothing of what is in a bucket with it, and says so in the next forward: a step
+    too late.
+
+    Raises:
+        ConfigError: some have no gradient.
+    """
+    if model.find_unused_parameters or all(p.grad is not None for p in trained):
+        return
+    left = [name for name, p in model.module.named_parameters() if p.requires_grad and p.grad is None]
+    more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+    raise ConfigError(
+        got=f"A step gave no gradient to trained weights: {', '.join(left[:_NAMED])}{more}.",
+        need="Ranks reduce the gradients of all trained weights together, and would wait for these.",
+        fix="Write MultiGPUConfig(find_unused_parameters=True), or freeze them.",
+    )
 
 
 class _Launches:
@@ -112,10 +131,11 @@ class _Launches:
 
     Args:
         hook: reduces a bucket.
+        trained: what all buckets together hold the gradients of.
     """
 
-    def __init__(self, hook: Hook) -> None:
-        self._hook = hook
+    def __init__(self, hook: Hook, trained: list[nn.Parameter]) -> None:
+        self._hook, self.trained = hook, trained
         self.started: list[Future[Any]] = []
 
     def __call__(self, state: Any, bucket: Any) -> Future[Any]:
@@ -129,7 +149,8 @@ _launches: WeakKeyDictionary[nn.Module, _Launches] = WeakKeyDictionary()
 
 def count_launches(model: DistributedDataParallel, hook: Hook) -> None:
     """Let DDP reduce each bucket by ``hook`` while a backward goes on, such that a failed rank knows what it owes."""
-    launches = _launches[model] = _Launches(hook)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    launches = _launches[model] = _Launches(hook, trained)
 
     # Without annotations: torch compares them with classes, and here they are text.
     def counted(state, bucket):  # pyright: ignore[reportMissingParameterType]
@@ -162,12 +183,13 @@ class LaunchedBuckets(Reduction):
         """Wait for reductions that are on their way, and let DDP forget the step, on all ranks alike."""
         for launched in self._launches.started:
             launched.wait()
-        self.finish()
+        self._launches.started.clear()
         self._model.require_forward_param_sync = False
         self._model.reducer._reset_state()
 
     def finish(self) -> None:
         """DDP has waited for them."""
+        _check_gradients(self._model, self._launches.trained)
         self._launches.started.clear()
 
 
