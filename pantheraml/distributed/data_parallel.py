@@ -13,6 +13,10 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from pantheraml.config.multi_gpu import MultiGPUConfig
+from pantheraml.errors import ConfigError
+
+# Weights that an error names.
+_NAMED = 3
 
 
 def buffers_stay() -> dict[str, bool]:
@@ -52,6 +56,26 @@ def wrap_module(module: nn.Module, config: MultiGPUConfig) -> DistributedDataPar
     if config.reduce_dtype is not None:
         wrapped.register_comm_hook(None, averaging_in(getattr(torch, config.reduce_dtype)))
     return wrapped
+
+
+def check_gradients(model: DistributedDataParallel, trained: list[nn.Parameter]) -> None:
+    """Refuse a step in which a trained weight took no part, unless DDP looks for such ones.
+
+    DDP waits for its gradient, reduces nothing of what is in a bucket with it, and says so in the next forward: a step
+    too late.
+
+    Raises:
+        ConfigError: some have no gradient.
+    """
+    if model.find_unused_parameters or all(p.grad is not None for p in trained):
+        return
+    left = [name for name, p in model.module.named_parameters() if p.requires_grad and p.grad is None]
+    more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+    raise ConfigError(
+        got=f"A step gave no gradient to trained weights: {', '.join(left[:_NAMED])}{more}.",
+        need="Ranks reduce the gradients of all trained weights together, and would wait for these.",
+        fix="Write MultiGPUConfig(find_unused_parameters=True), or freeze them.",
+    )
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from pantheraml.config.multi_gpu import MultiGPUConfig
-from pantheraml.distributed.data_parallel import sum_gradients, wrap_module
+from pantheraml.distributed.data_parallel import check_gradients, sum_gradients, wrap_module
 from pantheraml.distributed.process_group import (
     cleanup_multi_gpu,
     get_rank,
@@ -230,6 +231,8 @@ class MultiGPUTrainer:
             (loss * (factor * group_size() if everyone else factor)).backward()
         if not everyone:
             sum_gradients(self._trained)
+        elif isinstance(module, DistributedDataParallel):
+            check_gradients(module, self._trained)
         self.optimizer.step()
         return share
 

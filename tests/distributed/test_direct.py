@@ -231,6 +231,24 @@ def with_statistics():
     return [buffer.tolist() for buffer in model.buffers()], weights_of(model), model.unused.grad
 
 
+def leaves_one_out():
+    """What is said of a part that is skipped where nobody said so; the others have not moved."""
+    model = cnn()
+    model.register_parameter("unused", nn.Parameter(torch.zeros(2)))
+    before = weights_of(model)
+    trainer = MultiGPUTrainer(model, None, SGD, loss_function=nn.CrossEntropyLoss())
+    with pytest.raises(ConfigError) as said:
+        trainer.train_epoch(loader())
+    return str(said.value), all(
+        (mine == old).all() for mine, old in zip(weights_of(model), before, strict=True)
+    )
+
+
+def test_a_weight_without_a_part_is_named_before_others_move():
+    for said, stayed in run_ranks(2, leaves_one_out):
+        assert "no gradient to trained weights: unused." in said and stayed
+
+
 def test_statistics_and_weights_are_those_of_all_ranks():
     (statistics, weights, grad), (same, theirs, _) = run_ranks(2, with_statistics)
     assert statistics == same and statistics[0] != [0.0, 0.0, 0.0] and grad is None

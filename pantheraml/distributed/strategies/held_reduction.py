@@ -22,13 +22,11 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from pantheraml.distributed.data_parallel import check_gradients
 from pantheraml.distributed.process_group import group_size
 from pantheraml.distributed.strategies.gathered_passes import PassExchanges
-from pantheraml.errors import ConfigError
 from pantheraml.models.sharding import is_sharded
 
-# Weights that an error names.
-_NAMED = 3
 # A hook of DDP: reduces a bucket.
 Hook = Callable[[Any, Any], Future[Any]]
 
@@ -99,31 +97,11 @@ class HeldReduction(Reduction):
     def finish(self) -> None:
         """A backward of nothing: it reaches every parameter, and DDP reduces what is there."""
         trained = [p for p in self._model.parameters() if p.requires_grad]
-        _check_gradients(self._model, trained)
+        check_gradients(self._model, trained)
         reached: Tensor = _Reached.apply(*trained)
         self._model.reducer.prepare_for_backward([reached])
         reached.backward()
         self._model.require_forward_param_sync = True
-
-
-def _check_gradients(model: DistributedDataParallel, trained: list[nn.Parameter]) -> None:
-    """Refuse a step in which a trained weight took no part, unless DDP looks for such ones.
-
-    DDP waits for its gradient, reduces nothing of what is in a bucket with it, and says so in the next forward: a step
-    too late.
-
-    Raises:
-        ConfigError: some have no gradient.
-    """
-    if model.find_unused_parameters or all(p.grad is not None for p in trained):
-        return
-    left = [name for name, p in model.module.named_parameters() if p.requires_grad and p.grad is None]
-    more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
-    raise ConfigError(
-        got=f"A step gave no gradient to trained weights: {', '.join(left[:_NAMED])}{more}.",
-        need="Ranks reduce the gradients of all trained weights together, and would wait for these.",
-        fix="Write MultiGPUConfig(find_unused_parameters=True), or freeze them.",
-    )
 
 
 class _Launches:
@@ -189,7 +167,7 @@ class LaunchedBuckets(Reduction):
 
     def finish(self) -> None:
         """DDP has waited for them."""
-        _check_gradients(self._model, self._launches.trained)
+        check_gradients(self._model, self._launches.trained)
         self._launches.started.clear()
 
 
