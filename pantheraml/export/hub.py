@@ -29,7 +29,7 @@ _SUPERSEDED = {
 
 def push_folder(
     folder: str | Path,
-    repo_id: str,
+    repo_id: str | None,
     token: str | bool | None = None,
     *,
     private: bool | None = None,
@@ -40,7 +40,7 @@ def push_folder(
 
     Args:
         folder: a saved model or adapter.
-        repo_id: "user/name"; "name" alone is put under the user of the token.
+        repo_id: "user/name"; "name" alone is put under the user of the token; None for the folder's name.
         token: an access token; None for the one that ``hf auth login`` stored.
         private: whether a new repository is private; None for the account's default.
         commit_message: what the commit is called.
@@ -59,7 +59,7 @@ def push_folder(
             fix="Give the folder that save_pretrained or save_pretrained_merged wrote.",
         )
     api = HfApi(token=token)
-    repo_id = _open_repo(api, repo_id, private, revision, kept=Path(folder))
+    repo_id = _open_repo(api, repo_id or Path(folder).name, private, revision, kept=Path(folder))
     return _upload(api, Path(folder), repo_id, commit_message, revision)
 
 

@@ -86,12 +86,7 @@ def save_pretrained(
                 tokenizer.save_pretrained(build)
     if push_to_hub:
         push_folder(
-            save_directory,
-            repo_id or Path(save_directory).name,
-            token,
-            private=private,
-            commit_message=commit_message,
-            revision=revision,
+            save_directory, repo_id, token, private=private, commit_message=commit_message, revision=revision
         )
 
 
@@ -115,12 +110,7 @@ def save_pretrained_merged(
     save_merged(model, save_directory, tokenizer, save_method, max_shard_size=max_shard_size, dtype=dtype)
     if push_to_hub:
         push_folder(
-            save_directory,
-            repo_id or Path(save_directory).name,
-            token,
-            private=private,
-            commit_message=commit_message,
-            revision=revision,
+            save_directory, repo_id, token, private=private, commit_message=commit_message, revision=revision
         )
 
 
@@ -175,12 +165,7 @@ def save_pretrained_gguf(
     files = save_gguf(model, save_directory, tokenizer, quantization_method)
     if push_to_hub:
         push_folder(
-            save_directory,
-            repo_id or Path(save_directory).name,
-            token,
-            private=private,
-            commit_message=commit_message,
-            revision=revision,
+            save_directory, repo_id, token, private=private, commit_message=commit_message, revision=revision
         )
     return files
 

@@ -70,13 +70,18 @@ class GlobalBatch:
         """Rows of the largest micro-batch of ``rank``, in whole steps and others."""
         if self.shares is None:
             return self.per_device
-        return max(len(piece) for rows in range(1, self.rows + 1) for piece in self.cut(range(rows), rank))
+        return max(self._share(rows, self.shares, rank)[2] for rows in range(1, self.rows + 1))
 
     def _cut_share(self, rows: Sequence[T], shares: tuple[float, ...], rank: int) -> list[list[T]]:
-        ends = [0, *(int(len(rows) * part + 0.5) for part in accumulate(shares[:-1])), len(rows)]
-        mine, turns = rows[ends[rank] : ends[rank + 1]], self.turns(len(rows))
-        size = -(-len(mine) // turns) if turns else 0
-        return [list(mine[turn * size : (turn + 1) * size]) for turn in range(turns)]
+        start, end, size = self._share(len(rows), shares, rank)
+        mine = rows[start:end]
+        return [list(mine[turn * size : (turn + 1) * size]) for turn in range(self.turns(len(rows)))]
+
+    def _share(self, rows: int, shares: tuple[float, ...], rank: int) -> tuple[int, int, int]:
+        """Where the part of ``rank`` begins and ends in a step of so many rows, and rows of its micro-batches."""
+        ends = [0, *(int(rows * part + 0.5) for part in accumulate(shares[:-1])), rows]
+        start, end, turns = ends[rank], ends[rank + 1], self.turns(rows)
+        return start, end, -(-(end - start) // turns) if turns else 0
 
 
 def resolve_global_batch(

@@ -16,8 +16,8 @@ def marked() -> dict[str, dict[str, bool]]:
         if "promise(" not in source:
             continue
         tree = ast.parse(source)
-        whole_file = _keys(getattr(_assigned(tree, "pytestmark"), "value", None))
-        gpu_file = _names_gpu(getattr(_assigned(tree, "pytestmark"), "value", None))
+        of_file = getattr(_assigned(tree, "pytestmark"), "value", None)
+        whole_file, gpu_file = _keys(of_file), _names_gpu(of_file)
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 name = f"{path.relative_to(TESTS.parent).as_posix()}::{node.name}"
