@@ -100,7 +100,11 @@ class HeldReduction(Reduction):
         check_gradients(self._model, trained)
         reached: Tensor = _Reached.apply(*trained)
         self._model.reducer.prepare_for_backward([reached])
-        reached.backward()
+        # DDP lays its buckets out in the order in which gradients are complete in its first backward. A thread of the
+        # GPU would take them as they come, in another order in every run, and where a gradient lies in a bucket says
+        # in which order its parts of three ranks or more are added up.
+        with torch.autograd.set_multithreading_enabled(False):
+            reached.backward()
         self._model.require_forward_param_sync = True
 
 
