@@ -66,6 +66,7 @@ def run_once(way: str, ranks: int, gpus: str, options: argparse.Namespace, model
     with tempfile.TemporaryDirectory() as folder:
         words += [f"--model={model}", f"--output={folder}", f"--precision={options.precision}"]
         words += [f"--seq={options.seq}", f"--batch={options.batch}", f"--steps={options.steps}"]
+        words += [f"--accumulation={options.accumulation}"]
         words += [f"--num-processes={ranks}", f"--telemetry={options.telemetry}"]
         words += [f"--recompute={options.recompute}", f"--config={options.config if ranks > 1 else '{}'}"]
         words += ["--profile"] if options.profile else []
@@ -154,6 +155,7 @@ def main() -> int:
     )
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=4, help="rows of a micro-batch on each rank")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--telemetry", choices=("on", "off"), default="on")
     parser.add_argument("--profile", action="store_true", help="show the kernels of one more step")

@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--config", type=json.loads, default={}, help="fields of MultiGPUConfig, as JSON")
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=4, help="rows of a micro-batch on each rank")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--logging-steps", type=int, default=5)
     parser.add_argument(
@@ -68,6 +69,7 @@ def main() -> None:
     from pantheraml import FastLanguageModel, PantheraMLDistributedTrainer, PantheraMLTrainingArguments
     from pantheraml.devices.nvml import open_nvml
     from pantheraml.distributed.process_group import gather_objects
+    from pantheraml.training.pass_limit import NO_LIMIT
 
     note("libraries")
     before, loading = host_share(), time.perf_counter()
@@ -86,7 +88,7 @@ def main() -> None:
     ranks, warm = get_world_size(), max(1, options.steps // 3)
     generator = torch.Generator().manual_seed(0)
     steps = options.steps + options.profile
-    count = steps * options.batch * ranks
+    count = steps * options.batch * options.accumulation * ranks
     vocab = min(model.config.vocab_size, 128000)
     rows = [torch.randint(3, vocab, (options.seq,), generator=generator).tolist() for _ in range(count)]
 
@@ -136,8 +138,8 @@ def main() -> None:
         train_dataset=Dataset.from_dict({"input_ids": rows}),
         args=PantheraMLTrainingArguments(
             output_dir=str(options.output), per_device_train_batch_size=options.batch, max_steps=steps,
-            learning_rate=1e-4, logging_steps=min(options.logging_steps, options.steps), save_strategy="no",
-            report_to="none", disable_tqdm=True,
+            gradient_accumulation_steps=options.accumulation, learning_rate=1e-4, save_strategy="no",
+            logging_steps=min(options.logging_steps, options.steps), report_to="none", disable_tqdm=True,
         ),
         multi_gpu_config=config,
         callbacks=[clock],
@@ -173,6 +175,8 @@ def main() -> None:
             "load_s": load_s,
             "loss": logs[-1]["loss"],
             "grad_norm": logs[-1]["grad_norm"],
+            # Whether memory ran out for a step, which was repeated in smaller passes.
+            "ran_out": trainer._limit.most < NO_LIMIT,
             **clock.memory,
             "devices": devices,
             "memory": json.loads(record.read_text()) if record.exists() else None,

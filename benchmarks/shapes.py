@@ -41,7 +41,19 @@ LLAMA_70B = LLAMA_8B | dict(
     num_hidden_layers=80,
     num_attention_heads=64,
 )
-SHAPES: dict[str, dict[str, Any]] = {"llama8b": LLAMA_8B, "llama70b": LLAMA_70B, "tiny": TINY}
+LLAMA_1B = LLAMA_8B | dict(
+    hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64, tie_word_embeddings=True
+)
+LLAMA_32B = LLAMA_8B | dict(
+    hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40
+)
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama1b": LLAMA_1B,
+    "llama8b": LLAMA_8B,
+    "llama32b": LLAMA_32B,
+    "llama70b": LLAMA_70B,
+    "tiny": TINY,
+}
 
 
 def checkpoint(shape: str, layers: int | None = None) -> Path:

@@ -112,6 +112,7 @@ def train_two_steps(model: str, method: str, rank: int, request: PlanRequest, ro
     from pantheraml.training.arguments import PantheraMLTrainingArguments
     from pantheraml.training.trainer import PantheraMLTrainer
 
+    there = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0  # of this process, before the probe
     loaded: Any
     loaded, tokenizer = FastLanguageModel.from_pretrained(
         model,
@@ -140,4 +141,4 @@ def train_two_steps(model: str, method: str, rank: int, request: PlanRequest, ro
         told = json.loads(record.read_text()) if record.exists() else []
     state = get_state(loaded)
     recomputing = sum(plan.layers for plan in state.plans) if state is not None else 0
-    return _Steps(recomputing, told[0]["measured_allocated"] if told else None)
+    return _Steps(recomputing, told[0]["measured_allocated"] - there if told else None)

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
 ]
-SIZES = dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=8, num_attention_heads=16)
+SIZES = dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=16, num_attention_heads=16)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def test_each_process_has_its_own_gpu_and_takes_what_one_takes(model, tmp_path):
     assert "starting 2 ranks" in text and text.count("Training has ended.") == 1
     assert one.keys() == {"gpu_0"} and two.keys() == {"gpu_0", "gpu_1"}
     for row in two.values():
-        # GiB: gradients lie in buckets, too; a second copy of the model would be twice as much.
-        assert row["peak_allocated"] == pytest.approx(one["gpu_0"]["peak_allocated"], abs=0.1)
+        # GiB: before the first step DDP sends weights around in pieces of 250 MiB. A second copy would be another 0.4.
+        assert row["peak_allocated"] == pytest.approx(one["gpu_0"]["peak_allocated"], abs=0.26), (one, two)
     if not alone:
         pytest.skip("this driver does not list processes")
     # The master has no context, and neither worker one on the other's GPU.
