@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from pantheraml import FastLanguageModel
+from pantheraml.devices.peak_memory import Outliving
 from pantheraml.models.memory_estimate import (
     MemoryEstimate,
     Share,
@@ -45,7 +46,7 @@ def model(tmp_path_factory):
     ],
 )
 def test_gradients_and_moments_are_those_of_a_step(model, optim, build):
-    predicted = predicted_bytes(model, 8, RecomputePlan(8, 0), optim, keeps_gradients=True)
+    predicted = predicted_bytes(model, 8, RecomputePlan(8, 0), optim, outliving=Outliving(sums=True))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = build(trained, lr=1e-3)
     model(input_ids=torch.arange(8)[None] + 5, labels=torch.arange(8)[None] + 5).loss.backward()
@@ -89,7 +90,7 @@ def test_activations_follow_the_plan(model):
     kept, layers = kept_per_token(model), model.config.num_hidden_layers
 
     def activations(tokens, *plan):
-        found = predicted_bytes(model, tokens, RecomputePlan(tokens, *plan), keeps_gradients=True)
+        found = predicted_bytes(model, tokens, RecomputePlan(tokens, *plan), outliving=Outliving(sums=True))
         return found.activations + found.passing + found.logits
 
     assert activations(64, 0) == 64 * layers * kept.all + passing_bytes(model, 64)
@@ -152,7 +153,7 @@ def test_the_sum_and_its_words():
 def test_shares_of_a_split_model():
     """Layers on two devices, one of which is not there: each has its own, in as many copies as are in flight."""
     model = tiny.build_model("llama", num_hidden_layers=4)
-    plan, keeps = RecomputePlan(8, 0), dict(keeps_gradients=True)
+    plan, keeps = RecomputePlan(8, 0), dict(outliving=Outliving(sums=True))
     whole = predicted_bytes(model, 8, plan, **keeps)
     there = torch.device("meta")
     for part in (*model.model.layers[1:], model.model.norm, model.lm_head):

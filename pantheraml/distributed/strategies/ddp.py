@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 from pantheraml.config.multi_gpu import MultiGPUConfig
+from pantheraml.devices.peak_memory import ONE_BUCKET_BYTES
 from pantheraml.distributed.data_parallel import average_buckets, buffers_stay
 from pantheraml.distributed.strategies.base import Strategy
 from pantheraml.distributed.strategies.held_reduction import count_launches
@@ -24,9 +25,6 @@ from pantheraml.errors import ConfigError
 from pantheraml.models.sharding import is_sharded
 from pantheraml.models.split import is_split
 from pantheraml.models.state import get_state
-
-# Trained parameters up to so many bytes are reduced at once, at the end: less would not hide behind the backward.
-_ONE_BUCKET = 2**30
 
 
 @dataclass
@@ -77,7 +75,7 @@ def configure(
     if config is not None and config.reduce_dtype is not None:
         found["reduce_dtype"] = getattr(torch, config.reduce_dtype)
     trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
-    if args.ddp_bucket_cap_mb is None and trained <= _ONE_BUCKET:
+    if args.ddp_bucket_cap_mb is None and trained <= ONE_BUCKET_BYTES:
         found["bucket_cap_mb"] = 1 + trained // 2**20
     accelerator.ddp_handler = _Settings(**found)
 
