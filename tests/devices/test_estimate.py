@@ -229,6 +229,17 @@ def test_masters_are_copied_for_the_pass():
     assert estimate(parts, layout, Work(65536))[0].buffers == 0, "what is gathered is in 16 bits"
 
 
+def test_copies_of_layers_that_recompute_are_there_until_the_forward_is_over():
+    """With a small vocabulary that is more than the gradient of the head, which comes later."""
+    for vocabulary, comes_first in ((128256, False), (2000, True)):
+        parts = llama((4096, 14336, 4, 32, 8, vocabulary), "full")
+        copies = 2 * sum(layer.numbers for layer in parts.layers)
+        for again, left in ((4, 0), (3, copies // 4)):
+            (memory,) = estimate(parts, Layout("ddp", data=2), Work(512, recomputing=(again,)))
+            assert memory.moment == "head and loss"
+            assert memory.buffers == (copies if comes_first else left)
+
+
 def test_twins_of_fp8_weights_are_kept_where_they_are_small():
     parts = llama(SHAPES["70B"], "fp8")
     little, much = (estimate(parts, ONE, Work(64, room=room))[0].weights for room in (H200, 8 * H200))

@@ -18,8 +18,8 @@ from pantheraml.devices.layout import Layout
 from pantheraml.distributed.data_parallel import average_buckets
 from pantheraml.distributed.strategies.held_reduction import count_launches, reduction_of
 from pantheraml.models.precision import Precision
-from pantheraml.models.weight_sizes import measure_parts
 from pantheraml.models.state import get_state
+from pantheraml.models.weight_sizes import measure_parts
 from pantheraml.training.banner import predict_memory
 from pantheraml.training.head import bind_head
 from tests import tiny

@@ -18,6 +18,7 @@ from pantheraml.models.memory_estimate import (
     predicted_bytes,
     weight_bytes,
 )
+from pantheraml.models.recompute import set_recompute
 from pantheraml.models.recompute_plan import (
     RecomputePlan,
     kept_bytes,
@@ -26,6 +27,7 @@ from pantheraml.models.recompute_plan import (
     sizes_of,
 )
 from tests import tiny
+from tests.live_bytes import LiveBytes
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +173,20 @@ def test_shares_of_a_split_model():
     assert (
         nothing.activations == 0 and nothing.weights + nothing.trainable == second.weights + second.trainable
     )
+
+
+def test_autocast_copies_masters_for_layers_that_recompute_until_the_forward_is_over():
+    """And for others until their backward; the copy of the head is the next one's."""
+    there = []
+    for recomputes in (False, True):
+        model = tiny.build_model("llama", num_hidden_layers=3).train()
+        set_recompute(model, recomputes)
+        ids = torch.arange(4)[None] + 5
+        with LiveBytes() as live, torch.autocast("cpu", torch.bfloat16):
+            hidden = model.model(ids, use_cache=False).last_hidden_state
+            within = live.now
+        there.append((within, live.now, hidden))
+    sizes = [p.numel() for layer in model.model.layers for p in layer.parameters() if p.dim() == 2]
+    copies = 2 * sum(sizes)
+    (_, kept, _), (within, left, _) = there
+    assert copies == within - left < kept - left
