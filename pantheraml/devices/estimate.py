@@ -30,6 +30,7 @@ from pantheraml.devices.peak_memory import (
     CONTEXT_BYTES,
     NCCL_BYTES,
     ONE_BUCKET_BYTES,
+    EndGradients,
     Gathered,
     MemoryEstimate,
     Outliving,
@@ -151,7 +152,7 @@ def stage_sizes(parts: ModelParts, layout: Layout, work: Work, stage: Stage, rec
         casts=_casts(parts, layout, sizes, stage.layers[recomputing:]),
         forward_casts=_casts(parts, layout, sizes, stage.layers),
         casts_left=_casts(parts, layout, sizes, stage.layers[min(recomputing, total - 1) :]),
-        **_gradients_of_ends(parts, layout, stage),
+        ends=_end_gradients(parts, layout, stage),
     )
 
 
@@ -237,14 +238,14 @@ def _outliving(parts: ModelParts, layout: Layout, work: Work, gradients: int) ->
     return Outliving(sums=sums or layout.strategy == "pipeline")
 
 
-def _gradients_of_ends(parts: ModelParts, layout: Layout, stage: Stage) -> dict[str, int]:
-    """What ``StepSizes`` says of gradients of embedding and head: nothing where they are shared out as they come."""
+def _end_gradients(parts: ModelParts, layout: Layout, stage: Stage) -> EndGradients:
+    """Those of embedding and head, as far as they are here; none where they are shared out as they come."""
     if not parts.full_finetuning or layout.strategy in ("fsdp", "deepspeed"):
-        return {}
+        return EndGradients()
     size, sizes = parts.trained_size // layout.tensor, sizes_of(parts)
-    return dict(
-        head_gradient=sizes.vocabulary * sizes.hidden * size * stage.has_head,
-        embedding_gradient=parts.embedding.trainable * size * (parts.embedding in stage.ends),
+    return EndGradients(
+        head=sizes.vocabulary * sizes.hidden * size * stage.has_head,
+        embedding=parts.embedding.trainable * size * (parts.embedding in stage.ends),
         is_tied=parts.tied,
     )
 

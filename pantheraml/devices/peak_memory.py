@@ -140,6 +140,24 @@ class Outliving(NamedTuple):
         return self.sums or (self.buckets and not self.late)
 
 
+class EndGradients(NamedTuple):
+    """Bytes of the gradients of a trained head and embedding, where ranks do not share them out as they come.
+
+    Attributes:
+        head: which is among ``StepSizes.logits``, too.
+        embedding: of tokens.
+        is_tied: whether both are of one weight.
+    """
+
+    head: int = 0
+    embedding: int = 0
+    is_tied: bool = False
+
+
+NONE_OUTLIVES = Outliving()
+NO_ENDS = EndGradients()
+
+
 @dataclass(frozen=True)
 class StepSizes:
     """Bytes of what a step of one GPU is made of; see ``MemoryEstimate`` for the first.
@@ -155,9 +173,7 @@ class StepSizes:
         casts: 16-bit copies of trained weights that layers keep, which recompute none.
         casts_left: of those, what the backward of the last layer holds: its own in any case.
         forward_casts: those of all layers, until the forward is over.
-        head_gradient: of a trained head, where nothing shares it out; it is among ``logits``, too.
-        embedding_gradient: of a trained embedding, likewise.
-        is_tied: whether both are of one weight.
+        ends: gradients of a trained head and embedding.
         gathered: by the moment.
         late_gradients: of ``gradients``, those of embedding and head, if they come behind all backwards.
         workspace: as in ``MemoryEstimate``.
@@ -179,9 +195,7 @@ class StepSizes:
     casts: int = 0
     casts_left: int = 0
     forward_casts: int = 0
-    head_gradient: int = 0
-    embedding_gradient: int = 0
-    is_tied: bool = False
+    ends: EndGradients = NO_ENDS
     gathered: Gathered = NOTHING
     late_gradients: int = 0
     workspace: int = WORKSPACE_BYTES
@@ -193,11 +207,11 @@ def peak_memory(step: StepSizes) -> MemoryEstimate:
     gathered, outliving = step.gathered, step.outliving
     before = outliving.before * step.gradients
     after = outliving.after * step.gradients - (0 if outliving.before else step.late_gradients)
+    ends, beside = step.ends, outliving.is_beside
     # Of one weight with the embedding the head's gradient waits for the last backward.
-    beside, is_tied = outliving.is_beside, step.is_tied
-    waiting = step.head_gradient if beside and is_tied else 0
-    early = step.head_gradient if is_tied or not beside else 0
-    last = waiting + (step.embedding_gradient if beside or is_tied else 0)
+    waiting = ends.head if beside and ends.is_tied else 0
+    early = ends.head if ends.is_tied or not beside else 0
+    last = waiting + (ends.embedding if beside or ends.is_tied else 0)
     moments = (
         _at(step, "head and loss", before, step.kept, casts=step.forward_casts, logits=step.forward_logits,
             gathered=gathered.head),

@@ -19,7 +19,9 @@ from pantheraml.devices.optimizer_states import moment_bytes
 from pantheraml.devices.peak_memory import (
     ALLOCATED,
     CONTEXT_BYTES,
+    NONE_OUTLIVES,
     WORKSPACE_BYTES,
+    EndGradients,
     MemoryEstimate,
     Outliving,
     StepSizes,
@@ -31,8 +33,6 @@ from pantheraml.models.sharding import device_of, gathered_bytes, is_sharded
 from pantheraml.models.shares import local
 from pantheraml.models.stack_memory import beside_bytes, shared_bytes
 from pantheraml.models.state import get_state
-
-NONE_OUTLIVES = Outliving()
 
 __all__ = ["MemoryEstimate", "Share", "describe", "predicted_bytes", "weight_bytes"]
 
@@ -112,7 +112,7 @@ def predicted_bytes(
             casts_left=casts * max(1, total - plan.layers) // max(1, total),
             gathered=gathered,
             late_gradients=_of_ends(model, trained) if gathered.ends else 0,
-            **_gradients_of_ends(model, device, has_head=computes and has_head),
+            ends=_end_gradients(model, device, has_head=computes and has_head),
             workspace=WORKSPACE_BYTES if on_gpu else 0,
             driver=CONTEXT_BYTES if on_gpu else 0,
         )
@@ -131,15 +131,15 @@ def _of_ends(model: Any, trained: list[nn.Parameter]) -> int:
     return sum(local(p).nbytes for p in trained if id(p) not in inside)
 
 
-def _gradients_of_ends(model: Any, device: torch.device | None, *, has_head: bool) -> dict[str, int]:
-    """What ``StepSizes`` says of gradients of embedding and head: nothing where they are shared out as they come."""
-    weights = [module.weight for module in (model.get_output_embeddings(), model.get_input_embeddings())]
+def _end_gradients(model: Any, device: torch.device | None, *, has_head: bool) -> EndGradients:
+    """Those of embedding and head, as far as they are on ``device``; none where they are shared out as they come."""
     if is_sharded(model):
-        return {}
+        return EndGradients()
+    weights = [module.weight for module in (model.get_output_embeddings(), model.get_input_embeddings())]
     head, embedding = (
         one.nbytes if one.requires_grad and device in (None, one.device) else 0 for one in weights
     )
-    return dict(head_gradient=head * has_head, embedding_gradient=embedding, is_tied=weights[0] is weights[1])
+    return EndGradients(head * has_head, embedding, is_tied=weights[0] is weights[1])
 
 
 def _casts(model: Any, trained: list[nn.Parameter], sizes: ActivationSizes) -> int:
