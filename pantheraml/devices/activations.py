@@ -173,12 +173,13 @@ class ActivationSizes:
             mlp = min(tokens, TILE) * 6 * inner * c
             return mlp + tokens * (2 * (hidden + self.queries) + 8 * hidden) * c
         if not self.computes_fused:
-            # Gradients of gate, its activation, up and their product; of a trained weight, in c and as it is added up,
-            # or of all of them, where none is.
-            passing = tokens * (4 * inner * c + 2 * hidden * (c + r))
+            # Gradients of gate, its activation, up and their product; of all weights, where they are trained. Masters'
+            # are let go of one by one, in c and as they are added up, and two of the four come for what goes.
+            is_master = self.is_trained and c < r
+            passing = tokens * ((2 if is_master else 4) * inner * c + 2 * hidden * (c + r))
             if self.is_trained:
                 numbers = sum(one.rows * one.cols for one in self.stacks)
-                passing += hidden * inner * (c + r) if c < r else numbers * c
+                passing += hidden * inner * (c + r) if is_master else numbers * c
             return passing + (tokens * (self.kept.all - self.kept.input) if recomputes else 0)
         before_qkv, before_o, whole = self._weight_gradients(tokens, recomputes=recomputes)
         if recomputes:
@@ -249,6 +250,15 @@ class ActivationSizes:
         if self.computed < self.size:
             return logits + states + head * (4 + self.computed)
         return max(logits, head * self.computed if self.computed < 4 else 0) + states + head * 4
+
+    def head_forward(self, tokens: int) -> int:
+        """Of ``head_passing``, what the forward of a trained head takes: no gradients."""
+        if not self.is_trained:
+            return 0
+        copy = self.vocabulary * self.hidden * self.computed if self.computed < self.size else 0
+        rows = min(tokens, max(1, LOGITS // self.vocabulary))
+        logits = rows * self.vocabulary * self.computed
+        return logits + tokens * self.hidden * (2 * self.size + self.computed) + copy
 
     def margin_bytes(self, storage: str) -> int:
         """Bytes that fused layers add to the weights of one layer: the margins of stacks; of FP8, factors in parts.

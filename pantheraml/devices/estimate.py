@@ -29,8 +29,11 @@ from pantheraml.devices.optimizer_states import moment_bytes
 from pantheraml.devices.peak_memory import (
     CONTEXT_BYTES,
     NCCL_BYTES,
+    ONE_BUCKET_BYTES,
+    EndGradients,
     Gathered,
     MemoryEstimate,
+    Outliving,
     StepSizes,
     peak_memory,
 )
@@ -135,12 +138,9 @@ def stage_sizes(parts: ModelParts, layout: Layout, work: Work, stage: Stage, rec
     gathered = _gathered(parts, layout, stage, (kept_first, kept_last))
     trained = [sum(part.trainable for part in some) for some in (stage.ends, (*stage.layers, *stage.ends))]
     late = states.gradients * trained[0] // max(1, trained[1])
-    # Buckets of DDP and ZeRO, and the sums of several micro-batches, outlive a backward.
-    keeps = layout.strategy != "none" and not (layout.strategy == "fsdp" and parts.full_finetuning)
-    keeps = keeps or work.micro_batches > 1
     return replace(
         states,
-        keeps_gradients=keeps,
+        outliving=_outliving(parts, layout, work, states.gradients),
         kept=held * (recomputing * again + (total - recomputing) * whole),
         kept_first=kept_first,
         gathered=gathered,
@@ -148,8 +148,11 @@ def stage_sizes(parts: ModelParts, layout: Layout, work: Work, stage: Stage, rec
         passing=sizes.layer_passing(work.tokens, recomputes=recomputing == total),
         passing_first=sizes.layer_passing(work.tokens, recomputes=recomputing > 0),
         logits=head,
-        casts=_casts(parts, layout, sizes, stage.layers),
+        forward_logits=sizes.head_forward(work.tokens) if stage.has_head else 0,
+        casts=_casts(parts, layout, sizes, stage.layers[recomputing:]),
+        forward_casts=_casts(parts, layout, sizes, stage.layers),
         casts_left=_casts(parts, layout, sizes, stage.layers[min(recomputing, total - 1) :]),
+        ends=_end_gradients(parts, layout, stage),
     )
 
 
@@ -214,13 +217,36 @@ def _states(parts: ModelParts, layout: Layout, work: Work, stage: Stage) -> Step
         trainable=trainable,
         gradients=gradients,
         optimizer=optimizer,
-        keeps_gradients=False,
+        outliving=Outliving(),
         kept=0,
         kept_first=0,
         passing=0,
         passing_first=0,
         logits=0,
         driver=CONTEXT_BYTES + NCCL_BYTES * layout.groups,
+    )
+
+
+def _outliving(parts: ModelParts, layout: Layout, work: Work, gradients: int) -> Outliving:
+    """Which of ``gradients`` bytes outlive a backward."""
+    full, sums = parts.full_finetuning, work.micro_batches > 1
+    if layout.strategy in ("deepspeed", "tensor"):
+        return Outliving(buckets=True)
+    if layout.strategy == "ddp" or (layout.strategy == "fsdp" and not full):
+        # Beside weights that are gathered DDP reduces all of it at once, when every rank has done its passes.
+        return Outliving(True, sums, late=layout.is_sharded or gradients <= ONE_BUCKET_BYTES)
+    return Outliving(sums=sums or layout.strategy == "pipeline")
+
+
+def _end_gradients(parts: ModelParts, layout: Layout, stage: Stage) -> EndGradients:
+    """Those of embedding and head, as far as they are here; none where they are shared out as they come."""
+    if not parts.full_finetuning or layout.strategy in ("fsdp", "deepspeed"):
+        return EndGradients()
+    size, sizes = parts.trained_size // layout.tensor, sizes_of(parts)
+    return EndGradients(
+        head=sizes.vocabulary * sizes.hidden * size * stage.has_head,
+        embedding=parts.embedding.trainable * size * (parts.embedding in stage.ends),
+        is_tied=parts.tied,
     )
 
 

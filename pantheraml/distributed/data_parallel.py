@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -25,18 +25,56 @@ def buffers_stay() -> dict[str, bool]:
     return {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
 
 
-def averaging_in(dtype: torch.dtype) -> Callable[..., Future[Tensor]]:
-    """A hook of DDP that averages gradients over all ranks, sent and added up in ``dtype``; they keep their own."""
+class Averages:
+    """Averages buckets of DDP over all ranks, and remembers those of a step.
+
+    NCCL keeps a bucket until somebody waits for the work on it, or a thread that looks every now and then has seen its
+    end; that DDP waits for a future of it does not count. After the first step DDP lays its buckets out anew, beside
+    the first ones if those are still kept: all gradients twice.
+
+    Args:
+        dtype: what gradients are sent and added up in; None for their own, which they have afterwards in any case.
+    """
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self._dtype = dtype
+        self._started: list[tuple[dist.Work, Future[Tensor]]] = []
+
+    @property
+    def count(self) -> int:
+        """Buckets that have been begun, in the same order on all ranks."""
+        return len(self._started)
+
+    def start(self, bucket: Any) -> Future[Tensor]:
+        """Begin one; a future of its gradients."""
+        gradients = bucket.buffer()
+        sent = gradients if self._dtype is None else gradients.to(self._dtype, copy=True)
+        # Divided before the sum, so that numbers of a small range do not overflow.
+        work = cast(dist.Work, dist.all_reduce(sent.mul_(1 / dist.get_world_size()), async_op=True))
+        future = work.get_future()
+        done = future.then(lambda _: gradients if sent is gradients else gradients.copy_(sent))
+        self._started.append((work, done))
+        return done
+
+    def forget(self) -> None:
+        """Let what is queued from now on wait for those that are on their way, and NCCL let go of their buckets."""
+        for work, done in self._started:
+            done.wait()
+            work.wait()
+        self._started.clear()
+
+
+def average_buckets(model: DistributedDataParallel, dtype: torch.dtype | None = None) -> Averages:
+    """Let DDP reduce by ``Averages``, which let go of buckets before DDP may lay them out anew, in a forward."""
+    averages = Averages(dtype)
 
     # Without annotations: torch compares them with classes, and here they are text.
     def average(state, bucket):  # pyright: ignore[reportMissingParameterType]
-        gradients = bucket.buffer()
-        # Divided before the sum, so that numbers of a small range do not overflow.
-        sent = gradients.to(dtype, copy=True).div_(dist.get_world_size())
-        done = cast(dist.Work, dist.all_reduce(sent, async_op=True))
-        return done.get_future().then(lambda _: gradients.copy_(sent))
+        return averages.start(bucket)
 
-    return average
+    model.register_comm_hook(None, average)
+    model.register_forward_pre_hook(lambda *_: averages.forget())
+    return averages
 
 
 def wrap_module(module: nn.Module, config: MultiGPUConfig) -> DistributedDataParallel:
@@ -54,7 +92,7 @@ def wrap_module(module: nn.Module, config: MultiGPUConfig) -> DistributedDataPar
         **settings,
     )
     if config.reduce_dtype is not None:
-        wrapped.register_comm_hook(None, averaging_in(getattr(torch, config.reduce_dtype)))
+        average_buckets(wrapped, getattr(torch, config.reduce_dtype))
     return wrapped
 
 

@@ -19,14 +19,17 @@ from pantheraml.devices.optimizer_states import moment_bytes
 from pantheraml.devices.peak_memory import (
     ALLOCATED,
     CONTEXT_BYTES,
+    NONE_OUTLIVES,
     WORKSPACE_BYTES,
+    EndGradients,
     MemoryEstimate,
+    Outliving,
     StepSizes,
     peak_memory,
 )
 from pantheraml.models.decoder_layers import layers_of
 from pantheraml.models.recompute_plan import RecomputePlan, kept_bytes, sizes_of, unpacked_bytes
-from pantheraml.models.sharding import device_of, gathered_bytes
+from pantheraml.models.sharding import device_of, gathered_bytes, is_sharded
 from pantheraml.models.shares import local
 from pantheraml.models.stack_memory import beside_bytes, shared_bytes
 from pantheraml.models.state import get_state
@@ -64,7 +67,7 @@ def predicted_bytes(
     optim: str = "adamw_torch",
     share: Share | None = None,
     *,
-    keeps_gradients: bool = False,
+    outliving: Outliving = NONE_OUTLIVES,
 ) -> MemoryEstimate:
     """What a step takes of the device that holds ``model``, or its ``share``.
 
@@ -74,7 +77,7 @@ def predicted_bytes(
         plan: what recomputes there.
         optim: the optimizer by transformers' name.
         share: what the device has of it; None for all.
-        keeps_gradients: whether gradients outlive a backward: of several micro-batches, and in DDP's buckets.
+        outliving: which gradients outlive a backward.
     """
     device = _place_of(model) if share is None else share.device
     trained = [p for p in model.parameters() if p.requires_grad and device in (None, p.device)]
@@ -97,16 +100,19 @@ def predicted_bytes(
             trainable=of_trained,
             gradients=of_trained,
             optimizer=sum(local(p).numel() * moment_bytes(optim, p.element_size()) for p in trained),
-            keeps_gradients=keeps_gradients,
+            outliving=outliving,
             kept=kept_bytes(model, plan, tokens, layers=layers, in_flight=in_flight) if computes else 0,
             kept_first=int(kept_first * tokens * in_flight) if computes else 0,
             passing=passing(recomputes=plan.layers == total) if computes else 0,
             passing_first=passing(recomputes=plan.layers > 0) if computes else 0,
             logits=sizes.head_passing(tokens) if computes and has_head else 0,
-            casts=casts,
+            forward_logits=sizes.head_forward(tokens) if computes and has_head else 0,
+            casts=casts * (total - plan.layers) // max(1, total),
+            forward_casts=casts,
             casts_left=casts * max(1, total - plan.layers) // max(1, total),
             gathered=gathered,
             late_gradients=_of_ends(model, trained) if gathered.ends else 0,
+            ends=_end_gradients(model, device, has_head=computes and has_head),
             workspace=WORKSPACE_BYTES if on_gpu else 0,
             driver=CONTEXT_BYTES if on_gpu else 0,
         )
@@ -123,6 +129,17 @@ def _of_ends(model: Any, trained: list[nn.Parameter]) -> int:
     """Bytes of what is trained here and is in no layer."""
     inside = {id(p) for layer in layers_of(model) for p in layer.parameters()}
     return sum(local(p).nbytes for p in trained if id(p) not in inside)
+
+
+def _end_gradients(model: Any, device: torch.device | None, *, has_head: bool) -> EndGradients:
+    """Those of embedding and head, as far as they are on ``device``; none where they are shared out as they come."""
+    if is_sharded(model):
+        return EndGradients()
+    weights = [module.weight for module in (model.get_output_embeddings(), model.get_input_embeddings())]
+    head, embedding = (
+        one.nbytes if one.requires_grad and device in (None, one.device) else 0 for one in weights
+    )
+    return EndGradients(head * has_head, embedding, is_tied=weights[0] is weights[1])
 
 
 def _casts(model: Any, trained: list[nn.Parameter], sizes: ActivationSizes) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from pantheraml.devices.memory import GIB, describe_bytes
+from pantheraml.devices.peak_memory import ONE_BUCKET_BYTES, Outliving
 from pantheraml.models.adapters import count_parameters
 from pantheraml.models.memory_estimate import MemoryEstimate, Share, describe, predicted_bytes
 from pantheraml.models.recompute import sections
@@ -95,19 +96,29 @@ def predict_memory(model: Any, args: TrainingArguments, longest: int | None, mer
     optim = str(getattr(args.optim, "value", args.optim))
     if state.split is not None:
         return {
-            share.device: predicted_bytes(model, longest, plan, optim, share, keeps_gradients=True)
+            share.device: predicted_bytes(model, longest, plan, optim, share, outliving=Outliving(sums=True))
             for share, plan in _shares(model, state, longest)
         }
     tokens = max(longest, min(merged, longest * args.gradient_accumulation_steps))
     # Micro-batches are merged up to what needs no recompute.
     is_planned = bool(state.plans) and state.plans[0].tokens >= tokens
     plan = state.plans[0] if is_planned else RecomputePlan(tokens, 0)
-    # DDP's buckets, and the sums of several passes, outlive a backward; FSDP2 gives a step's gradients back.
-    has_buckets = args.world_size > 1 and not (state.sharding is not None and state.sharding.trained)
-    keeps = has_buckets or longest * args.gradient_accumulation_steps > tokens
-    return {
-        cast(torch.device, args.device): predicted_bytes(model, tokens, plan, optim, keeps_gradients=keeps)
-    }
+    outliving = _outliving(model, args, sums=longest * args.gradient_accumulation_steps > tokens)
+    return {cast(torch.device, args.device): predicted_bytes(model, tokens, plan, optim, outliving=outliving)}
+
+
+def _outliving(model: Any, args: TrainingArguments, *, sums: bool) -> Outliving:
+    """Which gradients outlive a backward; ``sums``: a step has several passes."""
+    sharding = getattr(get_state(model), "sharding", None)
+    if args.world_size == 1 or (
+        sharding is not None and sharding.trained
+    ):  # FSDP2 gives a step's gradients back
+        return Outliving(sums=sums)
+    if args.deepspeed:
+        return Outliving(buckets=True)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    cap = ONE_BUCKET_BYTES if args.ddp_bucket_cap_mb is None else args.ddp_bucket_cap_mb * 2**20
+    return Outliving(True, sums, late=sharding is not None or trained <= cap)
 
 
 def _shares(model: Any, state: ModelState, tokens: int) -> list[tuple[Share, RecomputePlan]]:

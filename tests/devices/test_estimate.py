@@ -10,7 +10,14 @@ import pytest
 from pantheraml.devices.estimate import Work, estimate, even_stages
 from pantheraml.devices.layout import Layout
 from pantheraml.devices.optimizer_states import moment_bytes
-from pantheraml.devices.peak_memory import COMPONENTS, CONTEXT_BYTES, MemoryEstimate, StepSizes, peak_memory
+from pantheraml.devices.peak_memory import (
+    COMPONENTS,
+    CONTEXT_BYTES,
+    MemoryEstimate,
+    Outliving,
+    StepSizes,
+    peak_memory,
+)
 from pantheraml.devices.stage_split import StageSizes
 from pantheraml.errors import ConfigError
 from tests.devices.sizes import GIB, SHAPES, TINY, llama
@@ -123,15 +130,25 @@ def test_more_tokens_never_take_less_and_recompute_never_more_in_the_end():
 
 def test_ddp_is_one_gpu_and_its_buckets():
     for method in METHODS:
-        parts, work = llama(TINY, method), Work(500)
-        one, copy = (estimate(parts, layout, work)[0] for layout in (ONE, Layout("ddp", data=4)))
+        parts, work = llama(TINY, method), Work(4000)
         gradients = 4 * sum(part.trainable for part in parts.all)
-        for name in ("weights", "trainable", "optimizer", "activations"):
-            if one.moment == copy.moment:
-                assert getattr(one, name) == getattr(copy, name)
-        assert copy.gradients == gradients
-        accumulated = estimate(parts, ONE, replace(work, micro_batches=2))[0]
-        assert (accumulated.total, accumulated.moment) == (copy.total, copy.moment)
+        one, copy, accumulated, both = (
+            estimate(parts, layout, replace(work, micro_batches=count))[0]
+            for count in (1, 2)
+            for layout in (ONE, Layout("ddp", data=4))
+        )
+        for other, times in ((copy, 1), (accumulated, 1), (both, 2)):
+            assert replace(other, gradients=one.gradients, driver=one.driver) == one
+            assert other.gradients - one.gradients == times * gradients
+
+
+def test_where_gradients_are_before_a_backward_and_when_layers_are_done():
+    fresh, sums, buckets, both = (Outliving(*ends) for ends in ((), (False, True), (True,), (True, True)))
+    assert [each.before for each in (fresh, sums, buckets, both)] == [0, 1, 1, 2]
+    assert [each.after for each in (fresh, sums, buckets, both)] == [1, 1, 1, 2]
+    assert [each.is_beside for each in (fresh, sums, buckets, both)] == [False, True, True, True]
+    late = Outliving(buckets=True, late=True)
+    assert (late.before, late.after, late.is_beside) == (1, 2, False)
 
 
 @pytest.mark.parametrize("shard", [2, 4, 8])
@@ -143,8 +160,8 @@ def test_sharding_divides_what_is_trained(shard):
         layout = Layout("fsdp", data=shard, shard=shard, shard_frozen=True)
         sharded = estimate(parts, layout, work)[0]
         for name in ("trainable", "optimizer", "gradients"):
-            # An adapter is whole on every rank.
-            by = shard if parts.full_finetuning else 1
+            # An adapter is whole on every rank, and its gradients are in a bucket, too.
+            by = shard if parts.full_finetuning else 0.5 if name == "gradients" else 1
             assert getattr(sharded, name) == pytest.approx(getattr(one, name) / by, abs=4 * 3)
         replicated = estimate(parts, replace(layout, shard_frozen=False), work)[0]
         if method != "full":
@@ -212,6 +229,17 @@ def test_masters_are_copied_for_the_pass():
     assert estimate(parts, layout, Work(65536))[0].buffers == 0, "what is gathered is in 16 bits"
 
 
+def test_copies_of_layers_that_recompute_are_there_until_the_forward_is_over():
+    """With a small vocabulary that is more than the gradient of the head, which comes later."""
+    for vocabulary, comes_first in ((128256, False), (2000, True)):
+        parts = llama((4096, 14336, 4, 32, 8, vocabulary), "full")
+        copies = 2 * sum(layer.numbers for layer in parts.layers)
+        for again, left in ((4, 0), (3, copies // 4)):
+            (memory,) = estimate(parts, Layout("ddp", data=2), Work(512, recomputing=(again,)))
+            assert memory.moment == "head and loss"
+            assert memory.buffers == (copies if comes_first else left)
+
+
 def test_twins_of_fp8_weights_are_kept_where_they_are_small():
     parts = llama(SHAPES["70B"], "fp8")
     little, much = (estimate(parts, ONE, Work(64, room=room))[0].weights for room in (H200, 8 * H200))
@@ -257,7 +285,7 @@ def test_layers_that_a_strategy_does_not_fuse_keep_what_stock_layers_do():
 
 def test_the_fullest_moment_counts():
     step = StepSizes(
-        weights=10, buffers=0, trainable=1, gradients=100, optimizer=2, keeps_gradients=False, kept=50, kept_first=5,
+        weights=10, buffers=0, trainable=1, gradients=100, optimizer=2, outliving=Outliving(), kept=50, kept_first=5,
         passing=7, passing_first=7, logits=9, workspace=0, driver=0,
     )  # fmt: skip
     assert peak_memory(step).moment == "the backward of the first layer"

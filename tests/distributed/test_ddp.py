@@ -15,7 +15,7 @@ from pantheraml import (
     PantheraMLDistributedTrainer,
     PantheraMLTrainingArguments,
 )
-from pantheraml.distributed.data_parallel import averaging_in
+from pantheraml.distributed.data_parallel import average_buckets
 from tests import tiny
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_parity import rows
@@ -75,7 +75,7 @@ def average(dtype):
     mine = torch.randn(1, 4096).bfloat16()
     model = DistributedDataParallel(nn.Linear(4096, 1, bias=False, dtype=torch.bfloat16))
     if dtype is not None:
-        model.register_comm_hook(None, averaging_in(dtype))
+        average_buckets(model, dtype)
     model(mine).sum().backward()
     return model.module.weight.grad.float().numpy(), mine.float().numpy()
 

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from pantheraml import FastLanguageModel
+from pantheraml.devices.peak_memory import Outliving
 from pantheraml.models.memory_estimate import (
     MemoryEstimate,
     Share,
@@ -17,6 +18,7 @@ from pantheraml.models.memory_estimate import (
     predicted_bytes,
     weight_bytes,
 )
+from pantheraml.models.recompute import set_recompute
 from pantheraml.models.recompute_plan import (
     RecomputePlan,
     kept_bytes,
@@ -25,6 +27,7 @@ from pantheraml.models.recompute_plan import (
     sizes_of,
 )
 from tests import tiny
+from tests.live_bytes import LiveBytes
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def model(tmp_path_factory):
     ],
 )
 def test_gradients_and_moments_are_those_of_a_step(model, optim, build):
-    predicted = predicted_bytes(model, 8, RecomputePlan(8, 0), optim, keeps_gradients=True)
+    predicted = predicted_bytes(model, 8, RecomputePlan(8, 0), optim, outliving=Outliving(sums=True))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = build(trained, lr=1e-3)
     model(input_ids=torch.arange(8)[None] + 5, labels=torch.arange(8)[None] + 5).loss.backward()
@@ -89,7 +92,7 @@ def test_activations_follow_the_plan(model):
     kept, layers = kept_per_token(model), model.config.num_hidden_layers
 
     def activations(tokens, *plan):
-        found = predicted_bytes(model, tokens, RecomputePlan(tokens, *plan), keeps_gradients=True)
+        found = predicted_bytes(model, tokens, RecomputePlan(tokens, *plan), outliving=Outliving(sums=True))
         return found.activations + found.passing + found.logits
 
     assert activations(64, 0) == 64 * layers * kept.all + passing_bytes(model, 64)
@@ -152,7 +155,7 @@ def test_the_sum_and_its_words():
 def test_shares_of_a_split_model():
     """Layers on two devices, one of which is not there: each has its own, in as many copies as are in flight."""
     model = tiny.build_model("llama", num_hidden_layers=4)
-    plan, keeps = RecomputePlan(8, 0), dict(keeps_gradients=True)
+    plan, keeps = RecomputePlan(8, 0), dict(outliving=Outliving(sums=True))
     whole = predicted_bytes(model, 8, plan, **keeps)
     there = torch.device("meta")
     for part in (*model.model.layers[1:], model.model.norm, model.lm_head):
@@ -170,3 +173,20 @@ def test_shares_of_a_split_model():
     assert (
         nothing.activations == 0 and nothing.weights + nothing.trainable == second.weights + second.trainable
     )
+
+
+def test_autocast_copies_masters_for_layers_that_recompute_until_the_forward_is_over():
+    """And for others until their backward; the copy of the head is the next one's."""
+    there = []
+    for recomputes in (False, True):
+        model = tiny.build_model("llama", num_hidden_layers=3).train()
+        set_recompute(model, recomputes)
+        ids = torch.arange(4)[None] + 5
+        with LiveBytes() as live, torch.autocast("cpu", torch.bfloat16):
+            hidden = model.model(ids, use_cache=False).last_hidden_state
+            within = live.now
+        there.append((within, live.now, hidden))
+    sizes = [p.numel() for layer in model.model.layers for p in layer.parameters() if p.dim() == 2]
+    copies = 2 * sum(sizes)
+    (_, kept, _), (within, left, _) = there
+    assert copies == within - left < kept - left

@@ -15,6 +15,7 @@ from pantheraml import (
     PantheraMLDistributedTrainer,
     PantheraMLTrainingArguments,
 )
+from pantheraml.devices.peak_memory import Outliving
 from pantheraml.distributed.strategies.ddp import DDP
 from pantheraml.models.memory_estimate import MemoryEstimate, describe, predicted_bytes
 from pantheraml.models.recompute_plan import RecomputePlan
@@ -86,7 +87,7 @@ def banner(folder, output, settings, rows=None):
         logger.removeHandler(handler)
     passes = {
         tokens: describe(
-            predicted_bytes(model, tokens, RecomputePlan(tokens, 0), keeps_gradients=tokens < 240)
+            predicted_bytes(model, tokens, RecomputePlan(tokens, 0), outliving=Outliving(sums=tokens < 240))
         )
         for tokens in (60, 240)
     }

@@ -13,21 +13,18 @@ from typing import Any
 import torch
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 from pantheraml.config.multi_gpu import MultiGPUConfig
-from pantheraml.distributed.data_parallel import averaging_in, buffers_stay
+from pantheraml.devices.peak_memory import ONE_BUCKET_BYTES
+from pantheraml.distributed.data_parallel import average_buckets, buffers_stay
 from pantheraml.distributed.strategies.base import Strategy
 from pantheraml.distributed.strategies.held_reduction import count_launches
 from pantheraml.errors import ConfigError
 from pantheraml.models.sharding import is_sharded
 from pantheraml.models.split import is_split
 from pantheraml.models.state import get_state
-
-# Trained parameters up to so many bytes are reduced at once, at the end: less would not hide behind the backward.
-_ONE_BUCKET = 2**30
 
 
 @dataclass
@@ -45,16 +42,15 @@ class _Settings(DistributedDataParallelKwargs):
     def register_comm_hook(self, model: Any) -> None:
         """How the wrapped model reduces its gradients."""
         trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        hook = allreduce_hook if self.reduce_dtype is None else averaging_in(self.reduce_dtype)
         if self.reduce_dtype is None and self.comm_hook != DDPCommunicationHookType.NO:
             super().register_comm_hook(model)
         elif trained > model.bucket_bytes_cap and not (
             # Beside weights that are gathered all of it is reduced at once, when every rank has done its passes.
             model.find_unused_parameters or model.static_graph or is_sharded(model)
         ):
-            count_launches(model, hook)
-        elif self.reduce_dtype is not None:
-            model.register_comm_hook(None, hook)
+            count_launches(model, self.reduce_dtype)
+        else:
+            average_buckets(model, self.reduce_dtype)
 
 
 def configure(
@@ -79,7 +75,7 @@ def configure(
     if config is not None and config.reduce_dtype is not None:
         found["reduce_dtype"] = getattr(torch, config.reduce_dtype)
     trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
-    if args.ddp_bucket_cap_mb is None and trained <= _ONE_BUCKET:
+    if args.ddp_bucket_cap_mb is None and trained <= ONE_BUCKET_BYTES:
         found["bucket_cap_mb"] = 1 + trained // 2**20
     accelerator.ddp_handler = _Settings(**found)
 

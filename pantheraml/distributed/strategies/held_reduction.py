@@ -12,23 +12,19 @@ hosts have agreed, it costs no GPU anything. What is trained in full hides its r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from pantheraml.distributed.data_parallel import check_gradients
+from pantheraml.distributed.data_parallel import Averages, average_buckets, check_gradients
 from pantheraml.distributed.process_group import group_size
 from pantheraml.distributed.strategies.gathered_passes import PassExchanges
 from pantheraml.models.sharding import is_sharded
-
-# A hook of DDP: reduces a bucket.
-Hook = Callable[[Any, Any], Future[Any]]
 
 
 class Reduction:
@@ -108,37 +104,17 @@ class HeldReduction(Reduction):
         self._model.require_forward_param_sync = True
 
 
-class _Launches:
-    """A hook of DDP that remembers the buckets of a step it was called with.
+_launched: WeakKeyDictionary[nn.Module, Averages] = WeakKeyDictionary()
+
+
+def count_launches(model: DistributedDataParallel, dtype: torch.dtype | None) -> None:
+    """Let DDP reduce each bucket while a backward goes on, such that a failed rank knows what it owes.
 
     Args:
-        hook: reduces a bucket.
-        trained: what all buckets together hold the gradients of.
+        model: as DDP has wrapped it.
+        dtype: what gradients are sent and added up in; None for their own.
     """
-
-    def __init__(self, hook: Hook, trained: list[nn.Parameter]) -> None:
-        self._hook, self.trained = hook, trained
-        self.started: list[Future[Any]] = []
-
-    def __call__(self, state: Any, bucket: Any) -> Future[Any]:
-        """Called by DDP in the same order on all ranks."""
-        self.started.append(self._hook(state, bucket))
-        return self.started[-1]
-
-
-_launches: WeakKeyDictionary[nn.Module, _Launches] = WeakKeyDictionary()
-
-
-def count_launches(model: DistributedDataParallel, hook: Hook) -> None:
-    """Let DDP reduce each bucket by ``hook`` while a backward goes on, such that a failed rank knows what it owes."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    launches = _launches[model] = _Launches(hook, trained)
-
-    # Without annotations: torch compares them with classes, and here they are text.
-    def counted(state, bucket):  # pyright: ignore[reportMissingParameterType]
-        return launches(state, bucket)
-
-    model.register_comm_hook(None, counted)
+    _launched[model] = average_buckets(model, dtype)
 
 
 class LaunchedBuckets(Reduction):
@@ -149,7 +125,8 @@ class LaunchedBuckets(Reduction):
     """
 
     def __init__(self, model: DistributedDataParallel) -> None:
-        self._model, self._launches = model, _launches[model]
+        self._model, self._launched = model, _launched[model]
+        self._trained = [p for p in model.parameters() if p.requires_grad]
 
     def around(self, *, is_last: bool) -> AbstractContextManager[Any]:
         """Gradients are accumulated before the last pass."""
@@ -158,21 +135,19 @@ class LaunchedBuckets(Reduction):
     def give_up(self) -> None:
         """Take part, with zeros, in the reductions that the others have begun or will begin."""
         buckets = self._model.reducer._get_zeros_like_grad_buckets()
-        for bucket in buckets[len(self._launches.started) :]:
-            self._launches(None, bucket)
+        for bucket in buckets[self._launched.count :]:
+            self._launched.start(bucket)
 
     def undo(self) -> None:
         """Wait for reductions that are on their way, and let DDP forget the step, on all ranks alike."""
-        for launched in self._launches.started:
-            launched.wait()
-        self._launches.started.clear()
+        self._launched.forget()
         self._model.require_forward_param_sync = False
         self._model.reducer._reset_state()
 
     def finish(self) -> None:
         """DDP has waited for them."""
-        check_gradients(self._model, self._launches.trained)
-        self._launches.started.clear()
+        check_gradients(self._model, self._trained)
+        self._launched.forget()
 
 
 class GatheredWeights(Reduction):
@@ -222,4 +197,4 @@ def reduction_of(model: nn.Module) -> Reduction | None:
         return GatheredWeights(model, HeldReduction(model) if is_wrapped else Reduction())
     if not is_wrapped:
         return Reduction() if group_size() == 1 else None
-    return LaunchedBuckets(model) if model in _launches else HeldReduction(model)
+    return LaunchedBuckets(model) if model in _launched else HeldReduction(model)

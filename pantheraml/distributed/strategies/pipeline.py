@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 from pantheraml.config.combinations import refusal
-from pantheraml.distributed.data_parallel import averaging_in
+from pantheraml.distributed.data_parallel import average_buckets
 from pantheraml.distributed.process_group import rank_devices
 from pantheraml.distributed.strategies.ddp import DDP
 from pantheraml.errors import ConfigError
@@ -55,8 +55,7 @@ class PipelineRanks(DDP):
         if isinstance(model, DistributedDataParallel):  # of an earlier run of the same trainer
             return model
         wrapped = DistributedDataParallel(model, **accelerator.ddp_handler.to_kwargs())
-        if accelerator.ddp_handler.reduce_dtype is not None:
-            wrapped.register_comm_hook(None, averaging_in(accelerator.ddp_handler.reduce_dtype))
+        average_buckets(wrapped, accelerator.ddp_handler.reduce_dtype)
         return wrapped
 
     def describe(self) -> str:
