@@ -1,7 +1,8 @@
-"""Checkpoints of weights and optimizers that ranks share out: as one process would write them, so that any may go on.
+"""Checkpoints of weights and optimizers that ranks share out: any number of ranks goes on with them, shared out or not.
 
-Every rank takes part in gathering; rank 0 keeps what is gathered in host memory, and writes it. Who loads reads the
-whole files and keeps its share. What is trained beside frozen weights is whole on every rank, and saved as ever.
+Weights are gathered and written by rank 0 as one process would, a file's worth at a time; who loads reads its share.
+The optimizer's state is written and read by each rank for itself (``checkpoint/state_parts.py``). What is trained
+beside frozen weights is whole on every rank, and saved as ever.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 
 from pantheraml.checkpoint.state_parts import clear_parts, is_in_parts, read_parts, write_parts
+from pantheraml.export.gathered import gathered
+from pantheraml.export.model_methods import save_pretrained
 from pantheraml.models.sharding import bring_whole, is_sharded
-from pantheraml.models.shares import gathered_weights, share_of, whole
+from pantheraml.models.shares import share_of, whole
 from pantheraml.models.state import get_state
 from pantheraml.training.agreeing import agreeing
 
@@ -84,9 +87,11 @@ class SharedState(Trainer):
         if not self._shares_trained:
             super().save_model(output_dir, _internal_call)
             return
-        weights = gathered_weights(cast(nn.Module, self.model), keep=self.args.should_save)
-        if self.args.should_save:
-            self._save(output_dir or self.args.output_dir, state_dict=weights)
+        model, folder = cast(Any, self.model), Path(output_dir or cast(str, self.args.output_dir))
+        with gathered(model, keep=self.args.should_save) as weights:
+            if self.args.should_save:
+                save_pretrained(model, folder, cast(Any, self.processing_class), state_dict=weights)
+                torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As transformers; every rank writes its part, where all have one disk."""
@@ -115,6 +120,13 @@ class SharedState(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         load_shares(cast(nn.Module, self.model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """As transformers; each rank keeps its share."""
+        if self._shares_trained:
+            load_shares(cast(nn.Module, self.model), Path(self.state.best_model_checkpoint or ""))
+        else:
+            super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As transformers; each rank keeps its share, or takes all that ranks have saved in parts."""
