@@ -11,6 +11,7 @@ until it is closed, which is why there are parts.
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from pantheraml.checkpoint.folder_files import reason_of
 from pantheraml.checkpoint.names import OPTIMIZER
+from pantheraml.checkpoint.part_index import PartReader
 from pantheraml.distributed.process_group import get_rank
 from pantheraml.errors import CheckpointError, first_line
 from pantheraml.models.shares import room_for, share_bytes, whole
@@ -102,7 +104,7 @@ def read_parts(checkpoint: Path, parameters: list[Tensor]) -> dict[str, Any]:
                 fix="Go on with the model and the settings that it was saved with.",
             )
         for number in range(state.pop("parts")):
-            reader = dcp.FileSystemReader(_part_folder(folder, number))
+            reader = PartReader(_part_folder(folder, number))
             known: dict[str, Any] = reader.read_metadata().state_dict_metadata
             part = {
                 key: room_for(
@@ -165,7 +167,7 @@ def _unreadable(folder: Path) -> Iterator[None]:
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
         raise _damaged(folder, cause, f" on rank {rank}") from error
-    except (OSError, RuntimeError, KeyError, EOFError) as error:
+    except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
         raise _damaged(folder, error) from error
 
 

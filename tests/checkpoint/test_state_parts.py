@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 
 import pytest
@@ -104,6 +105,20 @@ def test_what_cannot_be_read_is_said(saved, tmp_path):
     weights = [torch.zeros(shape) for shape in SHAPES]
     with pytest.raises(CheckpointError, match=r"has the state of 6 weights\. This run trains 5"):
         read_parts(folder, weights[:5])
+    index = folder / "optimizer" / "part-00000" / ".metadata"
+    whole_index = index.read_bytes()
+    for damaged, said in (
+        (pickle.dumps(print), "the index names builtins.print"),
+        (
+            b"ctorch.distributed.checkpoint.filesystem\nos\n.",
+            "names torch.distributed.checkpoint.filesystem.os",
+        ),
+        (whole_index[:-20], "the index is damaged|truncated"),
+    ):
+        index.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=said):
+            read_parts(folder, weights)
+    index.write_bytes(whole_index)
     lost = folder / "optimizer" / "part-00001" / "__2_0.distcp"
     lost.unlink()
     with pytest.raises(CheckpointError, match=r"cannot be read.*No such file.*part-00001/__2_0\.distcp"):
