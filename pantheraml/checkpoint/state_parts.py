@@ -69,7 +69,7 @@ def write_parts(state: dict[str, Any], checkpoint: Path, *, is_first: bool) -> N
         for number, entry in state["state"].items()
     }
     folder, parts = checkpoint / OPTIMIZER, list(_parts(shares))
-    with _by_whom_it_failed():
+    with _own_failure():
         for number, part in enumerate(parts):
             dcp.save(part, storage_writer=dcp.FileSystemWriter(_part_folder(folder, number)))
         if is_first:
@@ -147,7 +147,7 @@ def _parts(shares: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
-def _by_whom_it_failed() -> Iterator[None]:
+def _own_failure() -> Iterator[None]:
     """Raise what failed on this rank; where it was another one, leave."""
     try:
         yield
