@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from pantheraml import FastLanguageModel, MultiGPUConfig, PantheraMLTrainer, PantheraMLTrainingArguments
-from pantheraml.checkpoint import state_parts
+from pantheraml.checkpoint import folder_files, state_parts
 from pantheraml.checkpoint.manifest import problems, read_manifest
 from pantheraml.distributed.strategies.fsdp import sharding_of
 from pantheraml.errors import ConfigError, SaveError
@@ -179,6 +179,8 @@ BEST = dict(
 def save_on_all(folder, output, kind):
     """Train four steps with a checkpoint after two, and save everything that can be saved, in small files."""
     streaming.LARGEST_FILE, state_parts._MOST = 200_000, 300_000
+    hashed, measured = [], folder_files._measured
+    folder_files._measured = lambda path, flushed: hashed.append(path.name) or measured(path, flushed)
     best = BEST if kind == "full" else {}
     trainer, tokenizer = trainer_of(
         folder, output / "run", kind, SHARED, max_steps=4, save_strategy="steps", save_steps=2, **best
@@ -203,6 +205,7 @@ def save_on_all(folder, output, kind):
         "logits": logits.numpy(),
         "tokens": tokens.tolist(),
         "sharded": is_sharded(model),
+        "hashed": {name for name in hashed if name.endswith(".distcp")},
     }
 
 
@@ -279,6 +282,9 @@ def test_saved_whole_and_gone_on_with_by_any_number_of_ranks(folder, tmp_path, k
     checkpoints = [tmp_path / "run" / "checkpoint-2"]
     if kind == "full":
         check_parts(checkpoints[0])
+        assert [one["hashed"] for one in found] == [{"__0_0.distcp"}, {"__1_0.distcp"}], (
+            "by who has written it"
+        )
         best = AutoModelForCausalLM.from_pretrained(checkpoints[0])
         with torch.no_grad():
             np.testing.assert_allclose(best(input_ids=ids).logits, found[0]["logits"], atol=1e-5)
