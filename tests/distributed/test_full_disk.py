@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+from functools import partial
 from logging import getLogger
 from logging.handlers import BufferingHandler
 from pathlib import Path
@@ -55,10 +56,10 @@ def fill(output, full):
         Path(output, "ballast").unlink()
 
 
-def refuse(output, full):
-    """Let this process write small files only, or any."""
+def refuse(output, full, most=2000):
+    """Let this process write files of ``most`` bytes only, or any."""
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000 if full else hard, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most if full else hard, hard))
 
 
 def run(folder, output, full, load=ADAPTER):
@@ -127,7 +128,8 @@ def test_the_last_one_has_to_be_there(folder, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_cannot_write_its_part(folder, tmp_path, rank):
     """Of what ranks share out, each writes a part: rank 0 the weights, too."""
-    by_rank = run_ranks(2, run, folder, tmp_path, Full(rank, (3, 5), refuse), IN_SHARES)
+    large = partial(refuse, most=100_000)  # smaller ones are there: random numbers, say
+    by_rank = run_ranks(2, run, folder, tmp_path, Full(rank, (3, 5), large), IN_SHARES)
     warnings = by_rank[0][0]
     assert [(saved, error) for _, saved, _, error in by_rank] == 2 * [([2, 6], None)]
     assert left(tmp_path) == ["best.json", "checkpoint-2", "checkpoint-6", "latest.json"]
