@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
@@ -36,7 +37,7 @@ _LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", 
 # What loading a checkpoint takes by its name: beside a manifest that does not list it, it is another save's.
 _LOADED = (
     "*model*.safetensors", "*model*.bin", "*.index.json", "config.json", "adapter_config.json", "trainer_state.json",
-    "training_args.bin", "optimizer*", "scheduler*", "scaler.pt", "rng_state*",
+    "training_args.bin", "optimizer*", "scheduler*", "scaler.pt", "rng_state*", "*.distcp", ".metadata",
 )  # fmt: skip
 
 
@@ -60,30 +61,40 @@ class Manifest:
         return sum(file.size for file in self.files.values())
 
 
-def write_manifest(folder: Path, about: dict[str, Any]) -> Manifest:
+def write_manifest(
+    folder: Path, about: dict[str, Any], measured: dict[str, Measured] | None = None
+) -> Manifest:
     """Flush every file below ``folder``, list them, and write the list: from here on the checkpoint is whole.
 
     Args:
         folder: the checkpoint; nobody may write into it any more.
         about: step, epoch, cursor, ranks: what JSON can hold.
+        measured: files that the ranks which wrote them have flushed and read already, by path from the folder.
 
     Raises:
-        SaveError: a link or something else that is no plain file lies in the folder.
+        SaveError: a link or something else that is no plain file lies in the folder, or what other ranks have written
+            is not there.
         OSError: a file cannot be read, or the disk cannot be written.
     """
+    measured, below = measured or {}, files_below(folder)
+    for name, file in measured.items():
+        if name not in below or below[name].size != file.size:
+            raise SaveError(
+                f"Another rank has written {shown(name)} with {file.size:,} bytes, and rank 0 does not see it.",
+                "Ranks that write one checkpoint need one folder for it, on a disk that all of them see.",
+                "Give such an output_dir, or write save_on_each_node=True.",
+            )
     names = []
-    for name, found in files_below(folder).items():
+    for name, found in below.items():
         if found.kind != "file":
             raise SaveError(
                 f"'{folder / shown(name)}' is no plain file.",
                 "A checkpoint is whole by itself: it holds plain files and folders, and no links.",
                 "Write a copy of what it stands for, or write it elsewhere.",
             )
-        if name != MANIFEST:
+        if name != MANIFEST and name not in measured:
             names.append(name)
-    files, failed = measure(folder, names, flushed=True)
-    for error in failed.values():
-        raise error
+    files = dict(sorted({**measured, **measure_own(folder, names)}.items()))
     flush_folders(folder)
     content = {
         "format": _FORMAT,
@@ -95,6 +106,18 @@ def write_manifest(folder: Path, about: dict[str, Any]) -> Manifest:
     content = json.loads(json.dumps(content))  # as a reader will see it
     replace_text(folder / MANIFEST, json.dumps({**content, "sha256": _seal(content)}, indent=1) + "\n")
     return Manifest(content["about"], content["libraries"], files)
+
+
+def measure_own(folder: Path, names: Iterable[str]) -> dict[str, Measured]:
+    """Size and SHA-256 of files that this process has written, once they are on the disk.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    files, failed = measure(folder, names, flushed=True)
+    for error in failed.values():
+        raise error
+    return files
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -7,6 +7,8 @@ import secrets
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+# The folder of an optimizer's state, in a checkpoint to which every rank adds its part.
+OPTIMIZER = "optimizer"
 # A save that is under way, or was killed.
 UNFINISHED = ".unfinished-"
 # What is thrown away; it may be removed at any time.

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from pantheraml.checkpoint.folder_files import files_below, reason_of, shown
 from pantheraml.checkpoint.manifest import has_manifest, problems
-from pantheraml.checkpoint.names import checkpoints
+from pantheraml.checkpoint.names import OPTIMIZER, checkpoints
 from pantheraml.checkpoint.pointers import LATEST, pointer_path, read_pointer
 from pantheraml.checkpoint.unfinished import recover
 from pantheraml.errors import CheckpointError
@@ -114,7 +114,9 @@ def plain_problems(folder: Path) -> list[str]:
 
 def has_weights(names: Iterable[str]) -> bool:
     """Whether one of these files holds weights, whole or in part."""
-    return any(fnmatch(PurePosixPath(name).name, known) for name in names for known in _WEIGHTS)
+    paths = [PurePosixPath(name) for name in names]
+    of_weights = [path.name for path in paths if not path.parts[0].startswith(OPTIMIZER)]
+    return any(fnmatch(name, known) for name in of_weights for known in _WEIGHTS)
 
 
 def json_problem(path: Path) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pantheraml.checkpoint.disk_errors import disk_error_number, save_error
-from pantheraml.checkpoint.folder_files import DRAFT, bytes_below, flush, reason_of
+from pantheraml.checkpoint.folder_files import DRAFT, Measured, bytes_below, flush, reason_of
 from pantheraml.checkpoint.locks import hold, take
 from pantheraml.checkpoint.manifest import Manifest, has_manifest, problems, write_manifest
 from pantheraml.checkpoint.names import MANIFEST, REMOVED, UNFINISHED, checkpoint_name, hidden_name, step_of
@@ -115,19 +115,20 @@ def start_saving(run_folder: str | Path, step: int) -> Unfinished:
         raise save_error(error.errno, str(error), target) from error
 
 
-def publish(save: Unfinished, about: dict[str, Any]) -> Manifest:
+def publish(save: Unfinished, about: dict[str, Any], measured: dict[str, Measured] | None = None) -> Manifest:
     """Let the checkpoint appear, and ``latest`` point to it. Rank 0 does this when every rank has written its files.
 
     Args:
         save: of ``start_saving``.
         about: epoch, cursor, ranks: what JSON can hold; the step is added.
+        measured: as ``write_manifest``.
 
     Raises:
         SaveError: the disk is full or cannot be written, and what was there before is untouched; or the checkpoint is
             there and ``latest`` still names the one before.
     """
     try:
-        manifest = write_manifest(save.folder, {**about, "step": save.step})
+        manifest = write_manifest(save.folder, {**about, "step": save.step}, measured)
         _move_in(save.folder, save.target, save.home)
     except BaseException as error:
         with suppress(OSError):

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from pantheraml.checkpoint.publish import publish_folder
 from pantheraml.errors import SaveError
 from pantheraml.export.adapter import save_adapter
+from pantheraml.export.gathered import Gathered, write_gathered
 from pantheraml.export.gguf.save import gather_gguf, save_gguf
 from pantheraml.export.hub import push_built, push_folder, push_gguf, push_merged
 from pantheraml.export.merge import gather_merged, save_merged
@@ -81,7 +82,10 @@ def save_pretrained(
     else:
         size = sum(weight.nbytes for weight in model.parameters())
         with publish_folder(save_directory, size) as build:
-            own_method(model, build, **kwargs)
+            if isinstance(kwargs.get("state_dict"), Gathered):
+                write_gathered(own_method, model, build, kwargs.pop("state_dict"), **kwargs)
+            else:
+                own_method(model, build, **kwargs)
             if tokenizer is not None:
                 tokenizer.save_pretrained(build)
     if push_to_hub:

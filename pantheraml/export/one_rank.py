@@ -5,29 +5,39 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, TypeVar, cast
 
 from peft import PeftModel
 from torch import nn
 
 from pantheraml.distributed.process_group import is_first_of_group
+from pantheraml.export.gathered import gathered
 from pantheraml.export.gathering import saved_together
 from pantheraml.models.sharding import is_sharded
 from pantheraml.models.shares import gathered_weights
 from pantheraml.models.zero3 import whole_on_first
 
+_OTHER_FORMS = {"variant", "save_original_format"}
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def by_one_rank(method: Method) -> Method:
-    """``method`` on rank 0 alone, which takes the weights as ``state_dict`` where ranks share out trained ones."""
+    """``method`` on rank 0 alone, which takes the weights as ``state_dict`` where ranks share out trained ones.
+
+    They come as they are written, but where transformers is to write them in another form than checkpoints have.
+    """
 
     @functools.wraps(method)
     def save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         is_first = is_first_of_group()
-        if is_sharded(model) and not isinstance(model, PeftModel) and "state_dict" not in kwargs:
-            kwargs["state_dict"] = gathered_weights(model, keep=is_first)
-        with whole_on_first(model, is_first=is_first):
+        with ExitStack() as opened:
+            if is_sharded(model) and not isinstance(model, PeftModel) and "state_dict" not in kwargs:
+                if _OTHER_FORMS & kwargs.keys():
+                    kwargs["state_dict"] = gathered_weights(model, keep=is_first)
+                else:
+                    kwargs["state_dict"] = opened.enter_context(gathered(model, keep=is_first))
+            opened.enter_context(whole_on_first(model, is_first=is_first))
             return method(model, *args, **kwargs) if is_first else None
 
     return cast(Method, save)

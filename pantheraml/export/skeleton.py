@@ -31,7 +31,9 @@ def build_skeleton(model: PreTrainedModel, dtype: torch.dtype, tied: bool) -> Pr
         if not tied and getattr(part, "tie_word_embeddings", False):
             part.tie_word_embeddings = False
     config.dtype = dtype
-    config.architectures = [type(model).__name__]
+    config.architectures = [
+        type(model).__name__.removeprefix("FSDP")
+    ]  # torch's own class of what it shares out
     with torch.device("meta"):
         skeleton: Any = type(model)(config)
     conversions = getattr(model, "_weight_conversions", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -78,6 +79,26 @@ def joined(share: Tensor, like: DTensor) -> DTensor:
     return DTensor.from_local(
         share, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+
+
+def room_for(shape: torch.Size, dtype: torch.dtype, weight: Tensor) -> Tensor:
+    """Memory for a tensor of ``weight``, whole of ``shape``: for this rank's share of it where it is as large."""
+    if shape != weight.shape:
+        return torch.empty(shape, dtype=dtype)
+    share = torch.empty_like(local(weight), dtype=dtype, requires_grad=False)
+    return joined(share, weight) if isinstance(weight, DTensor) else share
+
+
+def share_bytes(tensor: Tensor) -> int:
+    """About what each rank holds of ``tensor``; the same number on all of them."""
+    cuts = 1
+    if isinstance(tensor, DTensor):
+        cuts = math.prod(
+            tensor.device_mesh.size(axis)
+            for axis, placed in enumerate(tensor.placements)
+            if placed.is_shard()
+        )
+    return -(-tensor.numel() * tensor.itemsize // cuts)
 
 
 def keep_share(weight: Any, kept_on: torch.device, ranks: int, rank: int) -> None:

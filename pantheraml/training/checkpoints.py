@@ -1,7 +1,7 @@
 """A run's checkpoints are whole or not there, and a run goes on only with a whole one.
 
 transformers writes what it writes, into a hidden folder beside the run's checkpoints; when every rank is done, the
-first one lists the files in a manifest and gives the folder its name.
+first one lists the files in a manifest and gives the folder its name. What ranks write in parts, each measures itself.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pantheraml.checkpoint.manifest import has_manifest, problems
+from pantheraml.checkpoint.folder_files import Measured
+from pantheraml.checkpoint.manifest import has_manifest, measure_own, problems
 from pantheraml.checkpoint.names import checkpoint_name, step_of
 from pantheraml.checkpoint.partial import removed_on_failure
 from pantheraml.checkpoint.pointers import BEST, point
 from pantheraml.checkpoint.resuming import STATE, newest_whole
 from pantheraml.checkpoint.retention import retain
 from pantheraml.checkpoint.run_record import Totals
+from pantheraml.checkpoint.state_parts import own_files
 from pantheraml.checkpoint.unfinished import Unfinished, publish, saving
-from pantheraml.distributed.process_group import broadcast_object
+from pantheraml.distributed.process_group import broadcast_object, gather_objects
 from pantheraml.distributed.strategies.base import Strategy
 from pantheraml.errors import CheckpointError
 from pantheraml.log import say
@@ -30,6 +32,7 @@ from pantheraml.training.agreeing import agreeing
 from pantheraml.training.async_saves import AsyncSaves, Writes
 
 Best = tuple[int, float | None] | None
+Files = dict[str, Measured]
 
 # The newest checkpoint, or none: what a script that is started again and again says.
 AUTO = "auto"
@@ -77,30 +80,39 @@ class WholeCheckpoints(AsyncSaves):
                 finally:
                     self._saving_in = None
                 self._name_best(run, home, target.name)
+                folder = Path(home, target.name)
+                own = measure_own(folder, own_files(folder))
+            measured = {name: file for files in gather_objects(own) for name, file in files.items()}
             totals = self.totals()
             finish: Callable[[], None] = _nothing
             with agreeing(target, Path(home)):
                 if save is not None:
-                    finish = self._finishing(save, self._best(run), totals, later, opened)
+                    finish = self._finishing(save, self._best(run), totals, later, measured, opened)
         self.start_saving(finish, target, beside=beside)
 
     def _finishing(
-        self, save: Unfinished, best: Best, totals: Totals, later: Writes, opened: ExitStack
+        self, save: Unfinished, best: Best, totals: Totals, later: Writes, measured: Files, opened: ExitStack
     ) -> Callable[[], None]:
         """Write what rank 0 knows; what is left for it to do, perhaps in a thread, with what is ``opened``."""
         cursor = self.cursor()
         cursor.write(save.folder)
         self.write_record(save.folder, totals)
         about = {"cursor": asdict(cursor), "ranks": self.args.world_size, "epoch": self.state.epoch}
-        return partial(self._finish, save, later, about, best, opened.pop_all())
+        return partial(self._finish, save, later, about, measured, best, opened.pop_all())
 
     def _finish(
-        self, save: Unfinished, later: Writes, about: dict[str, Any], best: Best, opened: ExitStack
+        self,
+        save: Unfinished,
+        later: Writes,
+        about: dict[str, Any],
+        measured: Files,
+        best: Best,
+        opened: ExitStack,
     ) -> None:
         with opened:
             for write in later:
                 write()
-            publish(save, about)
+            publish(save, about, measured)
         say(f"Saved {save.target.name} in {self.args.output_dir}.")
         if best is not None and (save.run_folder / checkpoint_name(best[0])).is_dir():
             point(save.run_folder, BEST, best[0], metric=self.args.metric_for_best_model, value=best[1])

@@ -1,7 +1,8 @@
-"""Checkpoints of weights and optimizers that ranks share out: as one process would write them, so that any may go on.
+"""Checkpoints of weights and optimizers that ranks share out: any number of ranks goes on with them, shared out or not.
 
-Every rank takes part in gathering; rank 0 keeps what is gathered in host memory, and writes it. Who loads reads the
-whole files and keeps its share. What is trained beside frozen weights is whole on every rank, and saved as ever.
+Weights are gathered and written by rank 0 as one process would, a file's worth at a time; who loads reads its share.
+The optimizer's state is written and read by each rank for itself (``checkpoint/state_parts.py``). What is trained
+beside frozen weights is whole on every rank, and saved as ever.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 
+from pantheraml.checkpoint.state_parts import clear_parts, is_in_parts, read_parts, write_parts
+from pantheraml.export.gathered import gathered
+from pantheraml.export.model_methods import save_pretrained
 from pantheraml.models.sharding import bring_whole, is_sharded
-from pantheraml.models.shares import gathered_weights, share_of, whole
+from pantheraml.models.shares import share_of, whole
 from pantheraml.models.state import get_state
+from pantheraml.training.agreeing import agreeing
 
 
 def gathered_state(value: Any, *, keep: bool) -> Any:
-    """An optimizer's state dict as one process would have it, in host memory; as ``gathered_weights``."""
+    """An optimizer's state dict as one process would have it, in host memory; every rank has to ask for it."""
     if isinstance(value, Tensor):
         full = whole(value)
         return full.detach().to("cpu", copy=True) if keep else None
@@ -34,7 +39,7 @@ def gathered_state(value: Any, *, keep: bool) -> Any:
 
 def shared_out_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """A whole state dict of ``optimizer``, with this rank's shares of what is as large as a parameter."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = parameters_of(optimizer)
     found = {
         number: {
             name: share_of(one, parameters[number])
@@ -45,6 +50,11 @@ def shared_out_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) ->
         for number, entry in state["state"].items()
     }
     return {**state, "state": found}
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What ``optimizer`` trains, in the order by which its state dict numbers it."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def load_shares(model: nn.Module, folder: Path) -> None:
@@ -77,20 +87,32 @@ class SharedState(Trainer):
         if not self._shares_trained:
             super().save_model(output_dir, _internal_call)
             return
-        weights = gathered_weights(cast(nn.Module, self.model), keep=self.args.should_save)
-        if self.args.should_save:
-            self._save(output_dir or self.args.output_dir, state_dict=weights)
+        model, folder = cast(Any, self.model), Path(output_dir or cast(str, self.args.output_dir))
+        with gathered(model, keep=self.args.should_save) as weights:
+            if self.args.should_save:
+                save_pretrained(model, folder, cast(Any, self.processing_class), state_dict=weights)
+                torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As transformers; every rank takes part."""
+        """As transformers; every rank writes its part, where all have one disk."""
         if not self._shares_trained:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        optimizer = cast(Any, self.optimizer)
-        state = gathered_state(optimizer.state_dict(), keep=self.args.should_save)
-        if self.args.should_save:
-            torch.save(state, Path(output_dir, OPTIMIZER_NAME))
-            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir, SCHEDULER_NAME))
+        folder, is_first = Path(output_dir), self.args.should_save
+        state = cast(Any, self.optimizer).state_dict()
+        if self.args.save_on_each_node:
+            state = gathered_state(state, keep=is_first)
+            if is_first:
+                torch.save(state, folder / OPTIMIZER_NAME)
+        else:
+            with agreeing(folder, folder):
+                if is_first:  # a checkpoint that is written over
+                    clear_parts(folder)
+                    (folder / OPTIMIZER_NAME).unlink(missing_ok=True)
+            with agreeing(folder, folder):
+                write_parts(state, folder, is_first=is_first)
+        if is_first:
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), folder / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As transformers; each rank keeps its share."""
@@ -99,14 +121,29 @@ class SharedState(Trainer):
             return
         load_shares(cast(nn.Module, self.model), Path(resume_from_checkpoint))
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def _load_best_model(self) -> None:
         """As transformers; each rank keeps its share."""
-        if checkpoint is None or not self._shares_trained or not Path(checkpoint, OPTIMIZER_NAME).is_file():
+        if self._shares_trained:
+            load_shares(cast(nn.Module, self.model), Path(self.state.best_model_checkpoint or ""))
+        else:
+            super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As transformers; each rank keeps its share, or takes all that ranks have saved in parts."""
+        folder = Path(checkpoint or "")
+        is_whole = (folder / OPTIMIZER_NAME).is_file()
+        is_ours = self._shares_trained if is_whole else is_in_parts(folder)
+        if checkpoint is None or not is_ours:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         optimizer = cast(Any, self.optimizer)
         plain: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-        state = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True, mmap=True)
-        optimizer.load_state_dict(shared_out_state(state, plain))
-        schedule = torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True)
+        if is_whole:
+            found = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)
+            state = shared_out_state(found, plain)
+        else:
+            plain.state.clear()  # moments that a run goes back from would be there beside those that come
+            state = read_parts(folder, parameters_of(plain))
+        optimizer.load_state_dict(state)
+        schedule = torch.load(folder / SCHEDULER_NAME, weights_only=True)
         cast(Any, self.lr_scheduler).load_state_dict(schedule)

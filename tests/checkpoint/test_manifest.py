@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from pantheraml.checkpoint.folder_files import Measured
 from pantheraml.checkpoint.inspection import inspect_checkpoint
 from pantheraml.checkpoint.manifest import problems, read_manifest, write_manifest
-from pantheraml.checkpoint.resuming import damage, newest_whole
+from pantheraml.checkpoint.resuming import damage, has_weights, newest_whole
 from pantheraml.errors import CheckpointError, SaveError
 from tests.checkpoint.runs import contents, save, tree, write
 from tests.checkpoint.test_publish import as_nobody, open_the_way_to
@@ -36,6 +37,23 @@ def test_the_manifest_lists_every_file_and_what_it_is_about(folder):
     }
     assert manifest.total_bytes == sum(map(len, contents(3).values()))
     assert problems(folder) == []
+
+
+def test_what_other_ranks_have_measured_is_listed_as_they_say_and_has_to_be_there(folder):
+    theirs = {"optimizer/part-00000/__1_0.distcp": Measured(5, "as rank 1 has read it")}
+    with pytest.raises(
+        SaveError, match=r"__1_0\.distcp with 5 bytes, and rank 0 does not see it.*save_on_each_node"
+    ):
+        write_manifest(folder, {"step": 3}, theirs)
+    (part,) = (folder / name for name in theirs)
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"1234")
+    with pytest.raises(SaveError, match="rank 0 does not see it"):
+        write_manifest(folder, {"step": 3}, theirs)
+    part.write_bytes(b"12345")
+    assert write_manifest(folder, {"step": 3}, theirs).files[next(iter(theirs))] == theirs[next(iter(theirs))]
+    assert [one.partition(" ")[0] for one in problems(folder)] == list(theirs)
+    assert not has_weights(theirs) and has_weights(["__1_0.distcp"])
 
 
 def flip(path: Path) -> None:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from pantheraml import FastLanguageModel, MultiGPUConfig, PantheraMLTrainer, PantheraMLTrainingArguments
+from pantheraml.checkpoint import folder_files, state_parts
+from pantheraml.checkpoint.manifest import problems, read_manifest
 from pantheraml.distributed.strategies.fsdp import sharding_of
 from pantheraml.errors import ConfigError, SaveError
+from pantheraml.export import gathered as streaming
 from pantheraml.export.quantized import is_4bit
 from pantheraml.models.fused.decoder_layer import FusedDecoderLayer, apply_layers
 from pantheraml.models.fused.functions import AttentionInput
@@ -28,6 +34,7 @@ from tests import tiny
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_parity import rows
 from tests.export.gguf_files import assert_same_model
+from tests.live_bytes import LiveBytes
 
 LOADS = {
     "lora": dict(load_in_4bit=False),
@@ -162,10 +169,21 @@ def test_4_bit_weights_keep_their_bits(folder):
                 np.testing.assert_array_equal(one, value)
 
 
+# The loss falls: the first checkpoint is the "best" one, and the run ends with its weights.
+BEST = dict(
+    eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="eval_loss",
+    greater_is_better=True,
+)  # fmt: skip
+
+
 def save_on_all(folder, output, kind):
-    """Train four steps with a checkpoint after two, and save everything that can be saved."""
+    """Train four steps with a checkpoint after two, and save everything that can be saved, in small files."""
+    streaming.LARGEST_FILE, state_parts._MOST = 200_000, 300_000
+    hashed, measured = [], folder_files._measured
+    folder_files._measured = lambda path, flushed: hashed.append(path.name) or measured(path, flushed)
+    best = BEST if kind == "full" else {}
     trainer, tokenizer = trainer_of(
-        folder, output / "run", kind, SHARED, max_steps=4, save_strategy="steps", save_steps=2
+        folder, output / "run", kind, SHARED, max_steps=4, save_strategy="steps", save_steps=2, **best
     )
     trainer.train()
     model = trainer.model
@@ -187,13 +205,49 @@ def save_on_all(folder, output, kind):
         "logits": logits.numpy(),
         "tokens": tokens.tolist(),
         "sharded": is_sharded(model),
+        "hashed": {name for name in hashed if name.endswith(".distcp")},
     }
 
 
-def go_on(folder, output, kind, config):
-    trainer, _ = trainer_of(folder, output, kind, config, 4 if config else 8, max_steps=4, save_strategy="no")
-    trainer.train(resume_from_checkpoint=str(output / "checkpoint-2"))
-    return figures(trainer)
+def go_on(folder, checkpoints, kind, config, max_steps=4):
+    """The figures of runs that go on from each of ``checkpoints``."""
+    found = []
+    for checkpoint in checkpoints:
+        trainer, _ = trainer_of(
+            folder, checkpoint.parent, kind, config, 4 if config else 8, max_steps=max_steps
+        )
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        found.append(figures(trainer))
+    return found
+
+
+def check_parts(checkpoint):
+    """Every rank has written its part of a checkpoint, each file of which the manifest knows."""
+    names = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+    assert not problems(checkpoint) and read_manifest(checkpoint).files.keys() == names - {"manifest.json"}
+    parts = [f"optimizer/part-0000{part}/__{rank}_0.distcp" for part in range(2) for rank in range(2)]
+    assert {*parts, "optimizer/rest.pt", "optimizer/part-00001/.metadata"} <= names
+    assert "optimizer.pt" not in names and "model-00003-of-00003.safetensors" in names
+    one, other = (checkpoint / name for name in parts[:2])
+    swapped = checkpoint / "swapped"
+    for source, target in ((one, swapped), (other, one), (swapped, other)):
+        source.rename(target)
+    found = problems(checkpoint)
+    assert len(found) == 2 and all(parts[rank] in found[rank] for rank in range(2))
+    for source, target in ((one, swapped), (other, one), (swapped, other)):
+        source.rename(target)
+    other.rename(swapped)
+    assert problems(checkpoint) == [f"{parts[1]} is missing."]
+    swapped.rename(other)
+
+
+def as_before(checkpoint, folder):
+    """A copy of a checkpoint as it was when rank 0 wrote all of the optimizer's state."""
+    old = shutil.copytree(checkpoint, folder / checkpoint.name)
+    torch.save(state_parts.read_parts(old, [torch.empty(0)] * 21), old / "optimizer.pt")
+    shutil.rmtree(old / "optimizer")
+    (old / "manifest.json").unlink()
+    return old
 
 
 @pytest.mark.parametrize("kind", ["lora", "qlora", "full"])
@@ -203,6 +257,10 @@ def test_saved_whole_and_gone_on_with_by_any_number_of_ranks(folder, tmp_path, k
     assert found[0]["tokens"] == found[1]["tokens"]
     assert_same_model(tmp_path / "gguf/model-F32.gguf", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    for name in ("merged", "saved") if kind == "full" else ("merged",):
+        assert json.loads((tmp_path / name / "config.json").read_text())["architectures"] == [
+            "LlamaForCausalLM"
+        ]
     ids = torch.tensor([[1, 7, 30, 12, 99, 4]])
     with torch.no_grad():
         np.testing.assert_allclose(
@@ -221,10 +279,55 @@ def test_saved_whole_and_gone_on_with_by_any_number_of_ranks(folder, tmp_path, k
     )
     with torch.no_grad():
         np.testing.assert_allclose(saved.eval()(input_ids=ids).logits, found[0]["logits"], atol=1e-5)
-    copied = (2, MultiGPUConfig(strategy="ddp")), (1, None)
-    for ranks, config in ((2, SHARED), *(copied if kind == "full" else ())):
-        after = run_ranks(ranks, go_on, folder, tmp_path / "run", kind, config)[0]
+    checkpoints = [tmp_path / "run" / "checkpoint-2"]
+    if kind == "full":
+        check_parts(checkpoints[0])
+        assert [one["hashed"] for one in found] == [{"__0_0.distcp"}, {"__1_0.distcp"}], (
+            "by who has written it"
+        )
+        best = AutoModelForCausalLM.from_pretrained(checkpoints[0])
+        with torch.no_grad():
+            np.testing.assert_allclose(best(input_ids=ids).logits, found[0]["logits"], atol=1e-5)
+        checkpoints.append(as_before(checkpoints[0], tmp_path))
+    for after in run_ranks(2, go_on, folder, checkpoints, kind, SHARED)[0]:
+        assert after == found[0]["figures"], "bit by bit"
+    others = (2, MultiGPUConfig(strategy="ddp")), (1, None), (4, SHARED)
+    for ranks, config in others if kind == "full" else ():
+        (after,) = run_ranks(ranks, go_on, folder, checkpoints[:1], kind, config)[0]
         np.testing.assert_allclose(after, found[0]["figures"], rtol=3e-6)
+
+
+def read_weights(folder):
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def save_both_ways(folders):
+    """Save as the weights come, in small files, and all together by transformers; how much of tensors each way took."""
+    took = []
+    for folder in folders:
+        model, _ = load(folder, "full", SHARED)
+        model.eval()(input_ids=torch.tensor([[1, 7, 30]]))  # leaves embedding and head gathered
+        for name, settings in (
+            ("come", {"max_shard_size": 100_000}),
+            ("together", {"save_original_format": True}),
+        ):
+            with LiveBytes() as live:
+                model.save_pretrained(folder / name, **settings)
+            took.append(live.most)
+    return took
+
+
+def test_weights_are_written_as_they_come(tmp_path):
+    folders = [tiny.save_checkpoint(tmp_path / name, name) for name in ("qwen3_moe", "gemma3_text")]
+    took = run_ranks(2, save_both_ways, folders)[0]
+    for number, folder in enumerate(folders):
+        come, together = (read_weights(folder / name) for name in ("come", "together"))
+        assert len(list((folder / "come").glob("model-*.safetensors"))) > 2
+        tied = {"lm_head.weight"} if folder.name == "gemma3_text" else set()  # gathered, these are two
+        assert come.keys() == together.keys() - tied
+        assert all(together[name].equal(value) for name, value in come.items())
+        assert took[2 * number] < 0.6 * took[2 * number + 1]
+        AutoModelForCausalLM.from_pretrained(folder / "come")
 
 
 def refused(folder, load, adapter):
@@ -267,7 +370,8 @@ def test_what_cannot_be_shared_out_is_refused(folder):
 
 def two_copies(folder, output):
     config = MultiGPUConfig(strategy="fsdp", shard_size=2)
-    trainer, _ = trainer_of(folder, output, "full", config, 2, 1)
+    saves = {"save_strategy": "steps", "save_steps": 5}
+    trainer, _ = trainer_of(folder, output, "full", config, 2, 1, **saves)
     trainer.train()
     return {"figures": figures(trainer), "said": trainer._strategy.describe()}
 
@@ -278,6 +382,12 @@ def test_copies_that_are_shared_out_each(folder, tmp_path):
     assert "2 copies of 2 ranks each" in found[0]["said"]
     expected = alone(folder, tmp_path, "full")
     np.testing.assert_allclose(found[0]["figures"], expected["figures"], rtol=2e-6, atol=2e-6)
+    checkpoint = tmp_path / "checkpoint-5"
+    written = sum(path.stat().st_size for path in checkpoint.rglob("*.distcp"))
+    moments = 2 * (checkpoint / "model.safetensors").stat().st_size
+    assert moments < written < 1.2 * moments, "one copy"
+    (after,) = run_ranks(2, functools.partial(go_on, max_steps=8), folder, [checkpoint], "full", SHARED)[0]
+    np.testing.assert_allclose(after, expected["figures"], rtol=3e-6)
 
 
 def train_fused(folder, output, kind, per_device, shares_out):

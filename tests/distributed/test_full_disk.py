@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+from functools import partial
 from logging import getLogger
 from logging.handlers import BufferingHandler
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments
+from pantheraml import FastLanguageModel, MultiGPUConfig, PantheraMLTrainer, PantheraMLTrainingArguments
 from pantheraml.checkpoint.manifest import problems
 from pantheraml.checkpoint.pointers import read_pointer
 from pantheraml.errors import SaveError
@@ -28,8 +29,9 @@ class Full(TrainerCallback):
     Rank 0 writes the large files: its disk is filled up. Rank 1 writes a small one: it may write no larger one.
     """
 
-    def __init__(self, rank, steps):
+    def __init__(self, rank, steps, turn=None):
         self.rank, self.steps = rank, steps
+        self.turn = turn or (refuse if rank else fill)
         self.saved, self.best = [], {}
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -37,28 +39,36 @@ class Full(TrainerCallback):
         if args.process_index == self.rank and state.global_step in self.steps:
             self.turn(args.output_dir, state.global_step == self.steps[0])
 
-    def turn(self, output, full):
-        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if self.rank:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2000 if full else hard, hard))
-        elif full:
-            with Path(output, "ballast").open("wb") as file:
-                file.write(bytes(shutil.disk_usage(output).free - 4096))
-        else:
-            Path(output, "ballast").unlink()
-
     def on_save(self, args, state, control, **kwargs):
         self.saved.append(state.global_step)
 
 
-def run(folder, output, full):
+ADAPTER = dict(load_in_4bit=False, device_map="cpu")
+IN_SHARES = dict(full_finetuning=True, use_multi_gpu=MultiGPUConfig(strategy="fsdp"))
+
+
+def fill(output, full):
+    """Leave no room on the disk, or as much as before."""
+    if full:
+        with Path(output, "ballast").open("wb") as file:
+            file.write(bytes(shutil.disk_usage(output).free - 4096))
+    else:
+        Path(output, "ballast").unlink()
+
+
+def refuse(output, full, most=2000):
+    """Let this process write files of ``most`` bytes only, or any."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most if full else hard, hard))
+
+
+def run(folder, output, full, load=ADAPTER):
     """A run that saves at steps 2, 4 and 6: what it said, what callbacks saw, and its error."""
     said = BufferingHandler(999)
     getLogger("pantheraml").addHandler(said)
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        str(folder), 64, load_in_4bit=False, device_map="cpu"
-    )
-    model = FastLanguageModel.get_peft_model(model, r=2)
+    model, tokenizer = FastLanguageModel.from_pretrained(str(folder), 64, **load)
+    if load is ADAPTER:
+        model = FastLanguageModel.get_peft_model(model, r=2)
     args = PantheraMLTrainingArguments(
         output_dir=str(output), per_device_train_batch_size=2, max_steps=6, save_strategy="steps", save_steps=2,
         learning_rate=1e-2, report_to="none", disable_tqdm=True, eval_strategy="steps", eval_steps=2,
@@ -113,6 +123,21 @@ def test_the_last_one_has_to_be_there(folder, tmp_path):
         assert saved == [2, 4] and not warnings
         assert error.startswith(f"{'' if rank else 'Rank 1: '}Saving to {tmp_path / 'checkpoint-6'} stopped")
     assert left(tmp_path) == ["best.json", "checkpoint-2", "checkpoint-4", "latest.json"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_cannot_write_its_part(folder, tmp_path, rank):
+    """Of what ranks share out, each writes a part: rank 0 the weights, too."""
+    large = partial(refuse, most=100_000)  # smaller ones are there: random numbers, say
+    by_rank = run_ranks(2, run, folder, tmp_path, Full(rank, (3, 5), large), IN_SHARES)
+    warnings = by_rank[0][0]
+    assert [(saved, error) for _, saved, _, error in by_rank] == 2 * [([2, 6], None)]
+    assert left(tmp_path) == ["best.json", "checkpoint-2", "checkpoint-6", "latest.json"]
+    for checkpoint in (tmp_path / "checkpoint-2", tmp_path / "checkpoint-6"):
+        assert not problems(checkpoint) and len(list(checkpoint.rglob("*.distcp"))) == 2
+    whose = "Rank 1: " if rank else ""
+    assert len(warnings) == 1 and ("torch.save could not write" if rank else "File too large") in warnings[0]
+    assert warnings[0].startswith(f"{whose}Saving to {tmp_path / 'checkpoint-4'} stopped")
 
 
 def fail(kinds, tmp_path):

@@ -1,4 +1,4 @@
-"""One training run on one or two GPUs; rank 0 writes what came of it."""
+"""One training run on one or two GPUs, perhaps from a checkpoint; rank 0 writes what came of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_before(module):
     return module.reader._known if isinstance(module, FusedDecoderLayer) else None
 
 
-def main(model_name: str, folder: str, ranks: int, kind: str, config: dict) -> None:
+def main(model_name: str, folder: str, ranks: int, kind: str, config: dict, resume: str | None) -> None:
     from pantheraml import MultiGPUConfig, setup_multi_gpu
 
     setup_multi_gpu(MultiGPUConfig(num_processes=ranks, **config))
@@ -51,10 +51,11 @@ def main(model_name: str, folder: str, ranks: int, kind: str, config: dict) -> N
         train_dataset=rows(),
         args=PantheraMLTrainingArguments(
             output_dir=folder, per_device_train_batch_size=8 // ranks, learning_rate=1e-3, max_steps=6, logging_steps=1,
-            save_strategy="no", report_to="none", disable_tqdm=True, bf16=None if kind != "float32" else False,
+            save_strategy="steps" if kind == "full" else "no", save_steps=3, report_to="none", disable_tqdm=True,
+            bf16=None if kind != "float32" else False,
         ),
     )  # fmt: skip
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     logs = [[e["loss"], e["grad_norm"]] for e in trainer.state.log_history if "grad_norm" in e]
     layers = [
         p for name, p in model.named_parameters() if ".layers." in name and "lora_" not in name and p.ndim > 1
@@ -71,4 +72,4 @@ def main(model_name: str, folder: str, ranks: int, kind: str, config: dict) -> N
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], json.loads(sys.argv[5]))
+    main(*sys.argv[1:3], int(sys.argv[3]), sys.argv[4], json.loads(sys.argv[5]), (sys.argv[6:] or [None])[0])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pantheraml.checkpoint.manifest import problems
 from tests.launch.test_agent import environment
 
 pytestmark = [
@@ -19,11 +20,12 @@ pytestmark = [
 SCRIPT = Path(__file__).with_name("shared_train.py")
 
 
-def train(folder_of_model, folder, ranks, kind, **config):
-    """What rank 0 of a run says: losses, gradient norms, bytes of layers, the peak."""
+def train(folder_of_model, folder, ranks, kind, resume=None, **config):
+    """What rank 0 of a run says, that saves after steps 3 and 6: losses, gradient norms, bytes of layers, the peak."""
     folder.mkdir()
+    given = [folder_of_model, folder, ranks, kind, json.dumps(config), *([] if resume is None else [resume])]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder_of_model), str(folder), str(ranks), kind, json.dumps(config)],
+        [sys.executable, str(SCRIPT), *map(str, given)],
         env=environment(), capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -50,6 +52,19 @@ def test_layers_in_host_memory(wide_llama, tmp_path):
     )
     assert away["figures"] == here["figures"]
     assert away["peak"] < here["peak"]
+
+
+@pytest.mark.parametrize("cpu_offload", [False, True])
+def test_a_run_goes_on_from_the_parts_of_its_ranks(wide_llama, tmp_path, cpu_offload):
+    shared = {"strategy": "fsdp", "cpu_offload": cpu_offload}
+    whole = train(wide_llama, tmp_path / "whole", 2, "full", **shared)
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    assert len(list(checkpoint.rglob("*.distcp"))) == 2 and not problems(checkpoint)
+    again = train(wide_llama, tmp_path / "again", 2, "full", checkpoint, **shared)
+    one = train(wide_llama, tmp_path / "one", 1, "full", checkpoint)
+    for name, found, within in (("again", again, 1e-4), ("one", one, 2e-2)):
+        for mine, theirs in zip(found["figures"][3:], whole["figures"][3:], strict=True):
+            assert mine == pytest.approx(theirs, rel=within), name
 
 
 @pytest.fixture(scope="module")
