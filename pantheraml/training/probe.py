@@ -112,7 +112,9 @@ def train_two_steps(model: str, method: str, rank: int, request: PlanRequest, ro
     from pantheraml.training.arguments import PantheraMLTrainingArguments
     from pantheraml.training.trainer import PantheraMLTrainer
 
-    there = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0  # of this process, before the probe
+    there = (
+        torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    )  # of this process, before the probe
     loaded: Any
     loaded, tokenizer = FastLanguageModel.from_pretrained(
         model,

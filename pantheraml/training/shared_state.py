@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 
 from pantheraml.checkpoint.state_parts import clear_parts, is_in_parts, read_parts, write_parts
 from pantheraml.export.gathered import gathered
 from pantheraml.export.model_methods import save_pretrained
+from pantheraml.models.saved_weights import has_other_names, load_weights
 from pantheraml.models.sharding import bring_whole, is_sharded
 from pantheraml.models.shares import share_of, whole
 from pantheraml.models.state import get_state
@@ -55,16 +55,6 @@ def shared_out_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) ->
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """What ``optimizer`` trains, in the order by which its state dict numbers it."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def load_shares(model: nn.Module, folder: Path) -> None:
-    """Fill the weights of ``model`` from the safetensors of ``folder``, a tensor at a time."""
-    here = model.state_dict()
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dictionary
-                with torch.no_grad():
-                    here[name].copy_(share_of(tensors.get_tensor(name).to(here[name].dtype), here[name]))
 
 
 class SharedState(Trainer):
@@ -115,18 +105,24 @@ class SharedState(Trainer):
             torch.save(cast(Any, self.lr_scheduler).state_dict(), folder / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """As transformers; each rank keeps its share."""
-        if not self._shares_trained:
+        """As transformers; each rank keeps its share, and pieces of experts are put together."""
+        if not self._load_own(Path(resume_from_checkpoint), model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        load_shares(cast(nn.Module, self.model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        """As transformers; each rank keeps its share."""
-        if self._shares_trained:
-            load_shares(cast(nn.Module, self.model), Path(self.state.best_model_checkpoint or ""))
-        else:
+        """As ``_load_from_checkpoint``."""
+        if not self._load_own(Path(self.state.best_model_checkpoint or ""), None):
             super()._load_best_model()
+
+    def _load_own(self, folder: Path, model: nn.Module | None) -> bool:
+        """Load a model's weights where transformers' trainer would not, or not all; whether that was so."""
+        target = cast(Any, model or self.model)
+        is_ours = self._shares_trained or (
+            isinstance(target, PreTrainedModel) and has_other_names(target, folder)
+        )
+        if is_ours:
+            load_weights(target, folder)
+        return is_ours
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As transformers; each rank keeps its share, or takes all that ranks have saved in parts."""

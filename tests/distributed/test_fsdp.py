@@ -27,7 +27,8 @@ from pantheraml.models.fused.decoder_layer import FusedDecoderLayer, apply_layer
 from pantheraml.models.fused.functions import AttentionInput
 from pantheraml.models.fused.layer_function import FusedLayer
 from pantheraml.models.recompute_plan import sizes_of
-from pantheraml.models.sharding import bring_whole, is_sharded, shard_model
+from pantheraml.models.saved_weights import load_weights
+from pantheraml.models.sharding import bring_whole, is_sharded, let_go, shard_model
 from pantheraml.models.shares import gathered_weights, local, whole
 from pantheraml.models.state import get_state
 from tests import tiny
@@ -314,6 +315,13 @@ def save_both_ways(folders):
             with LiveBytes() as live:
                 model.save_pretrained(folder / name, **settings)
             took.append(live.most)
+        let_go(model)
+        before = {name: local(weight).clone() for name, weight in model.named_parameters()}
+        with torch.no_grad():
+            for weight in model.parameters():
+                local(weight).zero_()
+        load_weights(model, folder / "come")
+        assert all(local(weight).equal(before[name]) for name, weight in model.named_parameters())
     return took
 
 
