@@ -248,7 +248,10 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         # With one device autograd's own thread has nothing to do beside this one but to take turns with it.
         beside = self.args.world_size > 1 or is_split(model)
         with listed_once(model), torch.autograd.set_multithreading_enabled(beside):
-            result = super().train(*args, **kwargs)
+            try:
+                result = super().train(*args, **kwargs)
+            finally:
+                self._strategy.finished(self)
         self._say_memory()
         return result
 

@@ -81,6 +81,9 @@ class Strategy:
                 trainer.accelerator.free_memory()
                 vars(trainer.model).pop("_is_accelerate_prepared", None)
 
+    def finished(self, trainer: Any) -> None:
+        """``train()`` of ``trainer`` is over, or was ended by an error; it evaluates and saves from now on."""
+
     @contextmanager
     def saving(self, trainer: Any) -> Iterator[None]:
         """A block in which ``trainer`` saves its model: rank 0 has all of it."""

@@ -27,6 +27,7 @@ from pantheraml.config.combinations import REFUSED, refusal
 from pantheraml.config.multi_gpu import MultiGPUConfig
 from pantheraml.distributed.process_group import group_size, is_first_of_group
 from pantheraml.distributed.strategies.base import Strategy
+from pantheraml.distributed.strategies.released_engine import forget_module, release_engine
 from pantheraml.errors import CheckpointError, ConfigError, HardwareError
 from pantheraml.log import say_once
 from pantheraml.models.fused import FusedDecoderLayer
@@ -181,7 +182,14 @@ class DeepSpeed(Strategy):
                 trainer.is_deepspeed_enabled = True
                 if trainer.deepspeed is not None:
                     trainer.deepspeed.destroy()
+                    forget_module(trainer.model)
                     trainer.deepspeed, trainer.model_wrapped = None, trainer.model
+
+    def finished(self, trainer: Any) -> None:
+        """Nothing but the trainer holds the engine any more."""
+        wrapped = trainer.accelerator.deepspeed_engine_wrapped
+        if wrapped is not None:
+            release_engine(wrapped.engine, trainer)
 
     @contextmanager
     def saving(self, trainer: Any) -> Iterator[None]:
