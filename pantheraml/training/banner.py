@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from pantheraml.devices.memory import GIB, describe_bytes
+from pantheraml.devices.zero import Zero
 from pantheraml.models.adapters import count_parameters
 from pantheraml.models.memory_estimate import MemoryEstimate, Share, describe, predicted_bytes
 from pantheraml.models.recompute import sections
@@ -80,7 +81,9 @@ def longest_batch(rows: Any, most: int) -> int | None:
     return int(token_counts(rows).max()) * most
 
 
-def predict_memory(model: Any, args: TrainingArguments, longest: int | None, merged: int) -> Predicted | None:
+def predict_memory(
+    model: Any, args: TrainingArguments, longest: int | None, merged: int, zero: Zero | None = None
+) -> Predicted | None:
     """What a step takes of each device of a rank; None where that cannot be known.
 
     Args:
@@ -88,6 +91,7 @@ def predict_memory(model: Any, args: TrainingArguments, longest: int | None, mer
         args: of the run.
         longest: tokens of the largest micro-batch.
         merged: tokens up to which micro-batches are merged; 0 where they are not.
+        zero: of DeepSpeed, where it trains.
     """
     state = get_state(model)
     if state is None or longest is None or (is_split(model) and state.split is None):
@@ -103,11 +107,11 @@ def predict_memory(model: Any, args: TrainingArguments, longest: int | None, mer
     is_planned = bool(state.plans) and state.plans[0].tokens >= tokens
     plan = state.plans[0] if is_planned else RecomputePlan(tokens, 0)
     # DDP's buckets, and the sums of several passes, outlive a backward; FSDP2 gives a step's gradients back.
-    has_buckets = args.world_size > 1 and not (state.sharding is not None and state.sharding.trained)
+    is_shared_out = state.sharding is not None and state.sharding.trained
+    has_buckets = args.world_size > 1 and not is_shared_out and zero is None
     keeps = has_buckets or longest * args.gradient_accumulation_steps > tokens
-    return {
-        cast(torch.device, args.device): predicted_bytes(model, tokens, plan, optim, keeps_gradients=keeps)
-    }
+    found = predicted_bytes(model, tokens, plan, optim, keeps_gradients=keeps, zero=zero)
+    return {cast(torch.device, args.device): found}
 
 
 def _shares(model: Any, state: ModelState, tokens: int) -> list[tuple[Share, RecomputePlan]]:

@@ -187,7 +187,8 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         passes = self.args.gradient_accumulation_steps
         if longest is not None and self._most_tokens:
             passes = min(passes, -(-longest * passes // self._most_tokens))
-        return self.plan_reduction(predict_memory(model, self.args, longest, self._most_tokens), passes)
+        zero = self._strategy.zero(model)
+        return self.plan_reduction(predict_memory(model, self.args, longest, self._most_tokens, zero), passes)
 
     def _join_run(self, config: SFTConfig, model: nn.Module) -> None:
         """Be one of the ranks that train ``model``, as the run's settings say; ``config`` is changed in place."""

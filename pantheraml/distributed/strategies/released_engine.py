@@ -16,6 +16,9 @@ import inspect
 import weakref
 from typing import Any
 
+# A method of ``PartitionedParameterCoordinator``, which remembers what it was asked: coordinators and modules.
+_REMEMBERS = "_PartitionedParameterCoordinator__params_to_release"
+
 
 def release_engine(engine: Any, owner: object) -> None:
     """Let ``engine`` go with ``owner``; until then it evaluates and saves, but trains no more.
@@ -50,8 +53,11 @@ def forget_module(module: Any) -> None:
 def _clear_cache() -> None:
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-    cached = getattr(PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release")
-    inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
+    method = getattr(PartitionedParameterCoordinator, _REMEMBERS, None)
+    cached = {} if method is None else inspect.getclosurevars(method).nonlocals
+    for one in cached.values():
+        if hasattr(one, "cache_clear"):
+            one.cache_clear()
 
 
 def _remove(hooks: list[Any]) -> None:
