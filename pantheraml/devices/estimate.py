@@ -36,7 +36,6 @@ from pantheraml.devices.zero import (
     BUCKET,
     Zero,
     ZeroWeights,
-    live_numbers,
     zero_gathered,
     zero_states,
 )
@@ -200,20 +199,8 @@ def _late_gradients(parts: ModelParts, layout: Layout, stage: Stage, gradients: 
 
 def _zero(parts: ModelParts, layout: Layout) -> Zero:
     """DeepSpeed with our own settings (distributed/strategies/deepspeed.py)."""
-    layer = max(_numbers(parts, one) for one in parts.layers)
-    return Zero(
-        layout.zero_stage,
-        layout.shard,
-        bucket=min(BUCKET, sum(part.trainable for part in parts.all)),
-        live=live_numbers(layer),
-        prefetch=min(BUCKET, layer),
-        offload=layout.offload,
-    )
-
-
-def _numbers(parts: ModelParts, part: PartSizes) -> int:
-    """Of frozen weights and of those that are trained."""
-    return part.numbers if parts.full_finetuning else part.numbers + part.trainable
+    bucket = min(BUCKET, sum(part.trainable for part in parts.all))
+    return Zero(layout.zero_stage, layout.shard, bucket, offload=layout.offload)
 
 
 def _states(parts: ModelParts, layout: Layout, work: Work, stage: Stage) -> StepSizes:
@@ -270,7 +257,8 @@ def _gathered(parts: ModelParts, layout: Layout, stage: Stage, kept: tuple[int, 
     """Bytes that are gathered, or wait to be sent; ``kept``: what the first layer, and the last, keeps."""
     sizes, full = _computed_in(parts, layout), parts.full_finetuning
     if layout.strategy == "deepspeed":
-        return zero_gathered(_zero(parts, layout), _zero_weights(parts), kept[1])
+        gone = kept[1] if sizes.computes_fused else 0
+        return zero_gathered(_zero(parts, layout), _zero_weights(parts), gone)
     if not layout.is_sharded or layout.shard == 1:
         return Gathered()
     if not full:
@@ -288,18 +276,14 @@ def _gathered(parts: ModelParts, layout: Layout, stage: Stage, kept: tuple[int, 
 def _zero_weights(parts: ModelParts) -> ZeroWeights:
     """Whole weights by what ZeRO gathers and reduces."""
     full, sizes = parts.full_finetuning, sizes_of(parts)
-
-    def size(part: PartSizes) -> int:
-        return part.trainable * parts.trained_size + (0 if full else part.weights)
-
-    layer = max(parts.layers, key=size)
+    trained = sum(part.trainable for part in parts.all)
     return ZeroWeights(
-        trained=sum(part.trainable for part in parts.all),
+        trained=trained,
         head=sizes.vocabulary * sizes.hidden if full else 0,
         is_tied=parts.tied,
-        layer=size(layer),
-        layer_numbers=_numbers(parts, layer),
-        ends=size(parts.embedding if parts.tied else parts.head),
+        layer=max(part.trainable for part in parts.layers),
+        numbers=trained + (0 if full else sum(part.numbers for part in parts.all)),
+        bytes=trained * parts.trained_size + (0 if full else sum(part.weights for part in parts.all)),
     )
 
 

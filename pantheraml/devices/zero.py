@@ -20,13 +20,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pantheraml.devices.gathering import LAYERS
 from pantheraml.devices.optimizer_states import moment_bytes
 from pantheraml.devices.peak_memory import Gathered
 
 # Gradients that are reduced at a time, where nobody says otherwise: 200 MB of them, more of which are no faster. The
 # default of DeepSpeed is ten times that.
 BUCKET = 50_000_000
+# DeepSpeed's own: numbers that stay gathered at stage 3, and that are fetched before they are needed.
+LIVE, PREFETCH = 1_000_000_000, 50_000_000
 # At stage 0 DeepSpeed copies as many at a time, whatever its settings say.
 _STAGE_0_BUCKET = 500_000_000
 # Bytes of a number of masters, and of norms.
@@ -51,8 +52,8 @@ class Zero:
     stage: int
     ranks: int
     bucket: int
-    live: int = 0
-    prefetch: int = 0
+    live: int = LIVE
+    prefetch: int = PREFETCH
     size: int = _MASTER
     buffers: int = 1
     offload: bool = False
@@ -75,22 +76,17 @@ class ZeroWeights:
         trained: numbers that are trained.
         head: of these, numbers of the head, or of the embedding that it is; the embedding has as many.
         is_tied: whether it is.
-        layer: bytes of the largest layer, frozen and trained.
-        layer_numbers: of its numbers.
-        ends: bytes of the head, or of the embedding that it is.
+        layer: of these, numbers of the largest layer.
+        numbers: of all weights.
+        bytes: of all weights.
     """
 
     trained: int
     head: int
     is_tied: bool
     layer: int
-    layer_numbers: int
-    ends: int
-
-
-def live_numbers(layer_numbers: int) -> int:
-    """Numbers that stay gathered at stage 3: the layer at work, and the next one; DeepSpeed's own default is 1e9."""
-    return LAYERS * layer_numbers
+    numbers: int
+    bytes: int
 
 
 def zero_states(zero: Zero, trained: int, optim: str) -> tuple[int, int, int]:
@@ -119,7 +115,8 @@ def zero_gathered(zero: Zero, weights: ZeroWeights, kept: int) -> Gathered:
     Args:
         zero: settings.
         weights: of the model.
-        kept: bytes that the last layer keeps for its backward: they are gone when its gradients come.
+        kept: bytes that the last layer keeps for its backward, if they are gone when its first gradient comes: those of
+            a fused layer, whose gradients come together.
     """
     if zero.stage == 0:
         return Gathered(ends=zero.size * min(_STAGE_0_BUCKET, weights.trained))
@@ -141,7 +138,7 @@ def zero_gathered(zero: Zero, weights: ZeroWeights, kept: int) -> Gathered:
         ends = max(buckets, copied, mine, large)
         return Gathered(apart, apart + max(0, buckets - kept), apart + buckets, apart + ends)
     # This backward's share comes with the first bucket that is full.
-    early = mine if weights.layer_numbers > zero.bucket else 0
+    early = mine if weights.layer > zero.bucket else 0
     later = 0 if is_one else mine
     return Gathered(
         head=apart,
@@ -153,18 +150,18 @@ def zero_gathered(zero: Zero, weights: ZeroWeights, kept: int) -> Gathered:
 
 
 def _gathered_weights(zero: Zero, weights: ZeroWeights, kept: int) -> Gathered:
-    """At stage 3: the bucket, which is always there, and the layers that are gathered."""
+    """At stage 3: the bucket, which is always there, and weights that are gathered, which a small model keeps all."""
     size, share = zero.size, -(-weights.trained // zero.ranks)
     bucket = zero.bucket * size
-    around = max(1.0, (zero.live + zero.prefetch) / max(1, weights.layer_numbers)) * weights.layer
+    gathered = min(zero.live + zero.prefetch, weights.numbers) * weights.bytes // max(1, weights.numbers)
     copied = size * min(zero.bucket, weights.trained)
     large = size * weights.head
     waiting = large * weights.is_tied
-    passing = bucket + int(around)
+    passing = bucket + gathered
     return Gathered(
-        head=bucket + weights.ends + weights.layer,
+        head=passing,
         last=passing + waiting + max(0, copied - kept),
         first=passing + copied + waiting,
-        ends=bucket + weights.ends + large + waiting,
+        ends=passing + max(copied, large + waiting),
         step=bucket + (0 if zero.offload else share * _MASTER),
     )

@@ -101,7 +101,8 @@ def predicted_bytes(
         trainable, gradients, optimizer = _states(trained, optim)
         late = _of_ends(model, trained) if gathered.ends else 0
     else:
-        gathered = zero_gathered(zero, zero_weights(model), kept_last * tokens)
+        gone = kept_last * tokens if sizes.computes_fused else 0
+        gathered = zero_gathered(zero, zero_weights(model), gone)
         trainable, gradients, optimizer = zero_states(zero, zero_weights(model).trained, optim)
         late = zero.late(gradients)
     return peak_memory(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
-
-from torch import nn
 
 from pantheraml.devices.zero import ZeroWeights
 from pantheraml.models.decoder_layers import layers_of
@@ -12,30 +11,18 @@ from pantheraml.models.decoder_layers import layers_of
 
 def zero_weights(model: Any) -> ZeroWeights:
     """Numbers and bytes of ``model``, a causal language model, also where the engine has cut its weights."""
-    layers = [list(layer.parameters()) for layer in layers_of(model)]
-    largest = max(layers, key=_bytes, default=[])
-    head = model.get_output_embeddings()
-    ends = [] if head is None else list(head.parameters())
-    is_tied = head is not None and head.weight is model.get_input_embeddings().weight
+    layers = [[p for p in layer.parameters() if p.requires_grad] for layer in layers_of(model)]
+    whole, head = list(model.parameters()), model.get_output_embeddings()
     return ZeroWeights(
-        trained=sum(map(_numel, trained_of(model))),
-        head=_numel(head.weight) if head is not None and head.weight.requires_grad else 0,
-        is_tied=is_tied,
-        layer=_bytes(largest),
-        layer_numbers=sum(map(_numel, largest)),
-        ends=_bytes(ends),
+        trained=_numbers(one for one in whole if one.requires_grad),
+        head=_numbers([head.weight]) if head is not None and head.weight.requires_grad else 0,
+        is_tied=head is not None and head.weight is model.get_input_embeddings().weight,
+        layer=max(map(_numbers, layers), default=0),
+        numbers=_numbers(whole),
+        bytes=sum(_numbers([one]) * one.element_size() for one in whole),
     )
 
 
-def trained_of(model: nn.Module) -> list[nn.Parameter]:
-    """What is trained of ``model``."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def _bytes(parameters: list[nn.Parameter]) -> int:
-    return sum(_numel(parameter) * parameter.element_size() for parameter in parameters)
-
-
-def _numel(parameter: Any) -> int:
-    """Of the whole weight, which is empty here where DeepSpeed has cut it."""
-    return getattr(parameter, "ds_numel", parameter.numel())
+def _numbers(parameters: Iterable[Any]) -> int:
+    """Of whole weights, which are empty here where DeepSpeed has cut them."""
+    return sum(getattr(one, "ds_numel", one.numel()) for one in parameters)

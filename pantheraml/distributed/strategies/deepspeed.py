@@ -140,7 +140,7 @@ class DeepSpeed(Strategy):
         if self._was_used is None:
             os.environ.pop(_USED, None)  # else every later trainer of this process would be DeepSpeed's, too
         if self._is_ours:
-            self._zero.update(sizes_for(model, self.stage))
+            self._zero.update(sizes_for(model))
         state = get_state(model)
         if self.stage < 3 or state is None:
             return
