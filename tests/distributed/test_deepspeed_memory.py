@@ -175,8 +175,8 @@ def step_memory(folders, output, cases):
     return found
 
 
-# Model, stage, full fine-tuning, bucket, micro-batches; and how near. Where gradients are fullest, there is nothing else;
-# in a layer that is not fused, its first gradients come while a part of what it keeps is there.
+# Model, stage, full fine-tuning, bucket, micro-batches; and how near. Gradients at their fullest are alone;
+# in a layer that is not fused, the first of them come beside a part of what it keeps.
 CASES = {
     ("ends", 1, True, BUCKET, 1): 0.05,
     ("ends", 2, True, BUCKET, 1): 0.001,
