@@ -24,8 +24,8 @@ pytestmark = [
 ]
 
 LENGTH, STEPS, RATE = 256, 4, 1e-3
-# Of each step, by the linear schedule; together how far Adam moves a value at most. The bound of a step is its rate times
-# sqrt(sum(w^2 / u)), w and u the weights of the gradients in both moments: 1.01 in the fourth step.
+# How far Adam moves a value at most, in steps whose rates fall to 0. A step's bound: rate times sqrt(sum(w^2 / u)),
+# w and u the weights of the gradients so far in both moments: 1.01 in the fourth.
 FARTHEST = 1.01 * sum(RATE * (STEPS - step) / STEPS for step in range(STEPS))
 WIDE = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=4, max_position_embeddings=LENGTH)
 
@@ -122,8 +122,8 @@ def is_nearly_the_same(apart):
     """Whether values are as near as rounding leaves them.
 
     Adam divides by the gradient's size: a value whose gradient is so small that rounding turns its sign goes the other
-    way, and ends up to twice as far away as it has moved. Such values are few: by bf16 on CPU ranks, against DDP, 0.8 to
-    2.7 % of the values were a tenth of the rate apart, 0.01 to 0.03 % twice the rate. Training on other rows moves most.
+    way, and ends up to twice as far away as it has moved. Such values are few: on CPUs in bf16, beside DDP, 0.8 to
+    2.7 % were a tenth of the rate apart, 0.01 to 0.03 % twice the rate. Training on other rows moves most of them.
     """
     return (
         apart.max() <= 2 * FARTHEST
