@@ -47,13 +47,13 @@ def run_family(cases: list[PlanCase], options: argparse.Namespace, folder: Path)
     """The runs of one family and strategy, in a process or ranks of their own."""
     with tempfile.TemporaryDirectory() as place:
         told, result = Path(place, "cases.json"), Path(place, "result.json")
+        runs = [asdict(one) for one in cases]
         told.write_text(
-            json.dumps(
-                {"shape": options.shape, "folder": str(folder), "cases": [asdict(one) for one in cases]}
-            )
+            json.dumps({"shape": options.shape, "folder": str(folder), "gpus": options.gpus, "cases": runs})
         )
         launcher = []
-        if options.gpus > 1:
+        # One process has all GPUs of a pipeline.
+        if options.gpus > 1 and cases[0].strategy != "pipeline":
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.gpus}"]
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         if options.cpu:

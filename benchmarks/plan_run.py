@@ -55,27 +55,42 @@ def planned(case: PlanCase, shape: str, ranks: int, recomputing: int) -> int:
 
 
 def layout_of(case: PlanCase, ranks: int) -> Any:
-    """How the planner calls what ``case`` does on ``ranks`` GPUs."""
+    """How the planner calls what ``config_for`` asks for."""
     from pantheraml.devices.layout import Layout
 
     name: Any = case.strategy
-    if name in ("fsdp", "deepspeed"):
-        return Layout(name, data=ranks, shard=ranks, shard_frozen=True)
     if name in ("tensor", "pipeline"):
         return Layout(name, **{name: ranks})
-    return Layout(name, data=ranks)
+    if name not in ("fsdp", "deepspeed"):
+        return Layout(name, data=ranks)
+    config = config_for(name, ranks, case.method)
+    if name == "deepspeed":
+        stage = config.zero_stage
+        return Layout(name, data=ranks, shard=ranks, shard_frozen=stage == 3, zero_stage=stage)
+    shares_frozen = case.method == "full" or bool(config.shard_frozen)
+    return Layout(name, data=ranks, shard=config.shard_size or ranks, shard_frozen=shares_frozen)
 
 
-def config_for(strategy: str, ranks: int) -> Any:
-    """The ``MultiGPUConfig`` of a strategy; it refuses one that this version does not have."""
+def config_for(strategy: str, ranks: int, method: str = "lora") -> Any:
+    """The ``MultiGPUConfig`` of a strategy; it refuses one that this version does not have.
+
+    Args:
+        strategy: as ``MultiGPUConfig`` names it.
+        ranks: GPUs.
+        method: of ``FLAGS``; beside adapters, FSDP2 shares frozen weights out though a GPU holds them.
+    """
     from pantheraml import MultiGPUConfig
 
-    degrees = {f"{strategy}_parallel": ranks} if strategy in ("tensor", "pipeline") else {}
-    return MultiGPUConfig(strategy=strategy, **degrees)  # pyright: ignore[reportArgumentType]
+    settings: dict[str, Any] = {}
+    if strategy in ("tensor", "pipeline"):
+        settings[f"{strategy}_parallel"] = ranks
+    if strategy == "fsdp" and method != "full":
+        settings["shard_frozen"] = True
+    return MultiGPUConfig(strategy=strategy, **settings)  # pyright: ignore[reportArgumentType]
 
 
-def measure(case: PlanCase, folder: Path, shape: str) -> dict[str, Any]:
-    """Train for a few steps."""
+def measure(case: PlanCase, folder: Path, shape: str, gpus: int) -> dict[str, Any]:
+    """Train for a few steps on ``gpus`` GPUs, of which this process has one, or, of a pipeline, all."""
     import torch
     from datasets import Dataset
 
@@ -83,7 +98,7 @@ def measure(case: PlanCase, folder: Path, shape: str) -> dict[str, Any]:
     from pantheraml.distributed.process_group import get_world_size
     from pantheraml.models.state import get_state
 
-    several = None if case.strategy == "none" else config_for(case.strategy, get_world_size())
+    several = None if case.strategy == "none" else config_for(case.strategy, gpus, case.method)
     on_gpu = torch.cuda.is_available()
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(folder),
@@ -119,7 +134,7 @@ def measure(case: PlanCase, folder: Path, shape: str) -> dict[str, Any]:
     recomputing = sum(plan.layers for plan in state.plans) if state is not None else 0
     return {
         "recomputing": recomputing,
-        "planned": planned(case, shape, ranks, recomputing),
+        "planned": planned(case, shape, gpus, recomputing),
         "predicted": max((one["predicted_allocated"] for one in told), default=None),
         "measured": max((one["measured_allocated"] for one in told), default=None),
         "moment": told[0]["moment"] if told else None,
@@ -128,7 +143,7 @@ def measure(case: PlanCase, folder: Path, shape: str) -> dict[str, Any]:
     }
 
 
-def run(case: PlanCase, folder: Path, shape: str) -> dict[str, Any]:
+def run(case: PlanCase, folder: Path, shape: str, gpus: int = 1) -> dict[str, Any]:
     """``measure``, and a status instead of an exception; memory of a run is gone before the next."""
     import torch
 
@@ -136,7 +151,7 @@ def run(case: PlanCase, folder: Path, shape: str) -> dict[str, Any]:
 
     began = time.perf_counter()
     try:
-        found = {"status": "ok", **measure(case, folder, shape)}
+        found = {"status": "ok", **measure(case, folder, shape, gpus)}
     except (HardwareError, NotYetError, ImportError) as error:
         found = {"status": "not run", "reason": str(error)}
     except Exception as error:
@@ -150,11 +165,11 @@ def run(case: PlanCase, folder: Path, shape: str) -> dict[str, Any]:
 
 
 def main(cases: Path, result: Path) -> None:
-    """Run what ``cases`` lists: {"shape", "folder", "cases"}; rank 0 writes ``result``, after every run."""
+    """Run what ``cases`` lists: {"shape", "folder", "gpus", "cases"}; rank 0 writes ``result``, after every run."""
     told = json.loads(cases.read_text())
     lines: list[dict[str, Any]] = []
     for one in told["cases"]:
-        lines.append(run(PlanCase(**one), Path(told["folder"]), told["shape"]))
+        lines.append(run(PlanCase(**one), Path(told["folder"]), told["shape"], told["gpus"]))
         from pantheraml.distributed.process_group import get_rank
 
         if get_rank() == 0:

@@ -4,13 +4,11 @@ Pure arithmetic over ``ModelParts``; nothing here knows torch. What is divided b
 
     DDP         a copy of everything on each GPU; gradients live in buckets
     FSDP2       states over ``shard`` ranks; what is gathered and reduced: ``devices/gathering.py``
-    ZeRO 1-3    16-bit weights and gradients beside masters and moments in float32 (Rajbhandari et al. 2020, "ZeRO":
-                of Adam 2 + 2 + 12 bytes a number, of which stages 1, 2 and 3 divide the 12, the gradients, the weights)
+    ZeRO 0-3    trained weights in float32, as our own settings of DeepSpeed have them: ``devices/zero.py``
     tensor      weights of layers, embedding and head; heads and MLP of the activations, not the residual stream
     pipeline    layers; a stage holds as many micro-batches as there are stages behind it, and one (1F1B)
 
-Assumed where nothing was measured: embedding and head are gathered by themselves, ZeRO's buckets are those of
-transformers' "auto", and NCCL takes ``NCCL_BYTES`` for each group.
+Assumed where nothing was measured: NCCL takes ``NCCL_BYTES`` for each group.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from itertools import pairwise
 
 from pantheraml.devices.activations import ActivationSizes
 from pantheraml.devices.flight import in_flight
-from pantheraml.devices.gathering import LAYERS, REDUCED, Trained, frozen_gathered, trained_gathered
+from pantheraml.devices.gathering import Trained, frozen_gathered, trained_gathered
 from pantheraml.devices.layout import Layout
 from pantheraml.devices.model_parts import ModelParts, PartSizes
 from pantheraml.devices.optimizer_states import moment_bytes
@@ -37,11 +35,14 @@ from pantheraml.devices.peak_memory import (
     StepSizes,
     peak_memory,
 )
+from pantheraml.devices.zero import (
+    BUCKET,
+    Zero,
+    ZeroWeights,
+    zero_gathered,
+    zero_states,
+)
 from pantheraml.errors import ConfigError
-
-# Bytes of a number of masters, and in 16 bits.
-_MASTER = 4
-_HALF = 2
 
 
 @dataclass(frozen=True)
@@ -136,15 +137,13 @@ def stage_sizes(parts: ModelParts, layout: Layout, work: Work, stage: Stage, rec
     head = sizes.head_passing(work.tokens) if stage.has_head else 0
     kept_first, kept_last = (held * (again if recomputing >= count else whole) for count in (1, total))
     gathered = _gathered(parts, layout, stage, (kept_first, kept_last))
-    trained = [sum(part.trainable for part in some) for some in (stage.ends, (*stage.layers, *stage.ends))]
-    late = states.gradients * trained[0] // max(1, trained[1])
     return replace(
         states,
         outliving=_outliving(parts, layout, work, states.gradients),
         kept=held * (recomputing * again + (total - recomputing) * whole),
         kept_first=kept_first,
         gathered=gathered,
-        late_gradients=late if gathered.ends else 0,
+        late_gradients=_late_gradients(parts, layout, stage, states.gradients) if gathered.ends else 0,
         passing=sizes.layer_passing(work.tokens, recomputes=recomputing == total),
         passing_first=sizes.layer_passing(work.tokens, recomputes=recomputing > 0),
         logits=head,
@@ -178,13 +177,27 @@ def is_fused(parts: ModelParts, layout: Layout) -> bool:
 
 
 def _computed_in(parts: ModelParts, layout: Layout) -> ActivationSizes:
-    """The widths on one GPU; FSDP2 and ZeRO keep the residual stream in 16 bits, too, where masters are in 32. Fused
-    layers compute what FSDP2 gathers in 16 bits.
+    """The widths on one GPU; FSDP2 keeps the residual stream in 16 bits, too, where masters are in 32, and fused layers
+    compute what it gathers in 16 bits.
     """
     sizes = replace(sizes_of(parts), is_fused=is_fused(parts, layout)).split(layout.tensor)
-    if parts.full_finetuning and layout.strategy in ("fsdp", "deepspeed"):
-        return replace(sizes, size=sizes.computed, is_fused=sizes.is_fused and layout.strategy == "fsdp")
+    if parts.full_finetuning and layout.strategy == "fsdp":
+        return replace(sizes, size=sizes.computed)
     return sizes
+
+
+def _late_gradients(parts: ModelParts, layout: Layout, stage: Stage, gradients: int) -> int:
+    """Bytes of gradients that are not there until ranks have reduced them."""
+    if layout.strategy == "deepspeed":
+        return _zero(parts, layout).late(gradients)
+    trained = [sum(part.trainable for part in some) for some in (stage.ends, (*stage.layers, *stage.ends))]
+    return gradients * trained[0] // max(1, trained[1])
+
+
+def _zero(parts: ModelParts, layout: Layout) -> Zero:
+    """DeepSpeed with our own settings (distributed/strategies/deepspeed.py)."""
+    bucket = min(BUCKET, sum(part.trainable for part in parts.all))
+    return Zero(layout.zero_stage, layout.shard, bucket, offload=layout.offload)
 
 
 def _states(parts: ModelParts, layout: Layout, work: Work, stage: Stage) -> StepSizes:
@@ -204,12 +217,14 @@ def _states(parts: ModelParts, layout: Layout, work: Work, stage: Stage) -> Step
         frozen = frozen_layers // layout.shard + frozen_ends
         if parts.storage != "4bit" and beside:
             beside = parts.beside(1, 0) + max(part.weights for part in stage.layers)
-    states = _deepspeed_states if layout.strategy == "deepspeed" else _plain_states
-    trainable, gradients, optimizer = states(parts, layout, work.optim, numbers)
-    if layout.offload:
-        optimizer = 0
-        if layout.strategy == "fsdp":
-            frozen = trainable = gradients = 0
+    if layout.strategy == "deepspeed":
+        if layout.zero_stage == 3:  # which cuts every weight
+            frozen = (frozen_layers + frozen_ends) // layout.shard
+        trainable, gradients, optimizer = zero_states(_zero(parts, layout), numbers, work.optim)
+    else:
+        trainable, gradients, optimizer = _plain_states(parts, layout, work.optim, numbers)
+        if layout.offload:
+            frozen = trainable = gradients = optimizer = 0
     buffers = beside if parts.storage == "4bit" else 0
     return StepSizes(
         weights=frozen + beside - buffers,
@@ -230,7 +245,9 @@ def _states(parts: ModelParts, layout: Layout, work: Work, stage: Stage) -> Step
 def _outliving(parts: ModelParts, layout: Layout, work: Work, gradients: int) -> Outliving:
     """Which of ``gradients`` bytes outlive a backward."""
     full, sums = parts.full_finetuning, work.micro_batches > 1
-    if layout.strategy in ("deepspeed", "tensor"):
+    if layout.strategy == "deepspeed":
+        return Outliving(buckets=_zero(parts, layout).keeps_gradients or sums)
+    if layout.strategy == "tensor":
         return Outliving(buckets=True)
     if layout.strategy == "ddp" or (layout.strategy == "fsdp" and not full):
         # Beside weights that are gathered DDP reduces all of it at once, when every rank has done its passes.
@@ -258,43 +275,37 @@ def _plain_states(parts: ModelParts, layout: Layout, optim: str, numbers: int) -
     return share * size, share * size, share * moment_bytes(optim, size)
 
 
-def _deepspeed_states(parts: ModelParts, layout: Layout, optim: str, numbers: int) -> tuple[int, int, int]:
-    """The same of ZeRO: 16-bit weights, 16-bit gradients, and masters beside the moments."""
-    share, stage = -(-numbers // layout.shard), layout.zero_stage
-    weights = _HALF * (share if stage == 3 else numbers)
-    gradients = _HALF * (share if stage >= 2 else numbers)
-    masters = (share if stage >= 1 else numbers) * (_MASTER + moment_bytes(optim, _MASTER))
-    return weights, gradients, masters
-
-
 def _gathered(parts: ModelParts, layout: Layout, stage: Stage, kept: tuple[int, int]) -> Gathered:
     """Bytes that are gathered, or wait to be sent; ``kept``: what the first layer, and the last, keeps."""
     sizes, full = _computed_in(parts, layout), parts.full_finetuning
-    if layout.strategy == "deepspeed" and layout.zero_stage in (1, 2):
-        buckets = 2 * _HALF * sizes.hidden**2
-        return Gathered(last=buckets, first=buckets)
+    if layout.strategy == "deepspeed":
+        gone = kept[1] if sizes.computes_fused else 0
+        return zero_gathered(_zero(parts, layout), _zero_weights(parts), gone)
     if not layout.is_sharded or layout.shard == 1:
         return Gathered()
-    if layout.strategy == "fsdp" and not full:
+    if not full:
         largest = max(layer.weights for layer in stage.layers)
         return frozen_gathered(largest) if layout.shard_frozen else Gathered()
-    if layout.strategy == "fsdp":
-        numbers = Trained(
-            layer=max(one.trainable for one in stage.layers),
-            ends=sum(one.trainable for one in stage.ends),
-            head=sizes.vocabulary * sizes.hidden,
-            is_tied=parts.tied,
-        )
-        return trained_gathered(numbers, sizes.computed, layout.shard, kept)
+    numbers = Trained(
+        layer=max(one.trainable for one in stage.layers),
+        ends=sum(one.trainable for one in stage.ends),
+        head=sizes.vocabulary * sizes.hidden,
+        is_tied=parts.tied,
+    )
+    return trained_gathered(numbers, sizes.computed, layout.shard, kept)
 
-    def size(part: PartSizes) -> int:
-        frozen = part.weights if layout.shard_frozen and not full else 0
-        return frozen + part.trainable * (_HALF if full else parts.trained_size)
 
-    layer = max(stage.layers, key=size)
-    around = LAYERS * size(layer) + layer.trainable * ((_HALF if full else parts.trained_size) + REDUCED)
-    return Gathered(
-        head=size(parts.embedding if parts.tied else parts.head) + size(layer), last=around, first=around
+def _zero_weights(parts: ModelParts) -> ZeroWeights:
+    """Whole weights by what ZeRO gathers and reduces."""
+    full, sizes = parts.full_finetuning, sizes_of(parts)
+    trained = sum(part.trainable for part in parts.all)
+    return ZeroWeights(
+        trained=trained,
+        head=sizes.vocabulary * sizes.hidden if full else 0,
+        is_tied=parts.tied,
+        layer=max(part.trainable for part in parts.layers),
+        numbers=trained + (0 if full else sum(part.numbers for part in parts.all)),
+        bytes=trained * parts.trained_size + (0 if full else sum(part.weights for part in parts.all)),
     )
 
 

@@ -24,7 +24,7 @@ class Layout:
         shard_frozen: whether frozen weights are, too.
         zero_stage: of DeepSpeed: 1 shards optimizer states, 2 gradients, 3 weights.
         offload: whether what is sharded lies in host memory: with FSDP2 weights, gradients and optimizer states, with
-            DeepSpeed masters and moments.
+            DeepSpeed masters and moments, and from stage 2 on gradients.
 
     Raises:
         ConfigError: degrees that cannot be.

@@ -100,12 +100,14 @@ class Gathered(NamedTuple):
         last: in the last layer, whose backward is the first.
         first: in the backward of the first layer, or the second, beside the gradients of all layers.
         ends: while gradients of embedding and head are reduced, behind all backwards.
+        step: in the optimizer's step.
     """
 
     head: int = 0
     last: int = 0
     first: int = 0
     ends: int = 0
+    step: int = 0
 
 
 NOTHING = Gathered()
@@ -221,7 +223,7 @@ def peak_memory(step: StepSizes) -> MemoryEstimate:
         _at(step, "the backward of the first layer", after + waiting, step.kept_first, passing=step.passing_first,
             gathered=gathered.first),
         _at(step, "the gradient of the embedding", after + last, 0),
-        _at(step, "the optimizer's step", step.gradients, 0),
+        _at(step, "the optimizer's step", step.gradients, 0, gathered=gathered.step),
         _at(step, "the reduction of embedding and head", after, 0, gathered=gathered.ends),
     )  # fmt: skip
     fullest = max(moments, key=lambda one: one.total)

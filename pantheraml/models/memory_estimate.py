@@ -19,6 +19,7 @@ from pantheraml.devices.optimizer_states import moment_bytes
 from pantheraml.devices.peak_memory import (
     ALLOCATED,
     CONTEXT_BYTES,
+    NO_ENDS,
     NONE_OUTLIVES,
     WORKSPACE_BYTES,
     EndGradients,
@@ -27,12 +28,14 @@ from pantheraml.devices.peak_memory import (
     StepSizes,
     peak_memory,
 )
+from pantheraml.devices.zero import Zero, zero_gathered, zero_states
 from pantheraml.models.decoder_layers import layers_of
 from pantheraml.models.recompute_plan import RecomputePlan, kept_bytes, sizes_of, unpacked_bytes
 from pantheraml.models.sharding import device_of, gathered_bytes, is_sharded
 from pantheraml.models.shares import local
 from pantheraml.models.stack_memory import beside_bytes, shared_bytes
 from pantheraml.models.state import get_state
+from pantheraml.models.zero_weights import zero_weights
 
 __all__ = ["MemoryEstimate", "Share", "describe", "predicted_bytes", "weight_bytes"]
 
@@ -68,6 +71,7 @@ def predicted_bytes(
     share: Share | None = None,
     *,
     outliving: Outliving = NONE_OUTLIVES,
+    zero: Zero | None = None,
 ) -> MemoryEstimate:
     """What a step takes of the device that holds ``model``, or its ``share``.
 
@@ -78,6 +82,7 @@ def predicted_bytes(
         optim: the optimizer by transformers' name.
         share: what the device has of it; None for all.
         outliving: which gradients outlive a backward.
+        zero: of DeepSpeed, where it trains.
     """
     device = _place_of(model) if share is None else share.device
     trained = [p for p in model.parameters() if p.requires_grad and device in (None, p.device)]
@@ -92,14 +97,25 @@ def predicted_bytes(
     on_gpu = next(model.parameters()).device.type == "cuda"
     casts = _casts(model, trained, sizes) if computes else 0
     kept_last = getattr(sizes.kept, plan.keep) if plan.layers == total else sizes.kept.all
-    gathered = gathered_bytes(model, (kept_first * tokens, kept_last * tokens))
+    frozen = weight_bytes(model, device) - of_trained
+    if zero is not None and zero.stage == 3:
+        frozen //= zero.ranks
+    if zero is None:
+        gathered = gathered_bytes(model, (kept_first * tokens, kept_last * tokens))
+        trainable, gradients, optimizer = _states(trained, optim)
+        late = _of_ends(model, trained) if gathered.ends else 0
+    else:
+        gone = kept_last * tokens if sizes.computes_fused else 0
+        gathered = zero_gathered(zero, zero_weights(model), gone)
+        trainable, gradients, optimizer = zero_states(zero, zero_weights(model).trained, optim)
+        late = zero.late(gradients)
     return peak_memory(
         StepSizes(
-            weights=weight_bytes(model, device) - of_trained + beside_bytes(fused, sizes),
+            weights=frozen + beside_bytes(fused, sizes),
             buffers=_unpacked(plan, fused) + shared_bytes(fused, sizes),
-            trainable=of_trained,
-            gradients=of_trained,
-            optimizer=sum(local(p).numel() * moment_bytes(optim, p.element_size()) for p in trained),
+            trainable=trainable,
+            gradients=gradients,
+            optimizer=optimizer,
             outliving=outliving,
             kept=kept_bytes(model, plan, tokens, layers=layers, in_flight=in_flight) if computes else 0,
             kept_first=int(kept_first * tokens * in_flight) if computes else 0,
@@ -111,12 +127,18 @@ def predicted_bytes(
             forward_casts=casts,
             casts_left=casts * max(1, total - plan.layers) // max(1, total),
             gathered=gathered,
-            late_gradients=_of_ends(model, trained) if gathered.ends else 0,
-            ends=_end_gradients(model, device, has_head=computes and has_head),
+            late_gradients=late,
+            ends=_end_gradients(model, device, has_head=computes and has_head) if zero is None else NO_ENDS,
             workspace=WORKSPACE_BYTES if on_gpu else 0,
             driver=CONTEXT_BYTES if on_gpu else 0,
         )
     )
+
+
+def _states(trained: list[nn.Parameter], optim: str) -> tuple[int, int, int]:
+    """Bytes of what is trained here, its gradients and its moments."""
+    size = sum(local(p).nbytes for p in trained)
+    return size, size, sum(local(p).numel() * moment_bytes(optim, p.element_size()) for p in trained)
 
 
 def _place_of(model: Any) -> torch.device | None:

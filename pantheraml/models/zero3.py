@@ -139,6 +139,7 @@ def _gathered(model: nn.Module, *, is_first: bool) -> dict[nn.Parameter, torch.T
     """Copies of all sharded parameters in host memory; none on other ranks than the first, which take part."""
     import deepspeed  # pyright: ignore[reportMissingImports]
 
+    _await_fetched(model)
     copies: dict[nn.Parameter, torch.Tensor] = {}
     seen: set[int] = set()
     for module in model.modules():
@@ -148,3 +149,13 @@ def _gathered(model: nn.Module, *, is_first: bool) -> dict[nn.Parameter, torch.T
             if is_first:
                 copies |= {parameter: parameter.detach().to("cpu", copy=True) for parameter in mine}
     return copies
+
+
+def _await_fetched(model: nn.Module) -> None:
+    """Let weights arrive that were fetched ahead, for a backward that an evaluation does not have: they cannot be cut
+    again while they are on their way.
+    """
+    for module in model.modules():
+        fetched = vars(module).get("ds_inflight_param_registry", {})
+        for parameter in list(fetched):
+            fetched.pop(parameter).wait()

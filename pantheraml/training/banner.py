@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from pantheraml.devices.memory import GIB, describe_bytes
 from pantheraml.devices.peak_memory import ONE_BUCKET_BYTES, Outliving
+from pantheraml.devices.zero import Zero
 from pantheraml.models.adapters import count_parameters
 from pantheraml.models.memory_estimate import MemoryEstimate, Share, describe, predicted_bytes
 from pantheraml.models.recompute import sections
@@ -81,7 +82,9 @@ def longest_batch(rows: Any, most: int) -> int | None:
     return int(token_counts(rows).max()) * most
 
 
-def predict_memory(model: Any, args: TrainingArguments, longest: int | None, merged: int) -> Predicted | None:
+def predict_memory(
+    model: Any, args: TrainingArguments, longest: int | None, merged: int, zero: Zero | None = None
+) -> Predicted | None:
     """What a step takes of each device of a rank; None where that cannot be known.
 
     Args:
@@ -89,6 +92,7 @@ def predict_memory(model: Any, args: TrainingArguments, longest: int | None, mer
         args: of the run.
         longest: tokens of the largest micro-batch.
         merged: tokens up to which micro-batches are merged; 0 where they are not.
+        zero: of DeepSpeed, where it trains.
     """
     state = get_state(model)
     if state is None or longest is None or (is_split(model) and state.split is None):
@@ -103,19 +107,18 @@ def predict_memory(model: Any, args: TrainingArguments, longest: int | None, mer
     # Micro-batches are merged up to what needs no recompute.
     is_planned = bool(state.plans) and state.plans[0].tokens >= tokens
     plan = state.plans[0] if is_planned else RecomputePlan(tokens, 0)
-    outliving = _outliving(model, args, sums=longest * args.gradient_accumulation_steps > tokens)
-    return {cast(torch.device, args.device): predicted_bytes(model, tokens, plan, optim, outliving=outliving)}
+    outliving = _outliving(model, args, zero, sums=longest * args.gradient_accumulation_steps > tokens)
+    found = predicted_bytes(model, tokens, plan, optim, outliving=outliving, zero=zero)
+    return {cast(torch.device, args.device): found}
 
 
-def _outliving(model: Any, args: TrainingArguments, *, sums: bool) -> Outliving:
+def _outliving(model: Any, args: TrainingArguments, zero: Zero | None, *, sums: bool) -> Outliving:
     """Which gradients outlive a backward; ``sums``: a step has several passes."""
+    if zero is not None:
+        return Outliving(buckets=zero.keeps_gradients or sums)
     sharding = getattr(get_state(model), "sharding", None)
-    if args.world_size == 1 or (
-        sharding is not None and sharding.trained
-    ):  # FSDP2 gives a step's gradients back
-        return Outliving(sums=sums)
-    if args.deepspeed:
-        return Outliving(buckets=True)
+    if args.world_size == 1 or (sharding is not None and sharding.trained):
+        return Outliving(sums=sums)  # FSDP2 gives a step's gradients back
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     cap = ONE_BUCKET_BYTES if args.ddp_bucket_cap_mb is None else args.ddp_bucket_cap_mb * 2**20
     return Outliving(True, sums, late=sharding is not None or trained <= cap)

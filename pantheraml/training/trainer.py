@@ -187,7 +187,8 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         passes = self.args.gradient_accumulation_steps
         if longest is not None and self._most_tokens:
             passes = min(passes, -(-longest * passes // self._most_tokens))
-        return self.plan_reduction(predict_memory(model, self.args, longest, self._most_tokens), passes)
+        zero = self._strategy.zero(model)
+        return self.plan_reduction(predict_memory(model, self.args, longest, self._most_tokens, zero), passes)
 
     def _join_run(self, config: SFTConfig, model: nn.Module) -> None:
         """Be one of the ranks that train ``model``, as the run's settings say; ``config`` is changed in place."""
@@ -248,7 +249,10 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         # With one device autograd's own thread has nothing to do beside this one but to take turns with it.
         beside = self.args.world_size > 1 or is_split(model)
         with listed_once(model), torch.autograd.set_multithreading_enabled(beside):
-            result = super().train(*args, **kwargs)
+            try:
+                result = super().train(*args, **kwargs)
+            finally:
+                self._strategy.finished(self)
         self._say_memory()
         return result
 

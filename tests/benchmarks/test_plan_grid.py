@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import subprocess
 
 import pytest
 
 from benchmarks import plan_grid, plan_run
 from benchmarks.plan_cases import FAMILIES, METHODS, PlanCase, config_of, grid
 from benchmarks.shapes import save_random
+from pantheraml.devices import estimate
+from pantheraml.devices.layout import Layout
+from pantheraml.devices.zero import Zero
 
 GIB = 2**30
 
@@ -29,7 +34,9 @@ def test_runs_in_this_process(tmp_path, monkeypatch):
     save_random(config_of("qwen3", "tiny"), folder, device="cpu")
     cases = [PlanCase("qwen3", "lora", 2, 16, True), PlanCase("qwen3", "full", 1, 48, "auto")]
     (tmp_path / "cases.json").write_text(
-        json.dumps({"shape": "tiny", "folder": str(folder), "cases": [vars(case) for case in cases]})
+        json.dumps(
+            {"shape": "tiny", "folder": str(folder), "gpus": 1, "cases": [vars(case) for case in cases]}
+        )
     )
     plan_run.main(tmp_path / "cases.json", tmp_path / "result.json")
     lora, full = json.loads((tmp_path / "result.json").read_text())
@@ -41,6 +48,52 @@ def test_runs_in_this_process(tmp_path, monkeypatch):
     assert "cannot be measured" in plan_grid.told(plan_grid.summary([lora, full]))
     broken = plan_run.run(PlanCase("qwen3", "lora", 1, 16, True), tmp_path / "nothing", "tiny")
     assert broken["status"] == "failed" and "nothing" in broken["reason"]
+
+
+@pytest.mark.parametrize(
+    ("method", "rows", "seq", "recomputing", "measured"),
+    [
+        ("lora", 1, 16384, 10, 5.51),
+        ("qlora", 4, 2048, 0, 6.90),
+        ("full", 4, 2048, 10, 13.48),
+        ("lora", 4, 2048, 0, 7.53),
+        ("qlora", 1, 16384, 0, 10.86),
+    ],
+)
+def test_peaks_of_deepspeed(monkeypatch, method, rows, seq, recomputing, measured):
+    """ZeRO-2 on two H200s, less what earlier runs of the process had left. Buckets were DeepSpeed's own then."""
+    monkeypatch.setattr(
+        estimate, "_zero", lambda parts, layout: Zero(layout.zero_stage, layout.shard, 500_000_000)
+    )
+    case = PlanCase("qwen3", method, rows, seq, True, "deepspeed")
+    assert plan_run.planned(case, "real", 2, recomputing) / GIB == pytest.approx(measured, rel=0.01)
+
+
+def test_what_runs_is_what_is_planned():
+    """The layout is that of the very settings that the run gets."""
+    for method, frozen in (("lora", True), ("full", None)):
+        fsdp, zero = (PlanCase("llama", method, 1, 16, True, name) for name in ("fsdp", "deepspeed"))
+        assert plan_run.config_for("fsdp", 2, method).shard_frozen is frozen
+        assert plan_run.layout_of(fsdp, 2) == Layout("fsdp", data=2, shard=2, shard_frozen=True)
+        assert plan_run.layout_of(zero, 2) == Layout("deepspeed", data=2, shard=2, zero_stage=2)
+        assert plan_run.config_for("deepspeed", 2, method).zero_stage == 2
+    pipeline = PlanCase("llama", "lora", 1, 16, True, "pipeline")
+    assert plan_run.layout_of(pipeline, 2) == Layout("pipeline", pipeline=2)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "pipeline"])
+def test_a_pipeline_is_started_as_one_process(tmp_path, monkeypatch, strategy):
+    started = []
+
+    def start(words, **_):
+        started.extend(words)
+        return subprocess.CompletedProcess(words, 1, stdout="")
+
+    monkeypatch.setattr(plan_grid.subprocess, "run", start)
+    options = argparse.Namespace(shape="tiny", gpus=2, cpu=True, timeout=1)
+    (found,) = plan_grid.run_family([PlanCase("llama", "lora", 1, 16, True, strategy)], options, tmp_path)
+    assert found["status"] == "failed"
+    assert ("--nproc_per_node=2" in started) == (strategy == "ddp")
 
 
 def line(planned, predicted, measured):

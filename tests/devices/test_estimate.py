@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pantheraml.devices.estimate import Work, estimate, even_stages
+from pantheraml.devices.estimate import Work, _zero_weights, estimate, even_stages
 from pantheraml.devices.layout import Layout
 from pantheraml.devices.optimizer_states import moment_bytes
 from pantheraml.devices.peak_memory import (
@@ -19,6 +19,7 @@ from pantheraml.devices.peak_memory import (
     peak_memory,
 )
 from pantheraml.devices.stage_split import StageSizes
+from pantheraml.devices.zero import BUCKET, Zero, zero_gathered, zero_states
 from pantheraml.errors import ConfigError
 from tests.devices.sizes import GIB, SHAPES, TINY, llama
 
@@ -173,17 +174,23 @@ def test_sharding_divides_what_is_trained(shard):
 
 
 def test_zero_divides_what_its_stage_says():
-    """Of Adam 2 + 2 + 12 bytes a number: Rajbhandari et al. 2020."""
+    """Of each number 4 bytes of weights, of gradients and, at stages 1 and 2, of masters; 8 of moments."""
     parts = llama(SHAPES["8B"], "full")
     numbers = sum(part.trainable for part in parts.all)
-    for stage, (weights, gradients) in {1: (2, 2), 2: (2, 2 / 8), 3: (2 / 8, 2 / 8)}.items():
+    shares = {0: (4, 4, 8), 1: (4, 4, 12 / 8), 2: (4, 4 / 8, 12 / 8), 3: (4 / 8, 4 / 8, 8 / 8)}
+    for stage, (weights, gradients, optimizer) in shares.items():
         layout = Layout("deepspeed", data=8, shard=8, zero_stage=stage, shard_frozen=stage == 3)
+        found = zero_states(Zero(stage, 8, BUCKET), numbers, "adamw_torch")
+        assert found == pytest.approx([size * numbers for size in (weights, gradients, optimizer)], rel=1e-6)
         memory = estimate(parts, layout, Work(128, recomputing=(32,)))[0]
-        assert memory.trainable == pytest.approx(weights * numbers, rel=1e-6)
-        assert memory.gradients == pytest.approx(gradients * numbers, rel=1e-6)
-        assert memory.optimizer == pytest.approx(12 / 8 * numbers, rel=1e-6)
+        assert (memory.trainable, memory.optimizer) == (found[0], found[2])
         offloaded = estimate(parts, replace(layout, offload=True), Work(128))[0]
         assert offloaded.optimizer == 0
+        whole = zero_gathered(Zero(stage, 8, BUCKET, offload=True), _zero_weights(parts), 0)
+        assert (whole.step == 0) == (stage < 2)
+    # Rajbhandari et al. 2020: 2 + 2 + 12.
+    found = zero_states(Zero(2, 8, BUCKET, size=2), numbers, "adamw_torch")
+    assert found == pytest.approx((2 * numbers, 2 * numbers / 8, 12 * numbers / 8), rel=1e-6)
 
 
 def test_shards_in_host_memory_leave_what_is_gathered():

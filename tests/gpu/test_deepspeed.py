@@ -23,7 +23,10 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 
-LENGTH, STEPS = 256, 4
+LENGTH, STEPS, RATE = 256, 4, 1e-3
+# How far Adam moves a value at most, in steps whose rates fall to 0. A step's bound: rate times sqrt(sum(w^2 / u)),
+# w and u the weights of the gradients so far in both moments: 1.01 in the fourth.
+FARTHEST = 1.01 * sum(RATE * (STEPS - step) / STEPS for step in range(STEPS))
 WIDE = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=4, max_position_embeddings=LENGTH)
 
 
@@ -43,7 +46,7 @@ def train(folder, output, config, load):
         model = FastLanguageModel.get_peft_model(model, r=8)
     args = PantheraMLTrainingArguments(
         output_dir=str(output / "run"), max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        logging_steps=1, save_strategy="steps", save_steps=2, learning_rate=1e-3, report_to="none", disable_tqdm=True,
+        logging_steps=1, save_strategy="steps", save_steps=2, learning_rate=RATE, report_to="none", disable_tqdm=True,
         max_grad_norm=0.5,
     )  # fmt: skip
     data = Dataset.from_dict({"input_ids": rows})
@@ -111,5 +114,19 @@ def test_the_training_is_that_of_ddp(trained, name, stage, offload, tolerance):
     file = "adapter/model.safetensors" if name == "full" else "adapter/adapter_model.safetensors"
     mine, theirs = load_file(output / f"{name}-{stage}-{offload}" / file), load_file(output / name / file)
     assert mine.keys() == theirs.keys() and mine
-    for key, value in mine.items():
-        torch.testing.assert_close(value, theirs[key], rtol=0, atol=4e-3)
+    apart = torch.cat([(value - theirs[key]).abs().flatten().float() for key, value in mine.items()])
+    assert is_nearly_the_same(apart), apart.sort().values[:: max(1, len(apart) // 20)]
+
+
+def is_nearly_the_same(apart):
+    """Whether values are as near as rounding leaves them.
+
+    Adam divides by the gradient's size: a value whose gradient is so small that rounding turns its sign goes the other
+    way, and ends up to twice as far away as it has moved. Such values are few: on CPUs in bf16, beside DDP, 0.8 to
+    2.7 % were a tenth of the rate apart, 0.01 to 0.03 % twice the rate. Training on other rows moves most of them.
+    """
+    return (
+        apart.max() <= 2 * FARTHEST
+        and (apart > FARTHEST).float().mean() <= 1e-3
+        and (apart > RATE / 10).float().mean() <= 0.05
+    )

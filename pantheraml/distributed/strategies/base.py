@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from pantheraml.config.multi_gpu import MultiGPUConfig
+from pantheraml.devices.zero import Zero
 from pantheraml.errors import CheckpointError
 
 
@@ -47,6 +48,11 @@ class Strategy:
         """The model as it is trained; one that is marked as prepared is left as it is by accelerate."""
         del accelerator
         return model
+
+    def zero(self, model: nn.Module) -> Zero | None:
+        """What the memory of ``model`` follows from where DeepSpeed trains it; None where it does not."""
+        del model
+        return None
 
     def prepared(self, accelerator: Any) -> None:
         """accelerate has wrapped model and optimizer: training begins."""
@@ -80,6 +86,9 @@ class Strategy:
             if is_first:
                 trainer.accelerator.free_memory()
                 vars(trainer.model).pop("_is_accelerate_prepared", None)
+
+    def finished(self, trainer: Any) -> None:
+        """``train()`` of ``trainer`` is over, or was ended by an error; it evaluates and saves from now on."""
 
     @contextmanager
     def saving(self, trainer: Any) -> Iterator[None]:

@@ -25,8 +25,11 @@ from transformers import TrainingArguments
 
 from pantheraml.config.combinations import REFUSED, refusal
 from pantheraml.config.multi_gpu import MultiGPUConfig
+from pantheraml.devices.zero import Zero
 from pantheraml.distributed.process_group import group_size, is_first_of_group
 from pantheraml.distributed.strategies.base import Strategy
+from pantheraml.distributed.strategies.released_engine import forget_module, release_engine
+from pantheraml.distributed.strategies.zero_settings import sizes_for, zero_of
 from pantheraml.errors import CheckpointError, ConfigError, HardwareError
 from pantheraml.log import say_once
 from pantheraml.models.fused import FusedDecoderLayer
@@ -47,6 +50,8 @@ class DeepSpeed(Strategy):
         super().__init__(config)
         self._zero: dict[str, Any] = {"stage": config.zero_stage}
         self._was_used: str | None = None
+        self._settings: dict[str, Any] = {}
+        self._is_ours = False
 
     @property
     def stage(self) -> int:
@@ -81,10 +86,12 @@ class DeepSpeed(Strategy):
             got = 'on_non_finite="restore" and strategy="deepspeed" were given.'
             raise refusal("deepspeed", "on_non_finite=restore", got)
         self._was_used = os.environ.get(_USED)
-        if not says_deepspeed(args):
+        self._is_ours = not says_deepspeed(args)
+        if self._is_ours:
             _give_settings(args, self.config)
         plugin: Any = args.deepspeed_plugin
-        self._zero = plugin.hf_ds_config.config["zero_optimization"]
+        self._settings = plugin.hf_ds_config.config
+        self._zero = self._settings["zero_optimization"]
         self._agree()
         if self.stage == 0 and args.fp16:
             raise refusal("deepspeed, zero_stage=0", "fp16", "fp16=True and zero_stage=0 were given.")
@@ -124,7 +131,7 @@ class DeepSpeed(Strategy):
         ]
 
     def configure(self, accelerator: Any, args: TrainingArguments, model: nn.Module) -> None:
-        """Look at what is to be sharded.
+        """Look at what is to be sharded, and size what DeepSpeed allocates by it where nobody has said how.
 
         Raises:
             ConfigError: weights that ZeRO-3 cannot shard.
@@ -132,6 +139,8 @@ class DeepSpeed(Strategy):
         del accelerator, args
         if self._was_used is None:
             os.environ.pop(_USED, None)  # else every later trainer of this process would be DeepSpeed's, too
+        if self._is_ours:
+            self._zero.update(sizes_for(model))
         state = get_state(model)
         if self.stage < 3 or state is None:
             return
@@ -153,6 +162,10 @@ class DeepSpeed(Strategy):
             if isinstance(module, FusedDecoderLayer):
                 module.reader.release()
         return model
+
+    def zero(self, model: nn.Module) -> Zero | None:
+        """By its settings."""
+        return zero_of(self._settings, model, group_size())
 
     def prepared(self, accelerator: Any) -> None:
         """Put in front of a plain optimizer, as it is at stage 0, what DeepSpeed's own ones do."""
@@ -181,7 +194,14 @@ class DeepSpeed(Strategy):
                 trainer.is_deepspeed_enabled = True
                 if trainer.deepspeed is not None:
                     trainer.deepspeed.destroy()
+                    forget_module(trainer.model)
                     trainer.deepspeed, trainer.model_wrapped = None, trainer.model
+
+    def finished(self, trainer: Any) -> None:
+        """Nothing but the trainer holds the engine any more."""
+        wrapped = trainer.accelerator.deepspeed_engine_wrapped
+        if wrapped is not None:
+            release_engine(wrapped.engine, trainer)
 
     @contextmanager
     def saving(self, trainer: Any) -> Iterator[None]:
