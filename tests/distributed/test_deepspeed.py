@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -23,6 +24,7 @@ from pantheraml.distributed.strategies.deepspeed import DeepSpeed
 from pantheraml.errors import CheckpointError, ConfigError, NonFiniteError
 from pantheraml.models.families import find_family
 from pantheraml.models.fused import apply_layers
+from pantheraml.models.fused.attention import apply_attention
 from pantheraml.models.patching import PatchSet
 from tests import tiny
 from tests.distributed.ranks import run_ranks
@@ -360,3 +362,43 @@ def test_accelerate_launch_takes_the_guides_file(tmp_path):
     assert (
         min(value.numel() for value in load_file(tmp_path / "adapter/adapter_model.safetensors").values()) > 0
     )
+
+
+def train_in_two_ways(folder, output, config):
+    """Fused layers, and batches with padding on one rank while there is none on the other: what came of it, and whether
+    that was so.
+    """
+    trainer = build(folder, output, config, merge_micro_batches=False, gradient_accumulation_steps=1)
+    model, family = trainer.model, find_family(trainer.model.config)
+    apply_layers(model.get_base_model(), family, PatchSet(), on_cpu=True)
+    apply_attention(model, family, PatchSet())
+    padded = []
+
+    def note(module, args, kwargs):
+        padded.append(kwargs.get("attention_mask") is not None)
+
+    model.get_submodule("base_model.model.model.layers.0").register_forward_pre_hook(note, with_kwargs=True)
+    trainer.train()
+    return logs_of(trainer), padded, [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+
+def train_both_in_two_ways(folder, output):
+    return [
+        train_in_two_ways(folder, output / name, config)
+        for name, config in {"ddp": MultiGPUConfig(strategy="ddp"), "zero": zero(2)}.items()
+    ]
+
+
+def test_gradients_that_come_in_two_orders_are_those_of_their_weights(tmp_path, monkeypatch):
+    """DeepSpeed sums what comes first on one rank with what comes first on the other."""
+    lengths = [16, 16, 16, 20]
+    generator = torch.Generator().manual_seed(5)
+    data = [torch.randint(5, 400, (lengths[i % 4],), generator=generator).tolist() for i in range(32)]
+    monkeypatch.setattr(f"{__name__}.rows", lambda: Dataset.from_dict({"input_ids": data}))
+    folder = tiny.save_checkpoint(tmp_path / "llama", "llama")
+    ranks = run_ranks(2, train_both_in_two_ways, folder, tmp_path)
+    (want, padded, weights), (found, _, others) = ranks[0]
+    assert padded != ranks[1][0][1], "one rank's batch has padding where the other's has none"
+    assert found == [pytest.approx(one, rel=1e-5) for one in want]
+    for mine, theirs in zip(others, weights, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)

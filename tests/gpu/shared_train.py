@@ -27,6 +27,7 @@ def main(model_name: str, folder: str, ranks: int, kind: str, config: dict, resu
 
     setup_multi_gpu(MultiGPUConfig(num_processes=ranks, **config))
     import torch
+    from transformers import TrainerCallback
 
     from pantheraml import (
         FastLanguageModel,
@@ -45,6 +46,14 @@ def main(model_name: str, folder: str, ranks: int, kind: str, config: dict, resu
     )
     if kind != "full":
         model = FastLanguageModel.get_peft_model(model, r=8, lora_dropout=0.1)
+    fused: list[str] = []
+
+    class Seen(TrainerCallback):
+        """What is known after a step; saving lets go of it."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            fused[:] = [str(known.dtype) for known in map(read_before, model.modules()) if known is not None]
+
     trainer = PantheraMLDistributedTrainer(
         model=model,
         tokenizer=tokenizer,
@@ -54,6 +63,7 @@ def main(model_name: str, folder: str, ranks: int, kind: str, config: dict, resu
             save_strategy="steps" if kind == "full" else "no", save_steps=3, report_to="none", disable_tqdm=True,
             bf16=None if kind != "float32" else False,
         ),
+        callbacks=[Seen()],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     logs = [[e["loss"], e["grad_norm"]] for e in trainer.state.log_history if "grad_norm" in e]
@@ -64,7 +74,7 @@ def main(model_name: str, folder: str, ranks: int, kind: str, config: dict, resu
         "figures": logs,
         "layers": sum(local(p).nbytes for p in layers),
         "said": trainer._strategy.describe(),
-        "fused": [str(known.dtype) for known in map(read_before, model.modules()) if known is not None],
+        "fused": fused,
         "peak": torch.cuda.max_memory_allocated(),
     }
     if is_main_process():

@@ -23,6 +23,7 @@ from pantheraml.models.fused.attention import NAME
 from pantheraml.models.fused.functions import AttentionAndMLP, AttentionInput, AttentionOutput
 from pantheraml.models.fused.host_store import HostStore
 from pantheraml.models.fused.layer_function import FusedLayer, Keep, LayerCall
+from pantheraml.models.fused.one_order import Factors, in_one_order
 from pantheraml.models.fused.parts import InputPart
 from pantheraml.models.fused.projection import computes_in
 from pantheraml.models.fused.read_layer import LayerParts, LayerReader
@@ -95,14 +96,16 @@ class FusedDecoderLayer(nn.Module):
         kwargs |= dict(position_ids=position_ids)
         if parts is not None and position_embeddings is not None:
             shared = _shared(position_embeddings, hidden_states, parts.input)
+            factors = in_one_order(parts.factors)
             whole = None
             if attention_mask is None and past_key_values is None:
-                whole = self._whole(hidden_states, parts, shared, keep, kwargs)
+                whole = self._whole(hidden_states, parts, factors, shared, keep, kwargs)
             if whole is not None:
                 return whole
             compute = partial(
                 self._around_attention,
                 parts=parts,
+                factors=factors,
                 rotary=shared.rotary,
                 mask=attention_mask,
                 past_key_values=past_key_values,
@@ -133,7 +136,13 @@ class FusedDecoderLayer(nn.Module):
         return parts
 
     def _whole(
-        self, x: Tensor, parts: LayerParts, shared: _Shared, keep: Keep, kwargs: dict[str, Any]
+        self,
+        x: Tensor,
+        parts: LayerParts,
+        factors: Factors,
+        shared: _Shared,
+        keep: Keep,
+        kwargs: dict[str, Any],
     ) -> Tensor | None:
         """The layer as one function, or None where its attention or MLP is not of the kind that it covers."""
         module: Any = self.self_attn
@@ -148,13 +157,14 @@ class FusedDecoderLayer(nn.Module):
         store = None if keep == "all" else self.store
         layer = LayerCall(*parts[:2], parts.mlp, shared.rotary, backend, call, keep, store, self.tile)
         with torch.autocast(x.device.type, enabled=False):
-            return FusedLayer.apply(x.contiguous(), layer, *parts.factors)
+            return FusedLayer.apply(x.contiguous(), layer, *factors)
 
     def _around_attention(
         self,
         x: Tensor,
         *,
         parts: LayerParts,
+        factors: Factors,
         rotary: Rotary,
         mask: Tensor | None,
         past_key_values: Any,
@@ -163,18 +173,17 @@ class FusedDecoderLayer(nn.Module):
         """The layer in parts, around whatever attention the model uses."""
         device = x.device.type
         module: Any = self.self_attn
+        before = len(parts.input.factors)
         with torch.autocast(device, enabled=False):
-            q, k, v, residual = AttentionInput.apply(
-                x.contiguous(), parts.input, rotary, *parts.input.factors
-            )
+            q, k, v, residual = AttentionInput.apply(x.contiguous(), parts.input, rotary, *factors[:before])
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, module.layer_idx)
         attended = self._attend(q, k, v, mask, **kwargs).reshape(*x.shape[:2], -1)
         middle, last = parts.middle, parts.mlp
         with torch.autocast(device, enabled=False):
             if last is not None:
-                return AttentionAndMLP.apply(residual, attended, middle, last, *middle.factors, *last.factors)
-            s, h = AttentionOutput.apply(residual, attended, middle, *middle.factors)
+                return AttentionAndMLP.apply(residual, attended, middle, last, *factors[before:])
+            s, h = AttentionOutput.apply(residual, attended, middle, *factors[before:])
         mlp: Any = self.mlp
         out = mlp(h)
         return s + (out[0] if isinstance(out, tuple) else out)
