@@ -42,7 +42,7 @@ class StoppableRuns(LastingRun):
     _run = 0
 
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as SFTTrainer does, unless the run is asked to stop.
+        """Train as TRL does, unless the run is asked to stop.
 
         Raises:
             RunStopped: it was, by SIGTERM, SIGUSR1 or a file STOP, and is saved.
