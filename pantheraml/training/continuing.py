@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from transformers import Trainer
 
 from pantheraml.checkpoint.cursor import Cursor
+from pantheraml.errors import ConfigError
 
 
 class ContinuedRun(Trainer):
@@ -26,3 +27,17 @@ class ContinuedRun(Trainer):
     def cursor(self) -> Cursor | None:
         """Where the run stands in its rows; None where steps alone are counted."""
         return None
+
+    def take_rows(self, rows: int) -> None:
+        """Let a step have as many rows as it had on the ranks before these.
+
+        Raises:
+            ConfigError: it has others here.
+        """
+        here = self.get_total_train_batch_size(self.args)
+        if here != rows:
+            raise ConfigError(
+                got=f"The ranks were started again, and a step of {self.args.world_size} ranks has {here} rows.",
+                need=f"It had {rows} before, and a run that goes on takes steps of as many.",
+                fix="Pass num_processes, so that as many ranks are started.",
+            )

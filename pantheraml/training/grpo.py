@@ -55,6 +55,7 @@ from pantheraml.training.head import (
     why_not_fused,
     why_not_tempered,
 )
+from pantheraml.training.restarting import RestartedRuns
 from pantheraml.training.row_sampling import rows_sampled
 from pantheraml.training.stopping import StoppableRuns
 from pantheraml.training.token_words import said_by_token
@@ -66,7 +67,7 @@ _STRATEGIES = ("none", "ddp", "fsdp")
 _ROWS = "row_numbers"
 
 
-class PantheraMLGRPOTrainer(WatchedRuns, StoppableRuns, GRPOTrainer):
+class PantheraMLGRPOTrainer(WatchedRuns, RestartedRuns, StoppableRuns, GRPOTrainer):
     """GRPOTrainer for models of ``FastLanguageModel`` (and any other causal language model), on every GPU.
 
     What it adds to TRL's trainer:

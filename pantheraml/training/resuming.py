@@ -146,6 +146,11 @@ class ResumedRows(ContinuedRun, RankedRows):
         finally:
             self._start, self._rng_due, self.args.ignore_data_skip = (0, 0), None, skipped
 
+    def take_rows(self, rows: int) -> None:
+        """As ``ContinuedRun``; these ranks cut a step of so many rows as it comes to."""
+        self._global_batch = replace(self._global_batch, rows=rows)
+        self.args.gradient_accumulation_steps = self._global_batch.accumulation
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:

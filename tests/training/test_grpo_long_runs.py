@@ -10,13 +10,15 @@ from functools import wraps
 from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
 
-from pantheraml import MultiGPUConfig, get_rank
+from pantheraml import MultiGPUConfig, barrier, get_rank
 from pantheraml.checkpoint.inspection import inspect_checkpoint
 from pantheraml.checkpoint.manifest import problems, read_manifest
 from pantheraml.checkpoint.pointers import read_pointer
 from pantheraml.checkpoint.run_record import read_totals
 from pantheraml.errors import RunStopped
+from pantheraml.launch.environment import AGENT
 from tests import tiny
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_full_disk import Full
@@ -54,6 +56,13 @@ def be_asked():
     time.sleep(0.5)  # a thread takes it up
 
 
+class Began(TrainerCallback):
+    """At which step a run began."""
+
+    def on_train_begin(self, args, state, control, **_):
+        self.step = state.global_step
+
+
 def told(trainer):
     """Every figure of each step that tells one training from another."""
     names = ("loss", "grad_norm", "reward", "kl", "num_tokens")
@@ -63,26 +72,35 @@ def told(trainer):
 
 
 def train(folder, output, resume=None, reward=lengths, callbacks=(), **settings):
-    """The figures of the steps of a run, how it ended, and what its last completions were."""
+    """The figures of the steps of a run, how it ended, its last completions, and the step at which it began."""
+    began = Began()
     trainer = build(
-        folder, output, rewards=(vowels, reward), callbacks=callbacks, config=MultiGPUConfig(), **SETTINGS | settings
+        folder, output, rewards=(vowels, reward), callbacks=[began, *callbacks], config=MultiGPUConfig(),
+        **SETTINGS | settings,
     )  # fmt: skip
     ended = None
     try:
         trainer.train(resume_from_checkpoint=resume)
     except RunStopped as stopped:
         ended = stopped.code, str(stopped)
-    return told(trainer), ended, list(trainer._logs["completion"])
+    return told(trainer), ended, list(trainer._logs["completion"]), began.step
 
 
 def long_runs(folder, output):
     found = {"whole": train(folder, output / "whole")}
-    found["stopped"] = train(folder, output / "again", reward=At(1, 3, be_asked))
-    found["resumed"] = train(folder, output / "again", resume="auto")
-    if get_rank() == 0:
-        for step in (4, 5):
-            flip(output / f"again/checkpoint-{step}/optimizer.pt")
-    found["passed over"] = train(folder, output / "again", resume=True)
+    again, agent = output / "again", {AGENT: str(output), "TORCHELASTIC_MAX_RESTARTS": "1"}
+    os.environ.update(agent, TORCHELASTIC_RESTART_COUNT="0")
+    found["stopped"] = train(folder, again, reward=At(1, 3, be_asked))
+    os.environ.update(TORCHELASTIC_RESTART_COUNT="1")
+    found["started again"] = train(folder, again)
+    for name in (*agent, "TORCHELASTIC_RESTART_COUNT"):
+        del os.environ[name]
+    for resume in ("auto", True):
+        if get_rank() == 0:
+            for step in (4, 5):
+                flip(again / f"checkpoint-{step}/optimizer.pt")
+        barrier()
+        found[resume] = train(folder, again, resume=resume)
     full = Full(1, (1, 3))
     found["full"] = train(folder, output / "full", callbacks=[full])
     return {**found, "saved": full.saved}
@@ -109,13 +127,13 @@ def test_checkpoints_are_whole_and_say_what_the_run_came_to(ranks):
 def test_a_run_that_is_asked_within_a_step_saves_and_ends_and_goes_on_bit_by_bit(ranks):
     output, found = ranks
     for rank in found:
-        before, (code, said), _ = rank["stopped"]
+        before, (code, said), *_ = rank["stopped"]
         assert code == 143 and said.startswith("SIGTERM: stopped after step 3 of 5, saved in ")
         assert list(before) == [1, 2, 3], "the step at hand is done"
-        steps, ended, completions = rank["whole"]
+        steps, ended, completions, _ = rank["whole"]
         assert ended is None and list(steps) == [1, 2, 3, 4, 5] and before == {n: steps[n] for n in before}
-        for again in ("resumed", "passed over"):
-            assert rank[again] == (steps, None, completions)
+        for again in ("started again", "auto", True):
+            assert rank[again] == (steps, None, completions, 3)
     assert read_pointer(output / "again", "latest").step == 5
     assert not any(problems(output / f"again/checkpoint-{step}") for step in (2, 3, 4, 5)), "written anew"
 
