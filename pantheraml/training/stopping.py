@@ -16,6 +16,7 @@ from pantheraml.launch.stopping import note_stop
 from pantheraml.log import say
 from pantheraml.training.full_disk import LastingRun
 from pantheraml.training.stop_requests import SAVE, STOP, StopRequests
+from pantheraml.training.stop_signals import leave_signals_to_rank
 
 # "Try again later": what a STOP file ends a program with, so that what comes after it in a script is not done.
 EXIT_LATER = 75
@@ -81,6 +82,12 @@ class StoppableRuns(LastingRun):
                 self._save_now(None)
         if self._stop is not None and not self.control.should_training_stop:  # else the training is done
             raise _Stop(self._stop)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, whose workers are not ended by what asks the run to stop."""
+        loader = super()._get_dataloader(*args, **kwargs)
+        leave_signals_to_rank(loader)
+        return loader
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's; a run that goes on after its last step is done, where transformers takes one more."""
