@@ -303,6 +303,8 @@ class PantheraMLGRPOTrainer(WatchedRuns, RestartedRuns, StoppableRuns, GRPOTrain
             return super()._prepare_inputs(generation_batch)
         config = cast(GRPOConfig, self.args)
         steps = config.steps_per_generation or 1
+        if self._buffered_inputs is None:  # a run goes on, maybe within a generation, which is made anew
+            self._step = self.state.global_step * config.gradient_accumulation_steps
         if self._buffered_inputs is None or self._step % (steps * self.num_iterations) == 0:
             scored = split_pixel_values_by_grid(self._generate_and_score_completions(generation_batch))
             rows = len(scored["completion_ids"])
