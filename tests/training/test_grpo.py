@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from pantheraml.errors import ConfigError
 from pantheraml.training.grpo_batch import reordered, spread
 from pantheraml.training.row_sampling import RowSampler, drawn, rows_sampled, uniforms
 from tests import tiny
@@ -141,6 +142,15 @@ def test_a_run_that_goes_on_within_a_generation_makes_it_anew_and_keeps_the_orde
     whole = prompts()
     assert whole[2] == whole[3] != whole[4] == whole[5], "a generation serves two steps"
     assert prompts(str(tmp_path / "checkpoint-3")) == whole[3:]
+
+
+def test_ranks_that_are_fewer_than_before_do_not_go_on_with_other_steps(llama, tmp_path):
+    trainer = build(llama, tmp_path, per_device_train_batch_size=4)
+    trainer.take_rows(4)
+    with pytest.raises(
+        ConfigError, match=r"4 rows are a step of 1 of them.*It had 8 before.*Pass num_processes"
+    ):
+        trainer.take_rows(8)
 
 
 @pytest.fixture
