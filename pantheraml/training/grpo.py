@@ -268,7 +268,7 @@ class PantheraMLGRPOTrainer(WatchedRuns, RestartedRuns, StoppableRuns, GRPOTrain
         is_known = not self.tools and not self.use_transformers_continuous_batching
         rows = range(self._first_row, self._first_row + len(prompt_ids))
         sampled = rows_sampled(self._base(), rows, self._seed()) if is_known else nullcontext()
-        word = partial(self.progress, "generating", "alone")
+        word = partial(self.progress, "generating", "token")
         word()
         with self._inferring(decoding=True), sampled, said_by_token(self._base(), word):
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
