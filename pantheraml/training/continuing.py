@@ -37,7 +37,7 @@ class ContinuedRun(Trainer):
         here = self.get_total_train_batch_size(self.args)
         if here != rows:
             raise ConfigError(
-                got=f"The ranks were started again, and and {here} rows are a step of {self.args.world_size} of them.",
+                got=f"The ranks were started again, and {here} rows are a step of {self.args.world_size} of them.",
                 need=f"It had {rows} before, and a run that goes on takes steps of as many.",
                 fix="Pass num_processes, so that as many ranks are started.",
             )

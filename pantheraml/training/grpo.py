@@ -112,7 +112,7 @@ class PantheraMLGRPOTrainer(WatchedRuns, RestartedRuns, StoppableRuns, GRPOTrain
         if multi_gpu_config is not None and not is_split(model):
             setup_multi_gpu(config_of(multi_gpu_config))
         config = GRPOConfig("outputs") if args is None else copy.copy(args)
-        self._multi_gpu = settings_of_run() if multi_gpu_config is None else multi_gpu_config
+        self._multi_gpu = settings_of_run() if multi_gpu_config is None else config_of(multi_gpu_config)
         self._join_run(config, model, self._multi_gpu)
         state = get_state(model)
         if state is not None:
