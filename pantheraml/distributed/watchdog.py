@@ -3,6 +3,8 @@
 The training thread says that it goes on by writing an attribute. How long it may be without doing so:
 
     a step                          ``hang_seconds``, or three times the longest time between two such words so far
+    what each rank does by itself   likewise; the others may wait for it
+    the next token of a generation  likewise; behind the last one a rank waits for the others, which is not counted
     the first step, the first rows  twelve times ``hang_seconds``: kernels are compiled, caches filled, workers started
       of an epoch
     callbacks, saving, evaluating,  ``timeout_minutes``, after which a collective would fail, too
@@ -37,7 +39,9 @@ from pantheraml.distributed.heartbeats import Beat, Clock, Heartbeats, Place
 from pantheraml.distributed.stacks import StacksFile
 from pantheraml.launch.environment import LaunchEnvironment
 
-Allowance = Literal["step", "first", "patient"]
+Allowance = Literal["step", "alone", "token", "first", "patient"]
+# Those whose limit is that of a step, and those that count for the longest.
+_OF_A_STEP, _COUNTED = ("step", "alone", "token"), ("step", "alone")
 # Times the longest step so far, and times hang_seconds.
 _OF_STEPS, _OF_FIRST = 3.0, 12.0
 # Seconds between two words of a rank, more where more ranks than this talk at a time.
@@ -108,7 +112,7 @@ class Watchdog:
         """
         if self._first_step is None:
             self._first_step = step
-        if allowance == "step" and step <= self._first_step:
+        if allowance in _OF_A_STEP and step <= self._first_step:
             allowance = "first"
         if self._busy:
             phase, allowance = self._busy, "patient"
@@ -151,7 +155,7 @@ class Watchdog:
 
     def _set(self, step: int, phase: str, allowance: Allowance) -> None:
         last, now = self._mark, self._clock.now()
-        if last.allowance == "step":
+        if last.allowance in _COUNTED:
             self._longest = max(self._longest, now - last.at)
         elif last.allowance == "first" and last.step == self._first_step:
             self._longest_first = max(self._longest_first, now - last.at)

@@ -65,7 +65,7 @@ class WholeCheckpoints(AsyncSaves):
         if self.args.save_on_each_node or self.args.push_to_hub:
             with removed_on_failure(target), agreeing(target, target):
                 self._write(model, trial)
-                self.cursor().write(target)
+                self._write_cursor(target)
             return
         is_first = self.is_world_process_zero()
         with ExitStack() as opened:
@@ -94,11 +94,18 @@ class WholeCheckpoints(AsyncSaves):
         self, save: Unfinished, best: Best, totals: Totals, later: Writes, measured: Files, opened: ExitStack
     ) -> Callable[[], None]:
         """Write what rank 0 knows; what is left for it to do, perhaps in a thread, with what is ``opened``."""
-        cursor = self.cursor()
-        cursor.write(save.folder)
+        cursor = self._write_cursor(save.folder)
         self.write_record(save.folder, totals)
-        about = {"cursor": asdict(cursor), "ranks": self.args.world_size, "epoch": self.state.epoch}
+        about = {"cursor": cursor, "ranks": self.args.world_size, "epoch": self.state.epoch}
         return partial(self._finish, save, later, about, measured, best, opened.pop_all())
+
+    def _write_cursor(self, folder: Path) -> dict[str, int] | None:
+        """Write where the run stands in its rows, if it knows; what was written."""
+        cursor = self.cursor()
+        if cursor is None:
+            return None
+        cursor.write(folder)
+        return asdict(cursor)
 
     def _finish(
         self,
@@ -166,6 +173,22 @@ class WholeCheckpoints(AsyncSaves):
         if best is None or step is None or Path(best).parent != Path(run):
             return None
         return step, self.state.best_metric
+
+    @contextmanager
+    def begun(self, resume: str | Path | bool | None) -> Iterator[str | bool | None]:
+        """A block in which a run trains, on all ranks from one checkpoint, which is given.
+
+        Args:
+            resume: as for ``checkpoint_of``.
+
+        Raises:
+            CheckpointError: as there, or the run's strategy cannot go on with it.
+        """
+        checkpoint = self.checkpoint_of(resume)
+        if isinstance(checkpoint, str):
+            self._strategy.check_checkpoint(Path(checkpoint))
+        with self.going_on(checkpoint):
+            yield checkpoint
 
     def checkpoint_of(self, resume: str | Path | bool | None) -> str | bool | None:
         """The checkpoint that a run goes on with, the same on all ranks; what is damaged is passed over by name.

@@ -46,7 +46,6 @@ from pantheraml.training.sample_keys import (
     token_keys,
     without_number,
 )
-from pantheraml.training.stop_signals import leave_signals_to_rank
 
 Batch = dict[str, Any]
 # Which tokens of a flat batch are labels: numbers that stay on the host, where nobody waits to learn them.
@@ -343,6 +342,5 @@ class RankedRows(SFTTrainer):
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
-            worker_init_fn=leave_signals_to_rank,
             **batches,
         )

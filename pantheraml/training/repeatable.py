@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pantheraml.errors import ConfigError
-from pantheraml.training.resuming import ResumedRows
+from pantheraml.training.continuing import ContinuedRun
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _IN_ORDER = (":4096:8", ":16:8")
@@ -61,7 +61,7 @@ def in_fixed_order(on: bool) -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark = conv
 
 
-class RepeatableRun(ResumedRows):
+class RepeatableRun(ContinuedRun):
     """The part of the trainer that trains in a fixed order; ``deterministic`` of the arguments says whether."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -71,6 +71,6 @@ class RepeatableRun(ResumedRows):
 
     @contextmanager
     def going_on(self, resume: str | bool | None) -> Iterator[None]:
-        """As ``ResumedRows``."""
+        """As ``ContinuedRun``."""
         with in_fixed_order(getattr(self.args, "deterministic", False)), super().going_on(resume):
             yield

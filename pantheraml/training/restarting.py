@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +59,7 @@ class RestartedRuns(WholeCheckpoints):
         begun, own = broadcast_object(self._begun() if self.is_world_process_zero() else None) or (None, None)
         if begun is None:
             return super().checkpoint_of(resume)
-        self._global_batch = replace(self._global_batch, rows=begun)
-        self.args.gradient_accumulation_steps = self._global_batch.accumulation
+        self.take_rows(begun)
         if own is not None:
             say(f"the ranks were started again: going on with {Path(own).name}.")
             return own
@@ -74,7 +72,8 @@ class RestartedRuns(WholeCheckpoints):
         note = Path(os.environ[AGENT], f"run_{hashlib.sha256(str(run).encode()).hexdigest()[:16]}.json")
         if os.environ.get(_NUMBER, "0") == "0" or not note.exists():
             before = {folder.name: _identity(folder) for folder in checkpoints(run)}
-            note.write_text(json.dumps({"rows": self._global_batch.rows, "checkpoints": before}))
+            rows = self.get_total_train_batch_size(self.args)
+            note.write_text(json.dumps({"rows": rows, "checkpoints": before}))
             return None
         begun = json.loads(note.read_text())
         theirs = begun["checkpoints"]

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pantheraml.checkpoint.cursor import Cursor, read_cursor
 from pantheraml.errors import ConfigError
 from pantheraml.log import say
+from pantheraml.training.continuing import ContinuedRun
 from pantheraml.training.global_batch import GlobalBatch
 from pantheraml.training.rank_batches import RankedRows
 
@@ -107,7 +108,7 @@ def in_stream(rows: Iterable[Any], cursor: Cursor) -> Cursor:
     return cursor
 
 
-class ResumedRows(RankedRows):
+class ResumedRows(ContinuedRun, RankedRows):
     """The part of the trainer that goes on where a checkpoint stands."""
 
     # The checkpoint whose random numbers are to be taken up once the first rows of a stream are there.
@@ -144,6 +145,11 @@ class ResumedRows(RankedRows):
             yield
         finally:
             self._start, self._rng_due, self.args.ignore_data_skip = (0, 0), None, skipped
+
+    def take_rows(self, rows: int) -> None:
+        """As ``ContinuedRun``; these ranks cut a step of so many rows as it comes to."""
+        self._global_batch = replace(self._global_batch, rows=rows)
+        self.args.gradient_accumulation_steps = self._global_batch.accumulation
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
@@ -55,6 +57,23 @@ def shared_out_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) ->
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """What ``optimizer`` trains, in the order by which its state dict numbers it."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def load_first_of_several(model: Any, folder: Path) -> None:
+    """Load the adapter "default" from the top of ``folder``, beside others in folders of their own.
+
+    transformers 5.17 passes it over where there are others, as a reference that GRPO keeps of an adapter.
+    """
+    is_there = (folder / SAFETENSORS_WEIGHTS_NAME).is_file()
+    if (
+        isinstance(model, PeftModel)
+        and len(model.peft_config) > 1
+        and "default" in model.peft_config
+        and is_there
+    ):
+        active = model.active_adapters[0]
+        model.load_adapter(str(folder), "default", is_trainable=active == "default", torch_device="cpu")
+        model.set_adapter(active)
 
 
 class SharedState(Trainer):
@@ -106,8 +125,10 @@ class SharedState(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As transformers; each rank keeps its share, and pieces of experts are put together."""
-        if not self._load_own(Path(resume_from_checkpoint), model):
+        folder = Path(resume_from_checkpoint)
+        if not self._load_own(folder, model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            load_first_of_several(model or self.model, folder)
 
     def _load_best_model(self) -> None:
         """As ``_load_from_checkpoint``."""

@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from trl import SFTConfig
 
+from pantheraml.training.resuming import ResumedRows
 from pantheraml.training.step_figures import StepFigures
 from pantheraml.training.stopping import StoppableRuns
 
 
-class StepLoss(StoppableRuns):
+class StepLoss(StoppableRuns, ResumedRows):
     """The part of the trainer that computes the loss: TRL's, which waits for no device where it is the plain one."""
 
     # Whether our head is on the model, which knows the micro-batches of one pass from one another.

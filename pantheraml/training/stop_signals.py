@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
+
+from torch.utils.data import DataLoader
 
 from pantheraml.launch.stopping import SIGNALS
 
@@ -52,12 +56,23 @@ class StopSignals:
             signal.raise_signal(number)
 
 
-def leave_signals_to_rank(_: int) -> None:
-    """For ``worker_init_fn``: a worker that reads rows goes on until its rank has saved.
+def leave_signals_to_rank(loader: DataLoader[Any]) -> None:
+    """Let processes that read rows go on until their rank has saved.
 
     Terminals, torchrun and SLURM send signals to all processes of a run. A rank that ends asks its workers by SIGTERM
     as well, twice if need be, so the second one is obeyed.
+
+    Args:
+        loader: whose workers are not started yet; accelerate's, perhaps, around torch's.
     """
+    within: DataLoader[Any] = getattr(loader, "base_dataloader", loader)
+    within.worker_init_fn = partial(_begin_worker, within.worker_init_fn)
+
+
+def _begin_worker(begin: Callable[[int], object] | None, number: int) -> None:
+    """What a worker does first, and then what it would have begun with."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if begin is not None:
+        begin(number)

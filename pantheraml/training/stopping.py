@@ -16,6 +16,7 @@ from pantheraml.launch.stopping import note_stop
 from pantheraml.log import say
 from pantheraml.training.full_disk import LastingRun
 from pantheraml.training.stop_requests import SAVE, STOP, StopRequests
+from pantheraml.training.stop_signals import leave_signals_to_rank
 
 # "Try again later": what a STOP file ends a program with, so that what comes after it in a script is not done.
 EXIT_LATER = 75
@@ -42,7 +43,7 @@ class StoppableRuns(LastingRun):
     _run = 0
 
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as SFTTrainer does, unless the run is asked to stop.
+        """Train as TRL does, unless the run is asked to stop.
 
         Raises:
             RunStopped: it was, by SIGTERM, SIGUSR1 or a file STOP, and is saved.
@@ -81,6 +82,12 @@ class StoppableRuns(LastingRun):
                 self._save_now(None)
         if self._stop is not None and not self.control.should_training_stop:  # else the training is done
             raise _Stop(self._stop)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, whose workers are not ended by what asks the run to stop."""
+        loader = super()._get_dataloader(*args, **kwargs)
+        leave_signals_to_rank(loader)
+        return loader
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's; a run that goes on after its last step is done, where transformers takes one more."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -233,10 +232,7 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         """
         self._check_rows()  # rows may have been masked since
         self._trackers.cover(self.callback_handler)  # some may have come since
-        checkpoint = self.checkpoint_of(resume_from_checkpoint)
-        if isinstance(checkpoint, str):
-            self._strategy.check_checkpoint(Path(checkpoint))
-        with self.going_on(checkpoint):
+        with self.begun(resume_from_checkpoint) as checkpoint:
             return self._train(checkpoint, *args, **kwargs)
 
     def _train(self, *args: Any, **kwargs: Any) -> Any:

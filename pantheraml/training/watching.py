@@ -70,6 +70,11 @@ class WatchedRuns(WholeCheckpoints):
         """
         return nullcontext() if self._watchdog is None else self._watchdog.patient(phase)
 
+    def progress(self, phase: str, allowance: Allowance = "step") -> None:
+        """The step goes on; ``phase`` is what comes next, and ``allowance`` how long that may take."""
+        if self._watchdog is not None:
+            self._watchdog.progress(self.state.global_step + 1, phase, allowance)
+
     def checkpoint_of(self, resume: str | Path | bool | None) -> str | bool | None:
         """The checkpoint to go on with; to read it, and to come to its row, may take long."""
         with self.patiently("looking for a checkpoint"):

@@ -265,10 +265,10 @@ def test_limits():
     clock = dog._clock = FixedClock()
     found = []
     for seconds, step, phase in [
-        (0, 1, "computing"), (100, 2, "between steps"), (1, 2, "computing"), (40, 3, "computing"), (9, 4, "computing"),
+        (0, 1, "computing"), (100, 2, "between steps"), (1, 2, "rewards"), (40, 3, "computing"), (9, 4, "computing"),
     ]:  # fmt: skip
         clock.seconds += seconds
-        dog.progress(step, phase)
+        dog.progress(step, phase, "alone" if phase == "rewards" else "step")
         found.append(round(dog.limit()))
     clock.seconds += 500
     with dog.patient("saving"):
@@ -278,6 +278,10 @@ def test_limits():
         assert dog._mark.phase == "saving"
     # Step 4's computing took 500 s until the save began.
     assert found == [600, 300, 300, 120, 120, 1800, 1800] and dog.limit() == 1500
+    dog.progress(5, "generating", "token")
+    clock.seconds += 900  # it waits for the others
+    dog.progress(5, "computing")
+    assert dog.limit() == 1500
     dog.progress(6, "reading the first rows", "first")
     assert dog.limit() == 600
     dog = Watchdog(50, 1800, Path())

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 import pantheraml
+from pantheraml.checkpoint.manifest import has_manifest, problems
 from pantheraml.errors import ConfigError
 from pantheraml.hooks.grpo_scripts import HookedGRPOTrainer
 from pantheraml.training.grpo import PantheraMLGRPOTrainer
@@ -67,7 +68,7 @@ def test_a_scripts_own_class_keeps_its_methods(llama, tmp_path):
 
     pantheraml.enable_grpo_support()
     model, rows = AutoModelForCausalLM.from_pretrained(llama), ROWS.rename_column("text", "prompt")
-    args = config(tmp_path, per_device_train_batch_size=4, max_steps=1)
+    args = config(tmp_path, per_device_train_batch_size=4, max_steps=1, save_strategy="steps", save_steps=1)
     trainer = Doubling(model, reward_length, args, rows)
     assert type(trainer).__mro__[1:3] == (Doubling, HookedGRPOTrainer) and isinstance(trainer, GRPOTrainer)
     assert type(trainer).__name__ == "Doubling" and trainer.args is not args
@@ -75,6 +76,7 @@ def test_a_scripts_own_class_keeps_its_methods(llama, tmp_path):
     rewards = trainer._logs["rewards"]["reward_length"]
     assert list(rewards) == [2.0 * len(text) for text in trainer._logs["completion"]]
     assert len(logged(trainer)) == 1
+    assert has_manifest(tmp_path / "checkpoint-1") and not problems(tmp_path / "checkpoint-1")
 
 
 @pytest.mark.promise("C2")

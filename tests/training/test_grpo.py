@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from pantheraml.errors import ConfigError
 from pantheraml.training.grpo_batch import reordered, spread
 from pantheraml.training.row_sampling import RowSampler, drawn, rows_sampled, uniforms
 from tests import tiny
-from tests.training.grpo_runs import build, figures
+from tests.training.grpo_runs import Kept, build, figures
 
 
 def test_numbers_follow_from_seed_row_and_place_alone():
@@ -126,6 +127,30 @@ def test_evaluation_changes_nothing_and_a_resumed_run_is_the_run(llama, tmp_path
         for mine, theirs in zip(other.model.parameters(), whole.model.parameters(), strict=True):
             assert torch.equal(mine, theirs)
     assert resumed._logs["completion"] == whole._logs["completion"]
+
+
+def test_a_run_that_goes_on_within_a_generation_makes_it_anew_and_keeps_the_order_of_prompts(llama, tmp_path):
+    def prompts(resume=None):
+        kept = Kept()
+        kept.trainer = build(
+            llama, tmp_path, callbacks=[kept], per_device_train_batch_size=4, steps_per_generation=2, max_steps=8,
+            save_strategy="steps", save_steps=3,
+        )  # fmt: skip
+        kept.trainer.train(resume_from_checkpoint=resume)
+        return [step["prompt"] for step in kept.steps]
+
+    whole = prompts()
+    assert whole[2] == whole[3] != whole[4] == whole[5], "a generation serves two steps"
+    assert prompts(str(tmp_path / "checkpoint-3")) == whole[3:]
+
+
+def test_ranks_that_are_fewer_than_before_do_not_go_on_with_other_steps(llama, tmp_path):
+    trainer = build(llama, tmp_path, per_device_train_batch_size=4)
+    trainer.take_rows(4)
+    with pytest.raises(
+        ConfigError, match=r"4 rows are a step of 1 of them.*It had 8 before.*Pass num_processes"
+    ):
+        trainer.take_rows(8)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pantheraml.checkpoint.manifest import has_manifest, problems
 from pantheraml.errors import ConfigError, HardwareError
 from pantheraml.training import generators
 from tests import tiny
@@ -139,7 +140,9 @@ def test_accumulation_makes_no_difference(alone):
 def test_all_weights_shared_out_train_as_in_one_process_and_are_saved_whole(alone, ranks):
     for rank in ranks:
         assert_same(rank["full"], alone["full"])
-    saved, whole = (load_file(one["output"] / "checkpoint-4/model.safetensors") for one in (ranks[0], alone))
+    checkpoints = [one["output"] / "checkpoint-4" for one in (ranks[0], alone)]
+    assert all(has_manifest(checkpoint) and not problems(checkpoint) for checkpoint in checkpoints)
+    saved, whole = (load_file(checkpoint / "model.safetensors") for checkpoint in checkpoints)
     assert saved.keys() == whole.keys()
     for name, weight in whole.items():
         assert torch.allclose(saved[name], weight, atol=2e-4), name
