@@ -82,6 +82,18 @@ def longest_batch(rows: Any, most: int) -> int | None:
     return int(token_counts(rows).max()) * most
 
 
+def joined_tokens(rows: Any, most: int, merged: int) -> int:
+    """Tokens of the largest pass that micro-batches of ``most`` rows are merged to, where ``merged`` is the limit.
+
+    They stay whole: of rows of equal length, few fill it.
+    """
+    longest = longest_batch(rows, most)
+    if longest is None or not merged:
+        return merged
+    together = merged // max(1, int(token_counts(rows).min()) * most)
+    return min(merged, max(1, together) * longest)
+
+
 def predict_memory(
     model: Any, args: TrainingArguments, longest: int | None, merged: int, zero: Zero | None = None
 ) -> Predicted | None:

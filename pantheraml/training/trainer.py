@@ -45,6 +45,7 @@ from pantheraml.training.banner import (
     Predicted,
     describe_memory,
     describe_run,
+    joined_tokens,
     longest_batch,
     predict_memory,
 )
@@ -186,8 +187,9 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         passes = self.args.gradient_accumulation_steps
         if longest is not None and self._most_tokens:
             passes = min(passes, -(-longest * passes // self._most_tokens))
-        zero = self._strategy.zero(model)
-        return self.plan_reduction(predict_memory(model, self.args, longest, self._most_tokens, zero), passes)
+        merged = joined_tokens(self.train_dataset, most, self._most_tokens)
+        predicted = predict_memory(model, self.args, longest, merged, self._strategy.zero(model))
+        return self.plan_reduction(predicted, passes)
 
     def _join_run(self, config: SFTConfig, model: nn.Module) -> None:
         """Be one of the ranks that train ``model``, as the run's settings say; ``config`` is changed in place."""

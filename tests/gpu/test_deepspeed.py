@@ -69,9 +69,9 @@ LOADS = {
     "4bit": dict(load_in_4bit=True),
     "full": dict(full_finetuning=True),
 }
-# What is loaded, stage, what is offloaded, and how near DDP's the first step is, and those after it. At stage 3 layers are
-# not fused, and trained in full they are rounded otherwise at any stage. At stage 2 micro-batches are not merged, by
-# which gradient norms were 1e-4 apart; gradients of other weights, added up by mistake, put them 1e-2 apart.
+# What is loaded, stage, what is offloaded, and how near DDP's the first step is, and those after it. At stage 3 layers
+# are not fused, and trained in full they are rounded otherwise at any stage. At stage 2 micro-batches are not merged,
+# by which gradient norms were 1e-4 apart; gradients of other weights, added up by mistake, put them 1e-2 apart.
 CASES = [
     ("bf16", 0, False, (2e-3, 2e-3)),
     ("bf16", 2, False, (2e-3, 2e-3)),

@@ -19,7 +19,7 @@ from pantheraml.devices.peak_memory import Outliving
 from pantheraml.distributed.strategies.ddp import DDP
 from pantheraml.models.memory_estimate import MemoryEstimate, describe, predicted_bytes
 from pantheraml.models.recompute_plan import RecomputePlan
-from pantheraml.training.banner import compare_memory, describe_memory, describe_ranks
+from pantheraml.training.banner import compare_memory, describe_memory, describe_ranks, joined_tokens
 from tests import tiny
 from tests.distributed.ranks import run_ranks
 
@@ -57,6 +57,21 @@ def test_prediction_and_measurement():
     )
     told = "memory: predicted 35.8 GiB, 21.8 GiB, measured 34.9 GiB, 20.0 GiB."
     assert compare_memory(split, [[34.9, 20.0]]) == told
+
+
+@pytest.mark.parametrize(
+    ("lengths", "limit", "tokens"),
+    [
+        ([10, 10], 75, 60),  # three whole micro-batches of two rows of 10
+        ([10, 10], 19, 20),  # none is cut
+        ([4, 10], 75, 75),  # shorter ones fill it
+        ([10, 10], 0, 0),  # they are not merged
+    ],
+)
+def test_merged_micro_batches_stay_whole(lengths, limit, tokens):
+    rows = Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
+    assert joined_tokens(rows, 2, limit) == tokens
+    assert joined_tokens(iter(()), 2, limit) == limit, "of a stream nobody knows"
 
 
 def banner(folder, output, settings, rows=None):
