@@ -188,6 +188,7 @@ def decode(
             return layer._around_attention(
                 hidden_states,
                 parts=parts,
+                factors=parts.factors,
                 rotary=rotary,
                 mask=attention_mask,
                 past_key_values=past_key_values,
