@@ -232,6 +232,7 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
                 ``docs/reliability.md``.
             KeyboardInterrupt: Ctrl-C did.
         """
+        self._strategy.check_begin()
         self._check_rows()  # rows may have been masked since
         self._trackers.cover(self.callback_handler)  # some may have come since
         with self.begun(resume_from_checkpoint) as checkpoint:

@@ -33,6 +33,7 @@ def case(model, **settings) -> Case:
     return Case(model=model, **settings)
 
 
+@pytest.mark.slow
 def test_the_command(model, tmp_path, monkeypatch, capsys):
     # What a process costs on a shared CPU is paid once; the other cases run in this process.
     real, started = lora_step.run_case, []

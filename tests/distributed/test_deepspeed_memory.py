@@ -16,6 +16,7 @@ from pantheraml.devices.estimate import Work, estimate
 from pantheraml.devices.layout import Layout
 from pantheraml.devices.zero import BUCKET, Zero
 from pantheraml.distributed.strategies import zero_settings
+from pantheraml.errors import ConfigError
 from pantheraml.models.precision import Precision
 from pantheraml.models.weight_sizes import measure_parts
 from tests import tiny
@@ -74,6 +75,8 @@ def left_over(folder, output, stages):
         trainer.train()
         assert trainer.evaluate()["eval_loss"] > 0
         trainer.save_model(output / "model")
+        with pytest.raises(ConfigError, match="Make a new trainer for the same model"):
+            trainer.train()
         model = trainer.model
         model.eval()
         assert model.generate(input_ids=torch.tensor(PROMPT), max_new_tokens=2, do_sample=False).numel() == 5

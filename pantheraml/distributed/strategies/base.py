@@ -87,6 +87,9 @@ class Strategy:
                 trainer.accelerator.free_memory()
                 vars(trainer.model).pop("_is_accelerate_prepared", None)
 
+    def check_begin(self) -> None:
+        """Refuse, when ``train()`` is called, a training that cannot be."""
+
     def finished(self, trainer: Any) -> None:
         """``train()`` of ``trainer`` is over, or was ended by an error; it evaluates and saves from now on."""
 

@@ -52,6 +52,7 @@ class DeepSpeed(Strategy):
         self._was_used: str | None = None
         self._settings: dict[str, Any] = {}
         self._is_ours = False
+        self._has_trained = False
 
     @property
     def stage(self) -> int:
@@ -68,6 +69,19 @@ class DeepSpeed(Strategy):
         """DeepSpeed counts the passes of a step."""
         told = "ranks wait for one another in every pass, and would have different numbers of them"
         return told if self.talks_in_passes else None
+
+    def check_begin(self) -> None:
+        """Refuse a second training.
+
+        Raises:
+            ConfigError: an engine of this trainer has trained already.
+        """
+        if self._has_trained:
+            raise ConfigError(
+                got="train() was called again on a trainer of DeepSpeed.",
+                need="Its engine is made for one training, and let go of after that.",
+                fix="Make a new trainer for the same model, and call its train().",
+            )
 
     def prepare(self, args: TrainingArguments) -> None:
         """Put DeepSpeed's settings into ``args``, and accelerate's state on it.
@@ -201,6 +215,7 @@ class DeepSpeed(Strategy):
         """Nothing but the trainer holds the engine any more."""
         wrapped = trainer.accelerator.deepspeed_engine_wrapped
         if wrapped is not None:
+            self._has_trained = True
             release_engine(wrapped.engine, trainer)
 
     @contextmanager
