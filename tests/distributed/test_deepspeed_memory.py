@@ -110,7 +110,14 @@ def bucket_of(folder, output, stage, load=None, **settings):
     return test_deepspeed.logs_of(trainer), trainer.deepspeed.zero_reduce_bucket_size()
 
 
-@pytest.mark.parametrize(("stage", "full"), [(1, False), (2, True), (3, True)])
+@pytest.mark.parametrize(
+    ("stage", "full"),
+    [
+        pytest.param(1, False, marks=pytest.mark.slow),
+        (2, True),
+        pytest.param(3, True, marks=pytest.mark.slow),
+    ],
+)
 def test_small_buckets_train_the_same(tmp_path_factory, monkeypatch, stage, full):
     """Most weights are larger than one, some share one, and some reach from one rank's share into the other's."""
     folder, output = (

@@ -86,7 +86,7 @@ def reference(folder, output):
         (2, 1, 4, {}),
         (2, 2, 2, dict(merge_micro_batches=True)),
         (4, 2, 1, {}),
-        (4, 1, 2, {}),
+        pytest.param(4, 1, 2, {}, marks=pytest.mark.slow),
         (1, 3, 1, dict(global_batch_size=8)),
         (2, 3, 1, dict(global_batch_size=8, merge_micro_batches=True)),
         (3, 2, 1, dict(global_batch_size=8)),

@@ -210,6 +210,7 @@ def test_without_a_network_the_cache_serves(online):
     assert len(hub.requests) == before
 
 
+@pytest.mark.slow  # huggingface_hub waits for it
 def test_a_hub_that_does_not_answer(online):
     hub, found, home = online
     loads = {name: LOADS[name] for name in ("main", "missing")}
