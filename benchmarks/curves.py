@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import sysconfig
@@ -24,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scaling import ROOT, visible
+from benchmarks.child import environment
+from benchmarks.scaling import visible
 from benchmarks.shapes import add_model_options, model_of
 
 Curve = dict[str, Any]
@@ -80,12 +80,11 @@ def run(layout: str, first: int, options: argparse.Namespace, model: str) -> Cur
     with tempfile.TemporaryDirectory() as folder:
         words = [f"--model={model}", f"--output={folder}", f"--ranks={ranks}", f"--batch={batch}"]
         words += [f"--{name}={getattr(options, name)}" for name in ("seq", "steps", "rows", "dropout")]
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         gpus = "" if options.cpu else visible(ranks, first)
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.curves", *words], cwd=folder, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, timeout=options.timeout, check=False,
-            env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": gpus},
+            env=environment(CUDA_VISIBLE_DEVICES=gpus),
         )  # fmt: skip
         file = Path(folder, "curve.json")
         if done.returncode or not file.exists():

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scaling import ROOT, WAYS, tell, visible
+from benchmarks.child import ROOT, environment
+from benchmarks.scaling import WAYS, tell, visible
 
 EXAMPLE = ROOT / "examples" / "algorithm_distillation"
 STEPS = 50_000
@@ -40,10 +40,9 @@ def run(way: str, ranks: int, options: argparse.Namespace) -> dict[str, Any]:
     ]
     words += [f"--config={options.config}"] + ([f"--num-processes={ranks}"] if way == "python" else [])
     with tempfile.TemporaryDirectory() as folder:
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         done = subprocess.run(
             [sys.executable, *launcher, str(EXAMPLE / "train.py"), *words, f"--output={folder}"],
-            env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "" if options.cpu else visible(ranks)},
+            env=environment(CUDA_VISIBLE_DEVICES="" if options.cpu else visible(ranks)),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=options.timeout, check=False,
         )  # fmt: skip
         summary = Path(folder, "summary.json")

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,8 +23,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.child import environment
 from benchmarks.device import peaks, reset_peaks, synchronize, versions
-from benchmarks.scaling import ROOT
+from benchmarks.scaling import tell
 from benchmarks.shapes import add_model_options, model_of
 
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -105,31 +105,34 @@ def run(way: str, words: list[str], timeout: float) -> dict[str, Any]:
     """The figures of one way, or how it failed."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        }
         command = [sys.executable, "-m", "benchmarks.grpo", *words, f"--way={way}", f"--json={result}"]
         try:
             done = subprocess.run(
-                command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                command, env=environment(), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                 timeout=timeout, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            return {"way": way, "status": f"stopped after {timeout:.0f} s"}
+            return {"way": way, "status": f"stopped after {timeout:.0f} s", "printed": ""}
         if done.returncode:
             return {"way": way, "status": f"code {done.returncode}", "printed": done.stdout[-4000:]}
         return json.loads(result.read_text())
 
 
-def row(line: dict[str, Any]) -> str:
-    """A line of the table."""
-    if line["status"] != "ok":
-        return f"| {line['way']} | {line['status']}: {line.get('printed', '').strip().splitlines()[-1:]} |"
-    return (
-        f"| {line['way']} | {line['s']:.2f} | {line['tok_s']:,.0f} | {line['allocated_gib'] or 0:.2f} | "
-        f"{line['grad_norm']:.4f} |"
-    )
+def markdown(lines: list[dict[str, Any]]) -> str:
+    """The ways as a table."""
+    rows = [
+        "| completions by | s a step | tokens generated a second | GiB | gradient norm |",
+        "|---|---|---|---|---|",
+    ]
+    for line in lines:
+        if line["status"] != "ok":
+            rows.append(f"| {line['way']} | {line['status']}: {line['printed'].strip().splitlines()[-1:]} |")
+            continue
+        rows.append(
+            f"| {line['way']} | {line['s']:.2f} | {line['tok_s']:,.0f} | {line['allocated_gib'] or 0:.2f} | "
+            f"{line['grad_norm']:.4f} |"
+        )
+    return "\n".join(rows)
 
 
 def main() -> int:
@@ -152,16 +155,7 @@ def main() -> int:
         return 0
     names = ("prompts", "group", "prompt", "tokens", "steps", "model")
     words = [f"--{name}={getattr(options, name)}" for name in names] + ["--cpu"] * options.cpu
-    lines = [run(way, words, options.timeout) for way in options.ways.split(",")]
-    print(
-        "| completions by | s a step | tokens generated a second | GiB | gradient norm |",
-        "|---|---|---|---|---|",
-        sep="\n",
-    )
-    print(*map(row, lines), sep="\n")
-    if options.json:
-        options.json.write_text(json.dumps({"command": sys.argv, "lines": lines}, indent=1) + "\n")
-    return int(any(line["status"] != "ok" for line in lines))
+    return tell((run(way, words, options.timeout) for way in options.ways.split(",")), markdown, options.json)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -26,9 +25,10 @@ from typing import Any
 
 import psutil
 
+from benchmarks.child import environment
 from benchmarks.device import versions
 from benchmarks.process_memory import GIB, host_share, processes_by_gpu, stays_at_home
-from benchmarks.scaling import ROOT, tell, visible
+from benchmarks.scaling import tell, visible
 from benchmarks.shapes import add_model_options, checkpoint, model_of
 from pantheraml.devices.nvml import open_nvml
 
@@ -84,11 +84,10 @@ def run_once(model: str, ranks: int, options: argparse.Namespace) -> dict[str, A
     """The figures of one run, or how it failed, with the end of what it printed."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as said:
         Path(folder, "run.yaml").write_text(run_file(model, ranks, options.cpu))
-        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         gpus = "" if options.cpu else visible(ranks)
         master = subprocess.Popen(
             [sys.executable, "-m", "pantheraml.train", "run.yaml"], cwd=folder, stdout=said, stderr=said,
-            env={**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": gpus},
+            env=environment(CUDA_VISIBLE_DEVICES=gpus),
         )  # fmt: skip
         host_gib, by_gpu = watch(master, time.monotonic() + options.timeout)
         if master.returncode:

@@ -22,22 +22,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import PEERS, PRECISIONS, ROWS, Case, Settings, cases_of
+from benchmarks.child import environment
 from benchmarks.shapes import SHAPES, model_of
 from benchmarks.table import compare, markdown, merge
-
-ROOT = Path(__file__).parents[1]
 
 
 def run_case(case: Case, timeout: float) -> dict[str, Any]:
     """The outcome of ``case`` in a process of its own, whatever happens to that process."""
     # Some frameworks write caches into the working folder, or ask the hub.
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
-        "TOKENIZERS_PARALLELISM": "false",
-        "UNSLOTH_DISABLE_STATISTICS": "1",
-    }
+    surroundings = environment(
+        HF_HUB_OFFLINE=os.environ.get("HF_HUB_OFFLINE", "1"),
+        TOKENIZERS_PARALLELISM="false",
+        UNSLOTH_DISABLE_STATISTICS="1",
+    )
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.one_case", json.dumps(case.to_dict())]
@@ -45,7 +42,7 @@ def run_case(case: Case, timeout: float) -> dict[str, Any]:
             done = subprocess.run(
                 command,
                 cwd=folder,
-                env=environment,
+                env=surroundings,
                 timeout=timeout,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,12 +21,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.child import environment
 from benchmarks.device import GIB, free_cache, versions
 from benchmarks.plan_cases import FAMILIES, METHODS, PlanCase, config_of, grid
 from benchmarks.plan_run import config_for
 from benchmarks.shapes import save_random
-
-ROOT = Path(__file__).parents[1]
 
 
 def why_not(strategy: str, gpus: int) -> str | None:
@@ -55,14 +53,12 @@ def run_family(cases: list[PlanCase], options: argparse.Namespace, folder: Path)
         # One process has all GPUs of a pipeline.
         if options.gpus > 1 and cases[0].strategy != "pipeline":
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.gpus}"]
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-        if options.cpu:
-            environment["CUDA_VISIBLE_DEVICES"] = ""
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if options.cpu else {}
         words = [sys.executable, *launcher, "-m", "benchmarks.plan_run", str(told), str(result)]
         try:
             done = subprocess.run(
-                words, env=environment, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                timeout=options.timeout, check=False,
+                words, env=environment(**hidden), cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                text=True, timeout=options.timeout, check=False,
             )  # fmt: skip
             ended, printed = f"the process ended with code {done.returncode}", done.stdout
         except subprocess.TimeoutExpired as error:

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import kernel_times
+from benchmarks.child import environment
 from benchmarks.scaling_run import LOADS
 from benchmarks.shapes import add_model_options, model_of
 
-ROOT = Path(__file__).parents[1]
 WAYS: dict[str, list[str]] = {
     "python": [],
     "alone": [],
@@ -70,14 +70,11 @@ def run_once(way: str, ranks: int, gpus: str, options: argparse.Namespace, model
         words += [f"--num-processes={ranks}", f"--telemetry={options.telemetry}"]
         words += [f"--recompute={options.recompute}", f"--config={options.config if ranks > 1 else '{}'}"]
         words += ["--profile"] if options.profile else []
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        }
-        environment["CUDA_VISIBLE_DEVICES"] = "" if options.cpu else gpus
-        environment["SCALING_BEGAN"] = str(time.time())
+        surroundings = environment(
+            CUDA_VISIBLE_DEVICES="" if options.cpu else gpus, SCALING_BEGAN=str(time.time())
+        )
         done = subprocess.run(
-            [sys.executable, *launcher, *words], env=environment, cwd=folder, stdout=subprocess.PIPE,
+            [sys.executable, *launcher, *words], env=surroundings, cwd=folder, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, timeout=options.timeout, check=False,
         )  # fmt: skip
         result = Path(folder, "result.json")

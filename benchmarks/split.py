@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import PRECISIONS
-from benchmarks.scaling import ROOT, tell, visible
+from benchmarks.child import ROOT, environment
+from benchmarks.scaling import tell, visible
 from benchmarks.shapes import add_model_options, model_of
 
 
@@ -125,12 +126,11 @@ def _of_all(function: Any, model: Any) -> None:
 
 def run(gpus: int, options: argparse.Namespace) -> dict[str, Any]:
     """The figures of a run of its own process, or how it failed, with the end of what it printed."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment["CUDA_VISIBLE_DEVICES"] = "" if options.cpu else visible(gpus)
+    surroundings = environment(CUDA_VISIBLE_DEVICES="" if options.cpu else visible(gpus))
     with tempfile.TemporaryDirectory() as folder:
         words = ["-m", "benchmarks.split", *sys.argv[1:], f"--model={options.model}", f"--run-in={folder}"]
         done = subprocess.run(
-            [sys.executable, *words], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, *words], env=surroundings, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, timeout=options.timeout, check=False,
         )  # fmt: skip
         result = Path(folder, "result.json")

@@ -25,4 +25,4 @@ def test_ways_are_timed(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_way_that_fails_says_how(tmp_path):
     line = grpo.run("fused", [f"--model={tmp_path / 'nothing'}", "--cpu"], 100)
-    assert line["status"] == "code 1" and "nothing" in grpo.row(line)
+    assert line["status"] == "code 1" and "nothing" in grpo.markdown([line])
