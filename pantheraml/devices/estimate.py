@@ -36,9 +36,9 @@ from pantheraml.devices.peak_memory import (
     peak_memory,
 )
 from pantheraml.devices.zero import (
-    BUCKET,
     Zero,
     ZeroWeights,
+    bucket_of,
     zero_gathered,
     zero_states,
 )
@@ -196,7 +196,7 @@ def _late_gradients(parts: ModelParts, layout: Layout, stage: Stage, gradients: 
 
 def _zero(parts: ModelParts, layout: Layout) -> Zero:
     """DeepSpeed with our own settings (distributed/strategies/deepspeed.py)."""
-    bucket = min(BUCKET, sum(part.trainable for part in parts.all))
+    bucket = bucket_of(sum(part.trainable for part in parts.all))
     return Zero(layout.zero_stage, layout.shard, bucket, offload=layout.offload)
 
 
@@ -246,7 +246,7 @@ def _outliving(parts: ModelParts, layout: Layout, work: Work, gradients: int) ->
     """Which of ``gradients`` bytes outlive a backward."""
     full, sums = parts.full_finetuning, work.micro_batches > 1
     if layout.strategy == "deepspeed":
-        return Outliving(buckets=_zero(parts, layout).keeps_gradients or sums)
+        return _zero(parts, layout).outliving(sums=sums)
     if layout.strategy == "tensor":
         return Outliving(buckets=True)
     if layout.strategy == "ddp" or (layout.strategy == "fsdp" and not full):

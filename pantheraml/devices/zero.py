@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pantheraml.devices.optimizer_states import moment_bytes
-from pantheraml.devices.peak_memory import Gathered
+from pantheraml.devices.peak_memory import Gathered, Outliving
 
 # Gradients that are reduced at a time, where nobody says otherwise: 200 MB of them, more of which are no faster. The
 # default of DeepSpeed is ten times that.
@@ -32,6 +32,11 @@ LIVE, PREFETCH = 1_000_000_000, 50_000_000
 _STAGE_0_BUCKET = 500_000_000
 # Bytes of a number of masters, and of norms.
 _MASTER, _NORM = 4, 8
+
+
+def bucket_of(trained: int) -> int:
+    """Numbers of the bucket where nobody says otherwise: DeepSpeed allocates it whole, however little is trained."""
+    return max(1, min(BUCKET, trained))
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,9 @@ class Zero:
     buffers: int = 1
     offload: bool = False
 
-    @property
-    def keeps_gradients(self) -> bool:
-        """Whether gradients outlive a backward even if there is one in a step."""
-        return self.stage == 3
+    def outliving(self, *, sums: bool) -> Outliving:
+        """Which gradients outlive a backward; ``sums``: a step has several passes."""
+        return Outliving(buckets=self.stage == 3 or sums)
 
     def late(self, gradients: int) -> int:
         """Of ``gradients`` of one backward, bytes that ``zero_gathered`` counts until the step."""

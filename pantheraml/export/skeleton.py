@@ -15,6 +15,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers import AutoHfQuantizer
 
+from pantheraml.models.sharding import own_class
+
 
 def build_skeleton(model: PreTrainedModel, dtype: torch.dtype, tied: bool) -> PreTrainedModel:
     """A model of the same class on the meta device, with a configuration of its own.
@@ -31,11 +33,9 @@ def build_skeleton(model: PreTrainedModel, dtype: torch.dtype, tied: bool) -> Pr
         if not tied and getattr(part, "tie_word_embeddings", False):
             part.tie_word_embeddings = False
     config.dtype = dtype
-    config.architectures = [
-        type(model).__name__.removeprefix("FSDP")
-    ]  # torch's own class of what it shares out
+    config.architectures = [own_class(model).__name__]
     with torch.device("meta"):
-        skeleton: Any = type(model)(config)
+        skeleton: Any = own_class(model)(config)
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is not None:
         # A model loaded from a quantised checkpoint also remembers how its weights were unpacked: that

@@ -106,8 +106,9 @@ def predicted_bytes(
         late = _of_ends(model, trained) if gathered.ends else 0
     else:
         gone = kept_last * tokens if sizes.computes_fused else 0
-        gathered = zero_gathered(zero, zero_weights(model), gone)
-        trainable, gradients, optimizer = zero_states(zero, zero_weights(model).trained, optim)
+        weights = zero_weights(model)
+        gathered = zero_gathered(zero, weights, gone)
+        trainable, gradients, optimizer = zero_states(zero, weights.trained, optim)
         late = zero.late(gradients)
     return peak_memory(
         StepSizes(

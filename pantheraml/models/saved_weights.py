@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from pantheraml.errors import CheckpointError
+from pantheraml.models.sharding import own_class
 from pantheraml.models.shares import share_of
 
 
@@ -44,16 +44,16 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         CheckpointError: weights are missing there.
     """
-    here = model.state_dict()
-    if has_other_names(model, folder):
-        plain: Any = _own_class(model)
+    here, stored = model.state_dict(), stored_names(folder)
+    if not stored <= here.keys():
+        plain: Any = own_class(model)
         # On the CPU, where what is not put together of pieces stays in the mapped file.
         there = plain.from_pretrained(folder, dtype="auto", device_map="cpu").state_dict()
         _check(there.keys(), here, model, folder)
         for name, value in there.items():
             _fill(here[name], value)
         return
-    _check(stored_names(folder), here, model, folder)
+    _check(stored, here, model, folder)
     for file in _files(folder):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dictionary
@@ -62,11 +62,6 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("model*.safetensors"))
-
-
-def _own_class(model: PreTrainedModel) -> type:
-    """The class of transformers: torch gives what it shares out another one."""
-    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def _fill(weight: Tensor, values: Tensor) -> None:

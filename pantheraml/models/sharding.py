@@ -126,6 +126,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
+def own_class(model: nn.Module) -> type:
+    """The class of ``model``, where torch has given what it shares out another one."""
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+
+
 def let_go(model: nn.Module) -> None:
     """Let ranks have shares of all weights again: embedding and head stay gathered after a forward without a backward.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from datasets import Dataset
@@ -75,23 +75,35 @@ def describe_run(model: nn.Module, args: TrainingArguments, rows: Any, batch: Gl
     )
 
 
-def longest_batch(rows: Any, most: int) -> int | None:
-    """Tokens of the largest micro-batch, of ``most`` rows, padding included; None where that cannot be known."""
+class BatchTokens(NamedTuple):
+    """Tokens of micro-batches of as many rows as one has at most.
+
+    Attributes:
+        least: of the shortest rows.
+        most: of the longest ones, padding included.
+    """
+
+    least: int
+    most: int
+
+
+def batch_tokens(rows: Any, most: int) -> BatchTokens | None:
+    """Of micro-batches of ``most`` rows; None where that cannot be known."""
     if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names:
         return None
-    return int(token_counts(rows).max()) * most
+    counts = token_counts(rows)
+    return BatchTokens(int(counts.min()) * most, int(counts.max()) * most)
 
 
-def joined_tokens(rows: Any, most: int, merged: int) -> int:
-    """Tokens of the largest pass that micro-batches of ``most`` rows are merged to, where ``merged`` is the limit.
+def joined_tokens(batch: BatchTokens | None, merged: int) -> int:
+    """Tokens of the largest pass that micro-batches are merged to, where ``merged`` is the limit.
 
     They stay whole: of rows of equal length, few fill it.
     """
-    longest = longest_batch(rows, most)
-    if longest is None or not merged:
+    if batch is None or not merged:
         return merged
-    together = merged // max(1, int(token_counts(rows).min()) * most)
-    return min(merged, max(1, together) * longest)
+    together = merged // max(1, batch.least)
+    return min(merged, max(1, together) * batch.most)
 
 
 def predict_memory(
@@ -127,7 +139,7 @@ def predict_memory(
 def _outliving(model: Any, args: TrainingArguments, zero: Zero | None, *, sums: bool) -> Outliving:
     """Which gradients outlive a backward; ``sums``: a step has several passes."""
     if zero is not None:
-        return Outliving(buckets=zero.keeps_gradients or sums)
+        return zero.outliving(sums=sums)
     sharding = getattr(get_state(model), "sharding", None)
     if args.world_size == 1 or (sharding is not None and sharding.trained):
         return Outliving(sums=sums)  # FSDP2 gives a step's gradients back

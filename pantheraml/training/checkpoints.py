@@ -183,7 +183,9 @@ class WholeCheckpoints(AsyncSaves):
 
         Raises:
             CheckpointError: as there, or the run's strategy cannot go on with it.
+            ConfigError: the strategy trains no more.
         """
+        self._strategy.check_begin()
         checkpoint = self.checkpoint_of(resume)
         if isinstance(checkpoint, str):
             self._strategy.check_checkpoint(Path(checkpoint))

@@ -43,10 +43,10 @@ from pantheraml.training.arguments import (
 )
 from pantheraml.training.banner import (
     Predicted,
+    batch_tokens,
     describe_memory,
     describe_run,
     joined_tokens,
-    longest_batch,
     predict_memory,
 )
 from pantheraml.training.batch_split import shares_of_ranks
@@ -177,7 +177,8 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
     def _plan_memory(self) -> Predicted | None:
         """Plan recompute and merging for the longest batch, and predict what a step takes."""
         model, most = cast(torch.nn.Module, self.model), self._global_batch.most(self._data_ranks.index)
-        longest = longest_batch(self.train_dataset, most)
+        batch = batch_tokens(self.train_dataset, most)
+        longest = None if batch is None else batch.most
         state = get_state(model)
         self.plan_pipeline()
         if state is not None and longest is not None:
@@ -187,7 +188,7 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         passes = self.args.gradient_accumulation_steps
         if longest is not None and self._most_tokens:
             passes = min(passes, -(-longest * passes // self._most_tokens))
-        merged = joined_tokens(self.train_dataset, most, self._most_tokens)
+        merged = joined_tokens(batch, self._most_tokens)
         predicted = predict_memory(model, self.args, longest, merged, self._strategy.zero(model))
         return self.plan_reduction(predicted, passes)
 
@@ -232,7 +233,6 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
                 ``docs/reliability.md``.
             KeyboardInterrupt: Ctrl-C did.
         """
-        self._strategy.check_begin()
         self._check_rows()  # rows may have been masked since
         self._trackers.cover(self.callback_handler)  # some may have come since
         with self.begun(resume_from_checkpoint) as checkpoint:

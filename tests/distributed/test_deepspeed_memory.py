@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, TrainerCallback
 
+from pantheraml.devices import zero as zero_sizes
 from pantheraml.devices.estimate import Work, estimate
 from pantheraml.devices.layout import Layout
 from pantheraml.devices.zero import BUCKET, Zero
@@ -125,7 +126,7 @@ def test_small_buckets_train_the_same(tmp_path_factory, monkeypatch, stage, full
         tmp_path_factory.getbasetemp(),
     )
     want, _, _ = of_one_process(folder, output, full)
-    monkeypatch.setattr(zero_settings, "BUCKET", 1000)
+    monkeypatch.setattr(zero_sizes, "BUCKET", 1000)
     for logs, bucket in run_ranks(2, bucket_of, folder, output, stage, FULL if full else None):
         assert bucket == 1000
         for mine, theirs in zip(logs, want, strict=True):
@@ -170,7 +171,7 @@ def step_memory(folders, output, cases):
     """Of each case: the prediction, and what the allocator gave out."""
     found = {}
     for name, stage, load, bucket, passes in cases:
-        zero_settings.BUCKET = bucket
+        zero_sizes.BUCKET = bucket
         trainer = build(
             folders[name], output, zero(stage), load, max_steps=2, per_device_train_batch_size=1,
             gradient_accumulation_steps=passes,

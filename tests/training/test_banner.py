@@ -19,7 +19,13 @@ from pantheraml.devices.peak_memory import Outliving
 from pantheraml.distributed.strategies.ddp import DDP
 from pantheraml.models.memory_estimate import MemoryEstimate, describe, predicted_bytes
 from pantheraml.models.recompute_plan import RecomputePlan
-from pantheraml.training.banner import compare_memory, describe_memory, describe_ranks, joined_tokens
+from pantheraml.training.banner import (
+    batch_tokens,
+    compare_memory,
+    describe_memory,
+    describe_ranks,
+    joined_tokens,
+)
 from tests import tiny
 from tests.distributed.ranks import run_ranks
 
@@ -70,8 +76,8 @@ def test_prediction_and_measurement():
 )
 def test_merged_micro_batches_stay_whole(lengths, limit, tokens):
     rows = Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
-    assert joined_tokens(rows, 2, limit) == tokens
-    assert joined_tokens(iter(()), 2, limit) == limit, "of a stream nobody knows"
+    assert joined_tokens(batch_tokens(rows, 2), limit) == tokens
+    assert joined_tokens(batch_tokens(iter(()), 2), limit) == limit, "of a stream nobody knows"
 
 
 def banner(folder, output, settings, rows=None):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from pantheraml.devices.zero import BUCKET, LIVE, PREFETCH, Zero
+from pantheraml.devices.zero import LIVE, PREFETCH, Zero, bucket_of
 from pantheraml.models.zero_weights import zero_weights
 
 # DeepSpeed's own default.
@@ -14,11 +14,10 @@ _BUCKET = 500_000_000
 
 
 def sizes_for(model: nn.Module) -> dict[str, int]:
-    """Settings of ZeRO in numbers, for what is trained of ``model``.
-
-    DeepSpeed allocates a bucket whole: its default takes 2 GB beside an adapter of 20 MB.
+    """Settings of ZeRO in numbers, for what is trained of ``model``: DeepSpeed's default bucket takes 2 GB beside an
+    adapter of 20 MB.
     """
-    return {"reduce_bucket_size": max(1, min(BUCKET, zero_weights(model).trained))}
+    return {"reduce_bucket_size": bucket_of(zero_weights(model).trained)}
 
 
 def zero_of(settings: dict[str, Any], model: Any, ranks: int) -> Zero:
