@@ -7,7 +7,8 @@ Each change says where, what and why; what could not be changed says why not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -212,3 +213,13 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
     for name, value in vars(old).items():
         if name in _REGISTRIES or "_hook" in name:
             vars(new)[name] = value
+
+
+@contextmanager
+def changed_within() -> Generator[PatchSet]:
+    """A block whose changes are undone at its end, whatever happens there."""
+    patches = PatchSet()
+    try:
+        yield patches
+    finally:
+        patches.revert()

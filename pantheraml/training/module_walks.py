@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from pantheraml.models.patching import PatchSet
+from pantheraml.models.patching import changed_within
 
 
 @contextmanager
@@ -22,15 +22,12 @@ def listed_once(model: nn.Module) -> Iterator[None]:
 
     They do what they did, to those that are there when the block begins.
     """
-    patches = PatchSet()
     train = partial(_train, model.train, tuple(model.modules()))
-    patches.bind(model, "train", train, "no walk through modules that train already")
     zero_grad = partial(_zero_grad, model.zero_grad, tuple(model.parameters()))
-    patches.bind(model, "zero_grad", zero_grad, "no search for parameters")
-    try:
+    with changed_within() as patches:
+        patches.bind(model, "train", train, "no walk through modules that train already")
+        patches.bind(model, "zero_grad", zero_grad, "no search for parameters")
         yield
-    finally:
-        patches.revert()
 
 
 def _train(

@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from pantheraml.models.patching import PatchSet
+from pantheraml.models.patching import changed_within
 from pantheraml.models.sample_dropout import mixed
 
 # What probabilities are multiplied by, and then rounded down: a token below 2^-48 is never drawn.
@@ -102,15 +102,10 @@ def rows_sampled(model: PreTrainedModel, rows: Sequence[int], seed: int) -> Iter
         rows: the number of each row that is generated, in all ranks' batch.
         seed: of this batch.
     """
-    patches = PatchSet()
-    before: Any = model._get_logits_processor
-    patches.bind(
-        model, "_get_logits_processor", partial(_processors, before, rows, seed), "samples follow the rows"
-    )
-    try:
+    processors = partial(_processors, cast(Any, model)._get_logits_processor, rows, seed)
+    with changed_within() as patches:
+        patches.bind(model, "_get_logits_processor", processors, "samples follow the rows")
         yield
-    finally:
-        patches.revert()
 
 
 def _processors(

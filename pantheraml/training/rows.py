@@ -14,7 +14,7 @@ from pantheraml.data.formats import format_dataset
 from pantheraml.distributed.process_group import main_process_first
 from pantheraml.errors import DataError
 from pantheraml.log import say
-from pantheraml.models.patching import PatchSet
+from pantheraml.models.patching import changed_within
 
 Rows = Dataset | IterableDataset
 
@@ -56,13 +56,9 @@ def prepared_once() -> Iterator[None]:
     TRL lets the others wait in a barrier, which ends the run after its timeout. They wait in the store here, and the
     barriers of the block do nothing.
     """
-    with main_process_first():
-        changes = PatchSet()
+    with main_process_first(), changed_within() as changes:
         changes.bind(PartialState(), "wait_for_everyone", lambda _: None, "the ranks wait in the store")
-        try:
-            yield
-        finally:
-            changes.revert()
+        yield
 
 
 def token_counts(rows: Dataset) -> Any:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from pantheraml.models.patching import PatchSet
+from pantheraml.models.patching import changed_within
 
 
 class TokenWord(StoppingCriteria):
@@ -38,13 +38,10 @@ def said_by_token(model: PreTrainedModel, say: Callable[[], None]) -> Iterator[N
         model: the base model.
         say: takes some microseconds.
     """
-    patches = PatchSet()
-    before: Any = model._get_stopping_criteria
-    patches.bind(model, "_get_stopping_criteria", partial(_criteria, before, say), "a watchdog hears tokens")
-    try:
+    criteria = partial(_criteria, cast(Any, model)._get_stopping_criteria, say)
+    with changed_within() as patches:
+        patches.bind(model, "_get_stopping_criteria", criteria, "a watchdog hears tokens")
         yield
-    finally:
-        patches.revert()
 
 
 def _criteria(
