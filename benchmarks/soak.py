@@ -63,8 +63,15 @@ def slope(looks: list[dict[str, float]], name: str) -> float:
     return sum((x - middle_x) * (y - middle_y) for x, y in points) / square if square else 0.0
 
 
+def write(looks: list[dict[str, float]], file: Path) -> None:
+    """Write the looks so far; a reader finds a whole file at any time."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(json.dumps({"command": sys.argv, "looks": looks}) + "\n")
+    part.replace(file)
+
+
 def soak(options: argparse.Namespace, model_name: str) -> list[dict[str, float]]:
-    """Train until the time is over; memory every ``--every`` seconds."""
+    """Train until the time is over; memory every ``--every`` seconds, in ``--json`` as soon as it is known."""
     from datasets import Dataset
     from transformers import TrainerCallback
 
@@ -91,6 +98,8 @@ def soak(options: argparse.Namespace, model_name: str) -> list[dict[str, float]]
             if seconds >= self.next_look:
                 self.next_look = seconds + options.every
                 looks.append(look(seconds, state.global_step))
+                if options.json:
+                    write(looks, options.json)
             control.should_training_stop |= seconds > 60 * options.minutes
 
     with tempfile.TemporaryDirectory() as folder:
@@ -146,8 +155,6 @@ def main() -> int:
         looks = json.loads(options.json.read_text())["looks"]
     else:
         looks = soak(options, model_of(options))
-        if options.json:
-            options.json.write_text(json.dumps({"command": sys.argv, "looks": looks}) + "\n")
     if options.plot:
         plot(looks, options.plot)
     slopes = {name: slope(looks, name) for name in WATCHED if name in looks[0]}
