@@ -109,10 +109,6 @@ REFUSED: dict[tuple[str, str], Refusal] = {
         "Ranks add their parts of a layer up in the middle of what is fused.",
         "The norms, the attention, the head and the loss are the fused ones.",
     ),
-    ("tensor", "out-of-memory repeats"): Refusal(
-        "Ranks add their parts of a layer up in every pass, and one that has failed gives none.",
-        "Lower per_device_train_batch_size, where memory runs out.",
-    ),
     ("tensor", "full_finetuning"): Refusal(
         "What is trained with it are adapters, which every rank has whole; the parts of the layers are frozen.",
         'Drop full_finetuning=True to train an adapter, or write strategy="fsdp".',

@@ -10,6 +10,7 @@ what it was given, in the backward (Shoeybi et al. 2019, Megatron-LM).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,11 +23,15 @@ class TensorGroup:
 
     Args:
         process_group: of these ranks, neighbours in the run.
+
+    Attributes:
+        exchange: sums, in place, what a layer asks for; ``sum_up``, unless somebody counts what is asked for.
     """
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         self.process_group = process_group
         self.size, self.index = process_group.size(), process_group.rank()
+        self.exchange: Callable[[Tensor], None] = self.sum_up
         self._entered: tuple[Tensor, Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TensorGroup:
@@ -37,6 +42,14 @@ class TensorGroup:
     def first(self) -> int:
         """The group's first rank, by its number in the run."""
         return dist.get_global_rank(self.process_group, 0)
+
+    def sum_up(self, values: Tensor) -> None:
+        """Put the sum over all ranks into ``values``, contiguous, on each of them."""
+        dist.all_reduce(values, group=self.process_group)
+
+    def forget(self) -> None:
+        """Let go of what has entered last."""
+        self._entered = None
 
     def entered(self, x: Tensor) -> Tensor:
         """``x``, which all ranks have; its gradient is summed once for all layers that are given this very tensor."""
@@ -49,13 +62,13 @@ class TensorGroup:
 
     def sums_gradient(self, x: Tensor) -> Tensor:
         """``x``, which all ranks have; its gradient is the sum over them."""
-        found: Tensor = _GradientSum.apply(x, self.process_group)
+        found: Tensor = _GradientSum.apply(x, self)
         return found
 
     def summed(self, part: Tensor) -> Tensor:
         """The sum of every rank's ``part``, which is overwritten; what has entered before is let go."""
-        self._entered = None
-        found: Tensor = _Sum.apply(part, self.process_group)
+        self.forget()
+        found: Tensor = _Sum.apply(part, self)
         return found
 
     def part_of(self, weight: Tensor, dim: int) -> Tensor:
@@ -89,10 +102,10 @@ class _Sum(torch.autograd.Function):
     """The sum over ranks, in place; each rank's part has the gradient of the sum."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, part: Tensor, group: TensorGroup) -> Tensor:
         """Any shape, contiguous."""
         ctx.mark_dirty(part)
-        dist.all_reduce(part, group=group)
+        group.exchange(part)
         return part
 
     @staticmethod
@@ -105,7 +118,7 @@ class _GradientSum(torch.autograd.Function):
     """The input as it is; its gradient is the sum over ranks."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
         """Any shape."""
         ctx.group = group
         return x.view_as(x)
@@ -114,7 +127,7 @@ class _GradientSum(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         """The sum of every rank's part."""
         total = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
+        ctx.group.exchange(total)
         return total, None
 
 

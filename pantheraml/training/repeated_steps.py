@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pantheraml.devices.memory import describe_bytes
 from pantheraml.devices.out_of_memory import is_out_of_memory
 from pantheraml.distributed.strategies.held_reduction import Reduction, reduction_of
+from pantheraml.distributed.strategies.summed_passes import StandIn
 from pantheraml.errors import PantheraMLError
 from pantheraml.kernels.utils import clear_gpu_cache
 from pantheraml.log import say, say_once
@@ -164,9 +165,7 @@ class RepeatedSteps(FiniteSteps):
             is_known = self.accelerator.distributed_type in (
                 DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU
             )  # fmt: skip
-            # A rank that fails within a layer leaves those waiting that compute it together with it.
-            is_alone = tensor_group_of(model) is None
-            self._reduction = reduction_of(model) if is_possible and is_known and is_alone else None
+            self._reduction = reduction_of(model) if is_possible and is_known else None
             self._may_cut = is_plain
             if self._reduction is not None:
                 self._reduction.adds_up = self._adds_up
@@ -189,6 +188,7 @@ class RepeatedSteps(FiniteSteps):
         assert reduction is not None
         if self._most_tokens and not num_tokens(batch):  # it went into another one, and is no pass
             return self._no_loss()
+        whole = dict(batch)
         if step.failed is None:
             tokens = self._tokens_at_a_time([batch])
             step.longest = max(step.longest, tokens)
@@ -205,8 +205,9 @@ class RepeatedSteps(FiniteSteps):
                 reduction.pass_failed()
                 clear_gpu_cache()
         if reduction.talks_in_passes:
-            with reduction.around(is_last=is_last):
-                super().training_step(model, filler(step.batches[-1]), num_items)
+            few = filler(whole)
+            with reduction.around(is_last=is_last, stand_in=StandIn(num_tokens(few), num_tokens(whole))):
+                super().training_step(model, few, num_items)
         return self._no_loss()
 
     def _pass_all(self, model: nn.Module, step: _Step, num_items: Any) -> Tensor:

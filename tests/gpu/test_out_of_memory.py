@@ -41,10 +41,15 @@ def build(folder, output, shared=None, **settings):
     Args:
         folder: of the model.
         output: of the run.
-        shared: what ranks share out: "frozen" layers beside an adapter, or all, "trained" and computed in bf16.
+        shared: what ranks share out: "frozen" layers beside an adapter, or all, "trained" and computed in bf16; or
+            the "computing" of each layer.
         settings: of the trainer.
     """
-    config = MultiGPUConfig(strategy="fsdp", shard_frozen=True) if shared else None
+    config = None
+    if shared == "computing":
+        config = MultiGPUConfig(tensor_parallel=2)
+    elif shared:
+        config = MultiGPUConfig(strategy="fsdp", shard_frozen=True)
     generator = torch.Generator().manual_seed(3)
     rows = [torch.randint(5, 400, (LENGTH - 64 * (i % 4),), generator=generator).tolist() for i in range(48)]
     model, tokenizer = FastLanguageModel.from_pretrained(
@@ -146,7 +151,7 @@ def train_on_a_rank(folder, output, taken, shared):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("shared", [None, "frozen", "trained"])
+@pytest.mark.parametrize("shared", [None, "frozen", "trained", "computing"])
 def test_one_rank_of_two(folder, tmp_path, shared):
     wanted, _, taken = notebook_launch(train_on_a_rank, folder, tmp_path, 0, shared, num_processes=2)
     found, limit, _ = notebook_launch(train_on_a_rank, folder, tmp_path, taken, shared, num_processes=2)

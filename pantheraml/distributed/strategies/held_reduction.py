@@ -5,6 +5,7 @@
     LaunchedBuckets   DDP reduces buckets during the last pass; a rank that fails answers those it owes with zeros
     GatheredWeights   ranks gather layers in every pass: one that fails goes through each as the others do, see
                       ``gathered_passes``
+    SummedLayers      ranks compute layers together in every pass: likewise, see ``summed_passes``
 
 Gradients of an adapter are one bucket, which DDP reduces at the end of the last backward anyway: held back until the
 hosts have agreed, it costs no GPU anything. What is trained in full hides its reductions behind the backward.
@@ -24,7 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 from pantheraml.distributed.data_parallel import Averages, average_buckets, check_gradients
 from pantheraml.distributed.process_group import group_size
 from pantheraml.distributed.strategies.gathered_passes import PassExchanges
+from pantheraml.distributed.strategies.summed_passes import PassSums, StandIn
+from pantheraml.models.recompute import prepare_recompute
+from pantheraml.models.sharded_linear import tensor_group_of
 from pantheraml.models.sharding import is_sharded
+from pantheraml.models.state import get_state
+from pantheraml.models.tensor_group import TensorGroup
 
 
 class Reduction:
@@ -38,9 +44,14 @@ class Reduction:
     talks_in_passes: ClassVar[bool] = False
     adds_up = False
 
-    def around(self, *, is_last: bool) -> AbstractContextManager[Any]:
-        """A context for one pass of a step; ``is_last``: no other one follows."""
-        del is_last
+    def around(self, *, is_last: bool, stand_in: StandIn | None = None) -> AbstractContextManager[Any]:
+        """A context for one pass of a step.
+
+        Args:
+            is_last: no other one follows.
+            stand_in: what this rank goes through in its place, since it has failed; only where ranks talk in passes.
+        """
+        del is_last, stand_in
         return nullcontext()
 
     def pass_failed(self) -> None:
@@ -81,9 +92,9 @@ class HeldReduction(Reduction):
     def __init__(self, model: DistributedDataParallel) -> None:
         self._model = model
 
-    def around(self, *, is_last: bool) -> AbstractContextManager[Any]:
+    def around(self, *, is_last: bool, stand_in: StandIn | None = None) -> AbstractContextManager[Any]:
         """Gradients are accumulated."""
-        del is_last
+        del is_last, stand_in
         return self._model.no_sync()
 
     def undo(self) -> None:
@@ -128,8 +139,9 @@ class LaunchedBuckets(Reduction):
         self._model, self._launched = model, _launched[model]
         self._trained = [p for p in model.parameters() if p.requires_grad]
 
-    def around(self, *, is_last: bool) -> AbstractContextManager[Any]:
+    def around(self, *, is_last: bool, stand_in: StandIn | None = None) -> AbstractContextManager[Any]:
         """Gradients are accumulated before the last pass."""
+        del stand_in
         return nullcontext() if is_last else self._model.no_sync()
 
     def give_up(self) -> None:
@@ -164,8 +176,9 @@ class GatheredWeights(Reduction):
         self._exchanges, self._beside = PassExchanges(model), beside
 
     @contextmanager
-    def around(self, *, is_last: bool) -> Iterator[None]:
-        """What is exchanged is counted."""
+    def around(self, *, is_last: bool, stand_in: StandIn | None = None) -> Iterator[None]:
+        """What is exchanged is counted; its size does not depend on tokens."""
+        del stand_in
         self._exchanges.begin(reduces=is_last or not self.adds_up)
         with self._beside.around(is_last=is_last):
             yield
@@ -184,6 +197,45 @@ class GatheredWeights(Reduction):
         self._beside.finish()
 
 
+class SummedLayers(Reduction):
+    """Ranks compute layers together, and sum what each has of them in every pass.
+
+    Args:
+        model: with layers that are cut between the ranks of ``group``.
+        group: those that have the same rows.
+        beside: how gradients of the adapter, which is whole on every rank, are reduced.
+    """
+
+    talks_in_passes = True
+
+    def __init__(self, model: nn.Module, group: TensorGroup, beside: Reduction) -> None:
+        self._model, self._sums, self._beside = model, PassSums(group), beside
+
+    @contextmanager
+    def around(self, *, is_last: bool, stand_in: StandIn | None = None) -> Iterator[None]:
+        """What is summed is counted."""
+        self._sums.begin(stand_in)
+        state = get_state(self._model)
+        if stand_in is not None and state is not None:
+            # What is recomputed is summed once more, so the plan is that of the others, and is agreed with them.
+            prepare_recompute(self._model, state, stand_in.tokens)
+        with self._beside.around(is_last=is_last):
+            yield
+        self._sums.end()
+
+    def pass_failed(self) -> None:
+        """The next pass is this one once more, as far as others have not seen it."""
+        self._sums.failed()
+
+    def undo(self) -> None:
+        """Every rank has been through all passes: nothing is on its way."""
+        self._beside.undo()
+
+    def finish(self) -> None:
+        """Layers are summed; the adapter's gradients are left."""
+        self._beside.finish()
+
+
 def reduction_of(model: nn.Module) -> Reduction | None:
     """How the gradients of ``model`` are reduced; None where a step cannot be repeated.
 
@@ -197,4 +249,7 @@ def reduction_of(model: nn.Module) -> Reduction | None:
         return GatheredWeights(model, HeldReduction(model) if is_wrapped else Reduction())
     if not is_wrapped:
         return Reduction() if group_size() == 1 else None
+    group = tensor_group_of(model)
+    if group is not None:
+        return SummedLayers(model.module, group, HeldReduction(model))
     return LaunchedBuckets(model) if model in _launched else HeldReduction(model)
