@@ -14,7 +14,13 @@ from pantheraml.models import recompute
 from pantheraml.training import merging
 from tests import tiny
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_fsdp_out_of_memory import IN_A_LAYER, IN_ITS_BACKWARD, MERGED, STEPS, assert_repeated
+from tests.distributed.test_fsdp_out_of_memory import (
+    IN_A_LAYER,
+    IN_ITS_BACKWARD,
+    MERGED,
+    STEPS,
+    assert_repeated,
+)
 from tests.distributed.test_out_of_memory import FITS, Said, trainer_of
 from tests.training.starving import Starved
 
