@@ -67,6 +67,9 @@ def train(folder, output, way, config, starve, settings):
         return str(error)
     finally:
         logging.getLogger("pantheraml").removeHandler(said)
+    # Of ZeRO's optimizer, which for a backward that it knows nothing of would reduce.
+    optimizer = getattr(trainer.deepspeed, "optimizer", None)
+    assert not getattr(optimizer, "_backward_active_depth", 0), "no backward is on its way"
     figures = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens")
     logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     return {

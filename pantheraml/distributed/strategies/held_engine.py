@@ -54,7 +54,7 @@ class HeldEngine(DeepSpeedEngineWrapper):
     def forget(self) -> None:
         """A pass has ended in an error, here or on another rank: for the engine none is on its way any more."""
         if self.engine.zero_optimization():
-            self.engine.optimizer.exit_backward()
+            self.engine.optimizer.exit_backward()  # nothing, if there was none on its way
         for timer in self.engine.timers.get_timers().values():  # some run, and refuse to be started again
             timer.reset()
 
