@@ -29,6 +29,12 @@ _CUT_QUANTISED = Refusal(
     'Write load_in_16bit=True, or strategy="ddp" for a quantised copy on every GPU.',
 )
 
+_ZERO_TALKS = Refusal(
+    "Where gradients are cut, or weights gathered, in every pass, ranks wait for one another in each, and would have "
+    "different numbers of them.",
+    "Raise per_device_train_batch_size, so that a pass has more tokens.",
+)
+
 # Features by ``Precision.storage``.
 STORED = {"4bit": "4-bit", "8bit": "8-bit", "fp8": "FP8"}
 
@@ -82,17 +88,20 @@ REFUSED: dict[tuple[str, str], Refusal] = {
         "DeepSpeed's engine loads a checkpoint only before its first step.",
         'Write on_non_finite="skip", which leaves such steps out, or strategy="ddp".',
     ),
-    ("deepspeed", "merge_micro_batches"): Refusal(
-        "At stages 2 and 3 ranks wait for one another in every pass, and would have different numbers of them.",
-        "Raise per_device_train_batch_size, so that a pass has more tokens.",
+    ("deepspeed, zero_stage=3", "merge_micro_batches"): _ZERO_TALKS,
+    ("deepspeed, zero_stage=3", "out-of-memory repeats"): Refusal(
+        "Ranks gather weights from one another in every pass, and one that has failed gives none.",
+        'Write strategy="fsdp", or lower per_device_train_batch_size, where memory runs out.',
+    ),
+    ("deepspeed, cut gradients", "merge_micro_batches"): _ZERO_TALKS,
+    ("deepspeed, cut gradients", "out-of-memory repeats"): Refusal(
+        "In every pass stage 2 cuts gradients of which one bucket (reduce_bucket_size) has no room for all, and some "
+        "settings, overlap_comm for one, have them reduced; that cannot be undone.",
+        'Write zero_stage=1 or strategy="fsdp", or lower per_device_train_batch_size, where memory runs out.',
     ),
     ("deepspeed", "async_save"): Refusal(
         "each rank has a part of the state, and DeepSpeed writes it.",
         'Write strategy="ddp", or leave it out.',
-    ),
-    ("deepspeed", "out-of-memory repeats"): Refusal(
-        "DeepSpeed reduces gradients and takes its step within the backward, which cannot be undone.",
-        "Lower per_device_train_batch_size, where memory runs out.",
     ),
     ("deepspeed", "another number of ranks"): Refusal(
         "A checkpoint of DeepSpeed has the optimizer's state in one part for each rank.",

@@ -39,6 +39,7 @@ from pantheraml.devices.zero import (
     Zero,
     ZeroWeights,
     bucket_of,
+    waits_whole,
     zero_gathered,
     zero_states,
 )
@@ -196,8 +197,10 @@ def _late_gradients(parts: ModelParts, layout: Layout, stage: Stage, gradients: 
 
 def _zero(parts: ModelParts, layout: Layout) -> Zero:
     """DeepSpeed with our own settings (distributed/strategies/deepspeed.py)."""
-    bucket = bucket_of(sum(part.trainable for part in parts.all))
-    return Zero(layout.zero_stage, layout.shard, bucket, offload=layout.offload)
+    trained = sum(part.trainable for part in parts.all)
+    bucket = bucket_of(trained)
+    waits = waits_whole(layout.zero_stage, trained, bucket)
+    return Zero(layout.zero_stage, layout.shard, bucket, offload=layout.offload, waits=waits)
 
 
 def _states(parts: ModelParts, layout: Layout, work: Work, stage: Stage) -> StepSizes:

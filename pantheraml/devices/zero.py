@@ -11,6 +11,9 @@
     large ones  a gradient that no bucket holds (embedding and head) stays where the backward made it
     the step    gradients once more in one piece; norms in float64, a weight at a time
 
+Gradients that wait for the end of a step (``waits_whole``) are whole until then, at stage 2, too, and the bucket comes
+only then. Where it holds all of them, as it does an adapter's, that takes no more than a bucket for each backward.
+
 Where settings of DeepSpeed make weights 16-bit ones, they take 2 bytes where 4 is written above, with masters at every
 stage (Rajbhandari et al. 2020, "ZeRO": 2 + 2 + 12). Read in DeepSpeed 0.19.8 (``stage_1_and_2.py``, ``stage3.py``), and
 seen in what the CPU's allocator gave out (tests/distributed/test_deepspeed_memory.py).
@@ -39,6 +42,19 @@ def bucket_of(trained: int) -> int:
     return max(1, min(BUCKET, trained))
 
 
+def waits_whole(stage: int, trained: int, bucket: int, *, overlaps: bool = False) -> bool:
+    """Whether gradients wait, whole on each rank, for the end of a step: where they are so anyway, or one bucket has
+    room for them.
+
+    Args:
+        stage: of ZeRO.
+        trained: numbers.
+        bucket: numbers that are reduced at a time.
+        overlaps: a backward is to hide reductions.
+    """
+    return stage < 3 and (trained <= bucket or stage == 0 or (stage == 1 and not overlaps))
+
+
 @dataclass(frozen=True)
 class Zero:
     """Settings of DeepSpeed, as far as memory follows from them.
@@ -52,6 +68,7 @@ class Zero:
         size: bytes of a number of a trained weight.
         buffers: how many buckets there are at stages 1 and 2.
         offload: masters and moments, and the gradients that belong to them, are in host memory.
+        waits: gradients wait, whole, for the end of a step, see ``waits_whole``.
     """
 
     stage: int
@@ -62,6 +79,12 @@ class Zero:
     size: int = _MASTER
     buffers: int = 1
     offload: bool = False
+    waits: bool = False
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a pass leaves a share of its gradients on each rank."""
+        return self.stage >= 2 and not self.waits
 
     def outliving(self, *, sums: bool) -> Outliving:
         """Which gradients outlive a backward; ``sums``: a step has several passes."""
@@ -69,7 +92,7 @@ class Zero:
 
     def late(self, gradients: int) -> int:
         """Of ``gradients`` of one backward, bytes that ``zero_gathered`` counts until the step."""
-        return gradients if self.stage == 2 else 0
+        return gradients if self.stage == 2 and self.cuts else 0
 
 
 @dataclass(frozen=True)
@@ -105,10 +128,10 @@ def zero_states(zero: Zero, trained: int, optim: str) -> tuple[int, int, int]:
     held = share if stage else trained
     masters = _MASTER if stage in (1, 2) or size < _MASTER else 0
     weights = size * (share if stage == 3 else trained)
-    gradients = size * (share if stage >= 2 else trained)
+    gradients = size * (share if zero.cuts else trained)
     states = held * (masters + moment_bytes(optim, _MASTER))
     if zero.offload:
-        states, gradients = 0, gradients if stage < 2 else 0
+        states, gradients = 0, 0 if zero.cuts else gradients
     return weights, gradients, states
 
 
@@ -137,9 +160,11 @@ def zero_gathered(zero: Zero, weights: ZeroWeights, kept: int) -> Gathered:
     # On the host, gradients go through room for the largest.
     apart = large if zero.offload else 0
     mine = 0 if zero.offload else size * share
-    if zero.stage == 1:
+    if not zero.cuts:
         # Whole gradients go into the bucket, out of what is counted as gradients.
         ends = max(buckets, copied, mine, large)
+        if zero.waits:
+            return Gathered(apart, apart, apart, apart + ends)
         return Gathered(apart, apart + max(0, buckets - kept), apart + buckets, apart + ends)
     # This backward's share comes with the first bucket that is full.
     early = mine if weights.layer > zero.bucket else 0

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pantheraml.devices.memory import describe_bytes
 from pantheraml.devices.out_of_memory import is_out_of_memory
-from pantheraml.distributed.strategies.held_reduction import Reduction, reduction_of
+from pantheraml.distributed.strategies.held_reduction import Reduction
 from pantheraml.distributed.strategies.summed_passes import StandIn
 from pantheraml.errors import PantheraMLError
 from pantheraml.kernels.utils import clear_gpu_cache
@@ -163,9 +163,11 @@ class RepeatedSteps(FiniteSteps):
                 self.repeats_steps and (is_plain or self.args.world_size == 1) and "lomo" not in optim
             )
             is_known = self.accelerator.distributed_type in (
-                DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU
+                DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED
             )  # fmt: skip
-            self._reduction = reduction_of(model) if is_possible and is_known else None
+            self._reduction = None
+            if is_possible and is_known:
+                self._reduction = self._strategy.reduction(self.accelerator, model)
             self._may_cut = is_plain
             if self._reduction is not None:
                 self._reduction.adds_up = self._adds_up

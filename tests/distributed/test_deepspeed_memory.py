@@ -140,7 +140,7 @@ def test_a_bucket_holds_what_is_trained():
     trained = model.lm_head.weight.numel()
     assert zero_settings.sizes_for(model) == {"reduce_bucket_size": trained}
     given = {"zero_optimization": {"stage": 1, "overlap_comm": True}, "bf16": {"enabled": True}}
-    assert zero_settings.zero_of(given, model, 4) == Zero(1, 4, 500_000_000, size=2, buffers=2)
+    assert zero_settings.zero_of(given, model, 4) == Zero(1, 4, 500_000_000, size=2, buffers=2, waits=True)
     small = {"stage": 2, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "cpu"}}
     found = zero_settings.zero_of({"zero_optimization": small}, model, 4)
     assert found == Zero(2, 4, model.config.hidden_size**2, offload=True)
@@ -150,20 +150,22 @@ def test_a_bucket_holds_what_is_trained():
 
 
 class Watch(TrainerCallback):
-    """What the allocator gives out in the second step, when there are moments."""
+    """What the allocator gives out in a step, from the second on, when there are moments; the least of them, since gloo
+    may hold for a while what it has sent.
+    """
 
     def __init__(self):
-        self._profile, self.peak = None, 0
+        self._profile, self.peak = None, 10**12
 
     def on_step_begin(self, args, state, control, **_):
-        if state.global_step == 1:
+        if state.global_step:
             self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             self._profile.__enter__()
 
     def on_step_end(self, args, state, control, **_):
         if self._profile is not None:
             self._profile.__exit__(None, None, None)
-            self.peak = peak_of(self._profile.profiler.kineto_results.events())
+            self.peak = min(self.peak, peak_of(self._profile.profiler.kineto_results.events()))
             self._profile = None
 
 
@@ -173,7 +175,7 @@ def step_memory(folders, output, cases):
     for name, stage, load, bucket, passes in cases:
         zero_sizes.BUCKET = bucket
         trainer = build(
-            folders[name], output, zero(stage), load, max_steps=2, per_device_train_batch_size=1,
+            folders[name], output, zero(stage), load, max_steps=4, per_device_train_batch_size=1,
             gradient_accumulation_steps=passes,
         )  # fmt: skip
         row = list(range(5, 5 + TOKENS))
@@ -186,16 +188,18 @@ def step_memory(folders, output, cases):
     return found
 
 
-# Model, stage, full fine-tuning, bucket, micro-batches; and how near. Gradients at their fullest are alone;
+# Model, stage, full fine-tuning, bucket, micro-batches; and how near. Where the bucket has no room for all gradients
+# stage 2 cuts them. Gradients at their fullest are alone;
 # in a layer that is not fused, the first of them come beside a part of what it keeps.
 CASES = {
-    ("ends", 1, True, BUCKET, 1): 0.05,
-    ("ends", 2, True, BUCKET, 1): 0.001,
-    ("layers", 1, False, BUCKET, 1): 0.1,
-    ("layers", 2, False, BUCKET, 1): 0.12,
+    ("ends", 1, True, BUCKET, 1): 0.002,
+    ("ends", 2, True, BUCKET, 1): 0.002,
+    ("ends", 2, True, 300_000, 1): 0.1,
+    ("layers", 1, False, BUCKET, 1): 0.05,
+    ("layers", 2, False, BUCKET, 1): 0.05,
     ("layers", 2, False, 20_000, 1): 0.15,
     ("layers", 2, True, BUCKET, 1): 0.001,
-    ("layers", 2, True, BUCKET, 2): 0.03,
+    ("layers", 2, True, BUCKET, 2): 0.001,
 }
 
 
@@ -211,7 +215,6 @@ def measured(folders, tmp_path_factory):
 def test_a_step_takes_what_is_predicted(measured, case):
     predicted = measured[0][case][0]
     passes = predicted.total - predicted.weights - predicted.trainable - predicted.optimizer
-    # gloo may still hold on one rank what it has sent.
     assert min(found[case][1] for found in measured) == pytest.approx(passes, rel=CASES[case])
 
 

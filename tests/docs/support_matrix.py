@@ -20,6 +20,8 @@ WAYS = {
     "`tensor`": ("tensor",),
     "`pipeline`": ("pipeline",),
 }
+# What does not go there in a part of the cases.
+IN_PART = {"`deepspeed`, stages 0-2": "deepspeed, cut gradients"}
 FEATURES = {
     "4-bit": "4-bit weights",
     "8-bit": "8-bit weights",
@@ -47,10 +49,12 @@ def support_matrix() -> str:
     lines = [f"| | {' | '.join(WAYS)} |", f"|---{'|---' * len(WAYS)}|"]
     for feature, label in FEATURES.items():
         cells = []
-        for names in WAYS.values():
+        for way, names in WAYS.items():
             found = next((REFUSED[name, feature] for name in names if (name, feature) in REFUSED), None)
-            number = None if found is None else reasons.setdefault(found, len(reasons) + 1)
-            cells.append("yes" if number is None else f"no ({number})")
+            partly = REFUSED.get((IN_PART.get(way, ""), feature))
+            refused = found or partly
+            number = None if refused is None else reasons.setdefault(refused, len(reasons) + 1)
+            cells.append("yes" if number is None else f"{'in part' if found is None else 'no'} ({number})")
         lines.append(f"| {label} | {' | '.join(cells)} |")
     told = (
         f"{number}. {one.reason[0].upper()}{one.reason[1:]} {one.instead}" for one, number in reasons.items()

@@ -42,12 +42,14 @@ def build(folder, output, shared=None, **settings):
         folder: of the model.
         output: of the run.
         shared: what ranks share out: "frozen" layers beside an adapter, or all, "trained" and computed in bf16; or
-            the "computing" of each layer.
+            the "computing" of each layer, or the "optimizer" beside an adapter, by DeepSpeed.
         settings: of the trainer.
     """
     config = None
     if shared == "computing":
         config = MultiGPUConfig(tensor_parallel=2)
+    elif shared == "optimizer":
+        config = MultiGPUConfig(strategy="deepspeed")
     elif shared:
         config = MultiGPUConfig(strategy="fsdp", shard_frozen=True)
     generator = torch.Generator().manual_seed(3)
@@ -151,8 +153,10 @@ def train_on_a_rank(folder, output, taken, shared):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("shared", [None, "frozen", "trained", "computing"])
+@pytest.mark.parametrize("shared", [None, "frozen", "trained", "computing", "optimizer"])
 def test_one_rank_of_two(folder, tmp_path, shared):
+    if shared == "optimizer":
+        pytest.importorskip("deepspeed")
     wanted, _, taken = notebook_launch(train_on_a_rank, folder, tmp_path, 0, shared, num_processes=2)
     found, limit, _ = notebook_launch(train_on_a_rank, folder, tmp_path, taken, shared, num_processes=2)
     assert_same(found, wanted, 2e-2 if shared == "trained" else 2e-4)

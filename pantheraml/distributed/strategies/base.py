@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from pantheraml.config.multi_gpu import MultiGPUConfig
 from pantheraml.devices.zero import Zero
+from pantheraml.distributed.strategies.held_reduction import Reduction, reduction_of
 from pantheraml.errors import CheckpointError
 
 
@@ -56,6 +57,11 @@ class Strategy:
 
     def prepared(self, accelerator: Any) -> None:
         """accelerate has wrapped model and optimizer: training begins."""
+
+    def reduction(self, accelerator: Any, model: nn.Module) -> Reduction | None:
+        """How gradients of ``model``, as it is given for a step, are reduced; None where no step can be repeated."""
+        del accelerator
+        return reduction_of(model)
 
     @property
     def talks_in_passes(self) -> bool:

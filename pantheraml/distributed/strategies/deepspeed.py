@@ -28,8 +28,10 @@ from pantheraml.config.multi_gpu import MultiGPUConfig
 from pantheraml.devices.zero import Zero
 from pantheraml.distributed.process_group import group_size, is_first_of_group
 from pantheraml.distributed.strategies.base import Strategy
+from pantheraml.distributed.strategies.held_engine import EngineReduction, HeldEngine, UnshardedEngine
+from pantheraml.distributed.strategies.held_reduction import Reduction
 from pantheraml.distributed.strategies.released_engine import forget_module, release_engine
-from pantheraml.distributed.strategies.zero_settings import sizes_for, zero_of
+from pantheraml.distributed.strategies.zero_settings import holds_gradients, sizes_for, zero_of
 from pantheraml.errors import CheckpointError, ConfigError, HardwareError
 from pantheraml.log import say_once
 from pantheraml.models.fused import FusedDecoderLayer
@@ -51,7 +53,7 @@ class DeepSpeed(Strategy):
         self._zero: dict[str, Any] = {"stage": config.zero_stage}
         self._was_used: str | None = None
         self._settings: dict[str, Any] = {}
-        self._is_ours = False
+        self._is_ours = self._holds = False
         self._has_trained = False
 
     @property
@@ -61,12 +63,12 @@ class DeepSpeed(Strategy):
 
     @property
     def talks_in_passes(self) -> bool:
-        """Gradients are cut, and weights gathered, in every pass of all ranks."""
-        return self.stage >= 2
+        """Where gradients are cut, or weights gathered, in every pass of all ranks."""
+        return self.stage >= 2 and not self._holds
 
     @property
     def why_not_merged(self) -> str | None:
-        """DeepSpeed counts the passes of a step."""
+        """Where ranks wait for one another, each pass has to be one of all of them."""
         told = "ranks wait for one another in every pass, and would have different numbers of them"
         return told if self.talks_in_passes else None
 
@@ -114,8 +116,6 @@ class DeepSpeed(Strategy):
             self._zero["stage3_gather_16bit_weights_on_model_save"] = True
             self._zero.setdefault("stage3_param_persistence_threshold", 0)
         _join_state(args)
-        why = REFUSED["deepspeed", "out-of-memory repeats"].reason
-        say_once(f"a step that runs out of memory ends the run: {why}")
 
     def _agree(self) -> None:
         """Refuse what ``MultiGPUConfig`` says otherwise than the settings that DeepSpeed was started with."""
@@ -155,6 +155,11 @@ class DeepSpeed(Strategy):
             os.environ.pop(_USED, None)  # else every later trainer of this process would be DeepSpeed's, too
         if self._is_ours:
             self._zero.update(sizes_for(model))
+        self._holds = holds_gradients(self._settings, model)
+        if not self._holds:
+            where = "zero_stage=3" if self.stage == 3 else "cut gradients"
+            why = REFUSED[f"deepspeed, {where}", "out-of-memory repeats"].reason
+            say_once(f"a step that runs out of memory ends the run: {why}")
         state = get_state(model)
         if self.stage < 3 or state is None:
             return
@@ -182,12 +187,19 @@ class DeepSpeed(Strategy):
         return zero_of(self._settings, model, group_size())
 
     def prepared(self, accelerator: Any) -> None:
-        """Put in front of a plain optimizer, as it is at stage 0, what DeepSpeed's own ones do."""
+        """Let gradients wait for the end of a step, where they may."""
         wrapped = accelerator.deepspeed_engine_wrapped
-        if wrapped is not None and not hasattr(wrapped.engine.optimizer, "overflow"):
-            from pantheraml.distributed.strategies.unsharded_engine import UnshardedEngine
-
+        if wrapped is None:
+            return
+        if not hasattr(wrapped.engine.optimizer, "overflow"):  # a plain one of torch
             accelerator.deepspeed_engine_wrapped = UnshardedEngine(wrapped.engine)
+        elif self._holds:
+            accelerator.deepspeed_engine_wrapped = HeldEngine(wrapped.engine)
+
+    def reduction(self, accelerator: Any, model: nn.Module) -> Reduction | None:
+        """When all passes are done, where gradients wait for that."""
+        del model
+        return EngineReduction(accelerator.deepspeed_engine_wrapped) if self._holds else None
 
     def loss_scale(self, accelerator: Any) -> torch.Tensor | None:
         """Of DeepSpeed's own scaler, in fp16."""

@@ -1,16 +1,20 @@
-"""Sizes among DeepSpeed's settings: chosen by what is trained where nobody says them, and what memory follows."""
+"""Sizes among DeepSpeed's settings: chosen by what is trained where nobody says them, and what follows from them."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
-from pantheraml.devices.zero import LIVE, PREFETCH, Zero, bucket_of
+from pantheraml.devices.zero import LIVE, PREFETCH, Zero, bucket_of, waits_whole
 from pantheraml.models.zero_weights import zero_weights
 
 # DeepSpeed's own default.
 _BUCKET = 500_000_000
+# Of its settings, those by which the engine alone says when gradients are reduced or what they are added up in, and one
+# that measures passes.
+_OF_ITS_OWN = ("zenflow", "compile", "data_types", "flops_profiler")
 
 
 def sizes_for(model: nn.Module) -> dict[str, int]:
@@ -29,19 +33,44 @@ def zero_of(settings: dict[str, Any], model: Any, ranks: int) -> Zero:
         ranks: of the run.
     """
     zero = settings["zero_optimization"]
-    stage, hidden = zero.get("stage", 0), model.config.get_text_config().hidden_size
-
-    def numbers(name: str, default: int) -> int:
-        return hidden**2 if zero.get(name) == "auto" else int(float(zero.get(name, default)))
-
-    is_half = any((settings.get(name) or {}).get("enabled") is True for name in ("bf16", "fp16"))
+    stage = zero.get("stage", 0)
     return Zero(
         stage,
         ranks,
-        bucket=numbers("reduce_bucket_size", _BUCKET),
-        live=numbers("stage3_max_live_parameters", LIVE),
-        prefetch=numbers("stage3_prefetch_bucket_size", PREFETCH),
-        size=2 if is_half else 4,
+        bucket=_numbers(zero, "reduce_bucket_size", _BUCKET, model),
+        live=_numbers(zero, "stage3_max_live_parameters", LIVE, model),
+        prefetch=_numbers(zero, "stage3_prefetch_bucket_size", PREFETCH, model),
+        size=2 if _is_half(settings) else 4,
         buffers=2 if zero.get("overlap_comm") is True and stage < 3 else 1,
         offload=(zero.get("offload_optimizer") or {}).get("device") in ("cpu", "nvme"),
+        waits=holds_gradients(settings, model),
     )
+
+
+def holds_gradients(settings: dict[str, Any], model: nn.Module) -> bool:
+    """Whether gradients are added up on each rank until all passes of a step are done, see ``held_engine``.
+
+    Args:
+        settings: of DeepSpeed, whole.
+        model: that is trained.
+    """
+    zero = settings["zero_optimization"]
+    stage, is_half = zero.get("stage", 0), _is_half(settings)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # DeepSpeed adds up in the dtype that its settings say, and at stage 0 has another optimizer for half ones.
+    is_plain = stage > 0 if is_half else all(p.dtype == torch.float32 for p in trained)
+    if not is_plain or any(settings.get(name) or zero.get(name) for name in _OF_ITS_OWN):
+        return False
+    numbers, bucket = sum(p.numel() for p in trained), _numbers(zero, "reduce_bucket_size", _BUCKET, model)
+    return waits_whole(stage, numbers, bucket, overlaps=zero.get("overlap_comm") is True)
+
+
+def _numbers(zero: dict[str, Any], name: str, default: int, model: Any) -> int:
+    if zero.get(name) == "auto":  # as accelerate fills it in
+        return model.config.get_text_config().hidden_size ** 2
+    return int(float(zero.get(name, default)))
+
+
+def _is_half(settings: dict[str, Any]) -> bool:
+    """Whether DeepSpeed makes trained weights 16-bit ones."""
+    return any((settings.get(name) or {}).get("enabled") is True for name in ("bf16", "fp16"))
