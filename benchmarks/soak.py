@@ -4,8 +4,8 @@
     python -m benchmarks.soak --shape tiny --minutes 5 --save-steps 20
 
 Rows are of Alpaca's lengths, so that hardly any step has the shape of another; a checkpoint is saved and an evaluation
-run every ``--save-steps`` steps. Host memory is what the process and its children hold for themselves; the GPU's is
-what torch holds: allocated at the end of steps, reserved, and the peak between two looks. The first fifth of the time
+run every ``--save-steps`` steps. Host memory is that of the process and its children, pages that N of them share counted
+as 1/N in each (PSS); the GPU's is what torch holds: allocated at the end of steps, reserved, and the peak between two looks. The first fifth of the time
 is left out of the slopes: caches fill. The exit code is 1 when a slope is above ``--most`` MiB a minute.
 """
 
@@ -27,14 +27,14 @@ WATCHED = ("host", "allocated", "reserved", "peak")
 
 
 def host_bytes() -> int:
-    """Memory that this process and its children hold alone; pages that several share count once, in none."""
+    """Memory of this process and its children: pages that they share, as they are forked, count once."""
     import psutil
 
     me = psutil.Process()
     held = 0
     for process in (me, *me.children(recursive=True)):
         try:
-            held += process.memory_full_info().uss
+            held += process.memory_full_info().pss
         except psutil.Error:  # it has ended since
             continue
     return held

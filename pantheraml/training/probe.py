@@ -108,13 +108,14 @@ def train_two_steps(model: str, method: str, rank: int, request: PlanRequest, ro
     from datasets import Dataset
 
     from pantheraml.fast_model import FastLanguageModel
+    from pantheraml.kernels.utils import clear_gpu_cache
     from pantheraml.models.state import get_state
     from pantheraml.training.arguments import PantheraMLTrainingArguments
     from pantheraml.training.trainer import PantheraMLTrainer
 
-    there = (
-        torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    )  # of this process, before the probe
+    # Of this process, before the probe; what nothing refers to any more would go during it.
+    clear_gpu_cache()
+    there = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     loaded: Any
     loaded, tokenizer = FastLanguageModel.from_pretrained(
         model,
