@@ -4,9 +4,10 @@
     python -m benchmarks.soak --shape tiny --minutes 5 --save-steps 20
 
 Rows are of Alpaca's lengths, so that hardly any step has the shape of another; a checkpoint is saved and an evaluation
-run every ``--save-steps`` steps. Host memory is that of the process and its children, pages that N of them share counted
-as 1/N in each (PSS); the GPU's is what torch holds: allocated at the end of steps, reserved, and the peak between two looks. The first fifth of the time
-is left out of the slopes: caches fill. The exit code is 1 when a slope is above ``--most`` MiB a minute.
+run every ``--save-steps`` steps. Host memory is that of the process and its children, where pages that N of them share
+count as 1/N in each (PSS); the GPU's is what torch holds: allocated at the end of steps, reserved, and the peak between
+two looks. The first fifth of the time is left out of the slopes: caches fill. The exit code is 1 when a slope is above
+``--most`` MiB a minute.
 """
 
 from __future__ import annotations

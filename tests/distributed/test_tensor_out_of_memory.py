@@ -48,7 +48,10 @@ def train(folder, output, starve, settings, degree=2):
     # Of this process, which ends with the runs. As on a GPU, more is computed again where a pass is longer.
     merging.MOST_TOKENS, recompute._plan_recompute = 60, by_length
     model, tokenizer = FastLanguageModel.from_pretrained(
-        str(folder), max_seq_length=64, load_in_4bit=False, use_multi_gpu=MultiGPUConfig(tensor_parallel=degree)
+        str(folder),
+        max_seq_length=64,
+        load_in_4bit=False,
+        use_multi_gpu=MultiGPUConfig(tensor_parallel=degree),
     )
     model = FastLanguageModel.get_peft_model(model, r=4, lora_dropout=0.3, random_state=1)
     starved = Starved(model, **starve.get(dist.get_rank(), dict(most=10**9)))
