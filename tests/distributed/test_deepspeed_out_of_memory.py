@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
-import torch.distributed as dist
 
 from pantheraml import FastLanguageModel, MultiGPUConfig
 from pantheraml.distributed.strategies.zero_settings import holds_gradients
-from pantheraml.errors import HardwareError
 from pantheraml.training import merging
 from tests import tiny
 from tests.distributed import test_deepspeed
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_deepspeed import zero
-from tests.distributed.test_deepspeed_memory import AUTO
-from tests.distributed.test_fsdp_out_of_memory import (
+from tests.distributed.starved_runs import (
     IN_A_LAYER,
     IN_ITS_BACKWARD,
     MERGED,
     STEPS,
     assert_repeated,
+    starved_run,
 )
-from tests.distributed.test_out_of_memory import FITS, Said, trainer_of
-from tests.training.starving import Starved
+from tests.distributed.test_deepspeed import zero
+from tests.distributed.test_deepspeed_memory import AUTO
+from tests.distributed.test_out_of_memory import FITS
 
 pytestmark = test_deepspeed.pytestmark
 nothing_is_compiled = test_deepspeed.nothing_is_compiled
@@ -58,27 +54,13 @@ def train(folder, output, way, config, starve, settings):
     """A run; ``starve`` says what fits, by rank."""
     merging.MOST_TOKENS = 60  # of this process, which ends with the runs
     model, tokenizer = load(folder, config, way)
-    starved = Starved(model, **starve.get(dist.get_rank(), dict(most=10**9)))
-    trainer, said = trainer_of(folder, output, model, tokenizer, **{"max_steps": STEPS} | settings), Said()
-    logging.getLogger("pantheraml").addHandler(said)
-    try:
-        trainer.train()
-    except HardwareError as error:
-        return str(error)
-    finally:
-        logging.getLogger("pantheraml").removeHandler(said)
+    trainer, found = starved_run(folder, output, model, tokenizer, starve, settings)
+    if isinstance(found, str):
+        return found
     # Of ZeRO's optimizer, which for a backward that it knows nothing of would reduce.
     optimizer = getattr(trainer.deepspeed, "optimizer", None)
     assert not getattr(optimizer, "_backward_active_depth", 0), "no backward is on its way"
-    figures = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens")
-    logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    return {
-        "figures": [[entry[name] for name in figures] for entry in logs],
-        "weights": [p.detach().numpy() for p in model.parameters() if p.requires_grad],
-        "said": [line for line in said.lines if "ran out of memory" in line],
-        "failures": starved.failures,
-        "passes": starved.passes,
-    }
+    return found
 
 
 def train_all(folder, output, way, runs):

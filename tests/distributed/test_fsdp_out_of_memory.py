@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import logging
-
-import numpy as np
 import pytest
-import torch.distributed as dist
 
 from pantheraml import FastLanguageModel, MultiGPUConfig
 from pantheraml.distributed.strategies import gathered_passes
 from pantheraml.distributed.strategies.fsdp import sharding_of
-from pantheraml.errors import HardwareError
 from pantheraml.models.fused.decoder_layer import apply_layers
 from pantheraml.models.sharding import is_sharded, shard_model
 from pantheraml.models.state import get_state
 from pantheraml.training import merging, repeated_steps
 from tests import tiny
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_out_of_memory import FITS, Said, trainer_of
-from tests.training.starving import Starved
+from tests.distributed.starved_runs import (
+    IN_A_LAYER,
+    IN_ITS_BACKWARD,
+    MERGED,
+    STEPS,
+    assert_repeated,
+    starved_run,
+)
+from tests.distributed.test_out_of_memory import FITS
 
 # By the first word of a kind.
 LOADS = {
@@ -28,16 +30,10 @@ LOADS = {
     "fp8": dict(load_in_fp8=True),
     "full": dict(full_finetuning=True),
 }
-STEPS = 2
-# Rows of 4 to 27 tokens go through the model one by one, or in two passes of the step's four rows a rank.
-MERGED = dict(merge_micro_batches=True, per_device_train_batch_size=1)
 # In the second step, since what an evaluation leaves behind is before it.
 EVALUATED = dict(eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=1)
 # Gradients are reduced in the last pass.
 ADDED_UP = dict(spare=10**9)
-IN_A_LAYER = dict(most=FITS, at="layers.1.self_attn")
-# Where half of a layer has its gradients.
-IN_ITS_BACKWARD = IN_A_LAYER | dict(backward=True)
 # Runs: what fits, by rank, and settings. One rank fails, or both do, apart.
 RUNS = {
     "lora": [
@@ -92,16 +88,12 @@ def load(folder, kind, config):
 def train(folder, output, kind, starve, settings, shard_size=None):
     """A run; ``starve`` says what fits, by rank."""
     # Of this process, which ends with the runs; the CPU's memory is not planned.
-    settings, spare = {"max_steps": STEPS} | settings, settings.get("spare", 0)
+    settings, spare = dict(settings), settings.get("spare", 0)
     settings.pop("spare", None)
     merging.MOST_TOKENS, repeated_steps.spare_bytes = 60, lambda predicted: spare
     model, tokenizer = load(
         folder, kind, MultiGPUConfig(strategy="fsdp", shard_frozen=True, shard_size=shard_size)
     )
-    rank = dist.get_rank()
-    starved = Starved(model, **starve.get(rank, dict(most=10**9)))
-    trainer, said = trainer_of(folder, output, model, tokenizer, **settings), Said()
-    logging.getLogger("pantheraml").addHandler(said)
     reduced, reduce = [], gathered_passes._reduce_scatter
 
     def counted(*given, **settings):
@@ -110,52 +102,18 @@ def train(folder, output, kind, starve, settings, shard_size=None):
 
     gathered_passes._reduce_scatter = counted
     try:
-        trainer.train()
-    except HardwareError as error:
-        return str(error)
+        _, found = starved_run(folder, output, model, tokenizer, starve, settings)
     finally:
         gathered_passes._reduce_scatter = reduce
-    logging.getLogger("pantheraml").removeHandler(said)
+    if isinstance(found, str):
+        return found
     assert is_sharded(model)
-    figures = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens")
-    return {
-        "figures": [
-            [entry[name] for name in figures] for entry in trainer.state.log_history if "grad_norm" in entry
-        ],
-        "weights": [
-            getattr(p, "full_tensor", lambda p=p: p)().detach().numpy()
-            for p in model.parameters()
-            if p.requires_grad
-        ],
-        "said": [line for line in said.lines if "ran out of memory" in line],
-        "failures": starved.failures,
-        "passes": starved.passes,
-        "reduced": len(reduced),
-    }
+    return found | {"reduced": len(reduced)}
 
 
 def train_all(folder, output, kind, runs, *sizes):
     """An undisturbed run, and others."""
     return [train(folder, output, kind, *run, *sizes) for run in (({}, {}), *runs)]
-
-
-def assert_same(found, wanted):
-    np.testing.assert_allclose(found["figures"], wanted["figures"], rtol=1e-6, atol=1e-7)
-    for mine, theirs in zip(found["weights"], wanted["weights"], strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=2e-5)
-
-
-def assert_repeated(ranks, runs):
-    """What all ranks of ``train_all`` returned: every run equals the undisturbed one."""
-    for wanted, *found in ranks:
-        assert len(wanted["figures"]) == STEPS
-        for mine in found:
-            assert_same(mine, wanted)
-    for number, (starve, _) in enumerate(runs, 1):
-        found = [runs_of_rank[number] for runs_of_rank in ranks]
-        assert bool(found[0]["said"]) == bool(starve)
-        for rank in starve:
-            assert 0 < len(found[rank]["failures"]) <= 3, starve
 
 
 @pytest.mark.parametrize(

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 
 import pytest
-import torch.distributed as dist
 
 from pantheraml import FastLanguageModel, MultiGPUConfig
-from pantheraml.errors import HardwareError
 from pantheraml.models import recompute
 from pantheraml.training import merging
 from tests import tiny
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_fsdp_out_of_memory import (
-    IN_A_LAYER,
-    IN_ITS_BACKWARD,
-    MERGED,
-    STEPS,
-    assert_repeated,
-)
-from tests.distributed.test_out_of_memory import FITS, Said, trainer_of
-from tests.training.starving import Starved
+from tests.distributed.starved_runs import IN_A_LAYER, IN_ITS_BACKWARD, MERGED, assert_repeated, starved_run
+from tests.distributed.test_out_of_memory import FITS
 
 RECOMPUTED = dict(gradient_checkpointing=True)
 # What fits, by rank, and settings.
 RUNS = [
     ({1: IN_A_LAYER}, {}),
-    ({}, MERGED),
     ({0: IN_ITS_BACKWARD}, MERGED),
-    # Apart, and where nothing has been summed yet; in the middle of a layer that is computed again.
+    # Apart, and where nothing has been summed yet.
     ({0: dict(most=FITS, at="norm", backward=True), 1: dict(most=FITS, at="embed_tokens")}, {}),
+]
+OTHERS = [
+    ({}, MERGED),
+    # In the middle of a layer that is computed again.
     ({0: IN_A_LAYER, 1: dict(most=FITS, at="layers.0.mlp", backward=True)}, RECOMPUTED),
     # No pass can be shorter: layers recompute.
     ({1: dict(most=20, at="layers.2", unless_recomputing=True)}, {}),
@@ -54,26 +47,7 @@ def train(folder, output, starve, settings, degree=2):
         use_multi_gpu=MultiGPUConfig(tensor_parallel=degree),
     )
     model = FastLanguageModel.get_peft_model(model, r=4, lora_dropout=0.3, random_state=1)
-    starved = Starved(model, **starve.get(dist.get_rank(), dict(most=10**9)))
-    trainer = trainer_of(folder, output, model, tokenizer, **{"max_steps": STEPS} | settings)
-    said = Said()
-    logging.getLogger("pantheraml").addHandler(said)
-    try:
-        trainer.train()
-    except HardwareError as error:
-        return str(error)
-    finally:
-        logging.getLogger("pantheraml").removeHandler(said)
-    figures = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens")
-    return {
-        "figures": [
-            [entry[name] for name in figures] for entry in trainer.state.log_history if "grad_norm" in entry
-        ],
-        "weights": [p.detach().numpy() for p in model.parameters() if p.requires_grad],
-        "said": [line for line in said.lines if "ran out of memory" in line],
-        "failures": starved.failures,
-        "passes": starved.passes,
-    }
+    return starved_run(folder, output, model, tokenizer, starve, settings)[1]
 
 
 def train_all(folder, output, runs):
@@ -86,8 +60,9 @@ def folder(tmp_path_factory):
     return tiny.save_checkpoint(tmp_path_factory.mktemp("llama"), "llama", num_hidden_layers=3)
 
 
-def test_the_step_is_repeated_with_the_same_gradient(folder, tmp_path):
-    assert_repeated(run_ranks(2, train_all, folder, tmp_path, RUNS), RUNS)
+@pytest.mark.parametrize("runs", [RUNS, pytest.param(OTHERS, marks=pytest.mark.slow)])
+def test_the_step_is_repeated_with_the_same_gradient(folder, tmp_path, runs):
+    assert_repeated(run_ranks(2, train_all, folder, tmp_path, runs), runs)
 
 
 @pytest.mark.slow

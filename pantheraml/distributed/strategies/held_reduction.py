@@ -162,18 +162,43 @@ class LaunchedBuckets(Reduction):
         self._launched.forget()
 
 
-class GatheredWeights(Reduction):
-    """Ranks gather the layers of what they share out, and reduce its gradients if it is trained, in every pass.
+class _ExchangesInPasses(Reduction):
+    """Ranks wait for one another in every pass, and one that has failed takes part until the step is over.
 
     Args:
-        model: with layers that FSDP2 shares out.
+        exchanges: those of a pass, counted.
         beside: how gradients of what is whole on every rank are reduced, without a word during a pass.
     """
 
     talks_in_passes = True
 
+    def __init__(self, exchanges: PassExchanges | PassSums, beside: Reduction) -> None:
+        self._counted, self._beside = exchanges, beside
+
+    def pass_failed(self) -> None:
+        """The next pass is this one once more, as far as others have not seen it."""
+        self._counted.failed()
+
+    def undo(self) -> None:
+        """Every rank has been through all passes: nothing is on its way."""
+        self._beside.undo()
+
+    def finish(self) -> None:
+        """What is exchanged in passes has its gradients already."""
+        self._beside.finish()
+
+
+class GatheredWeights(_ExchangesInPasses):
+    """Ranks gather the layers of what they share out, and reduce its gradients if it is trained, in every pass.
+
+    Args:
+        model: with layers that FSDP2 shares out.
+        beside: how gradients of what is whole on every rank are reduced.
+    """
+
     def __init__(self, model: nn.Module, beside: Reduction) -> None:
-        self._exchanges, self._beside = PassExchanges(model), beside
+        self._exchanges = PassExchanges(model)
+        super().__init__(self._exchanges, beside)
 
     @contextmanager
     def around(self, *, is_last: bool, stand_in: StandIn | None = None) -> Iterator[None]:
@@ -184,20 +209,8 @@ class GatheredWeights(Reduction):
             yield
         self._exchanges.end()
 
-    def pass_failed(self) -> None:
-        """The next pass is this one once more, as far as others have not seen it."""
-        self._exchanges.failed()
 
-    def undo(self) -> None:
-        """Every rank has been through all passes: nothing is on its way."""
-        self._beside.undo()
-
-    def finish(self) -> None:
-        """What is shared out has its gradients already."""
-        self._beside.finish()
-
-
-class SummedLayers(Reduction):
+class SummedLayers(_ExchangesInPasses):
     """Ranks compute layers together, and sum what each has of them in every pass.
 
     Args:
@@ -206,10 +219,9 @@ class SummedLayers(Reduction):
         beside: how gradients of the adapter, which is whole on every rank, are reduced.
     """
 
-    talks_in_passes = True
-
     def __init__(self, model: nn.Module, group: TensorGroup, beside: Reduction) -> None:
-        self._model, self._sums, self._beside = model, PassSums(group), beside
+        self._model, self._sums = model, PassSums(group)
+        super().__init__(self._sums, beside)
 
     @contextmanager
     def around(self, *, is_last: bool, stand_in: StandIn | None = None) -> Iterator[None]:
@@ -222,18 +234,6 @@ class SummedLayers(Reduction):
         with self._beside.around(is_last=is_last):
             yield
         self._sums.end()
-
-    def pass_failed(self) -> None:
-        """The next pass is this one once more, as far as others have not seen it."""
-        self._sums.failed()
-
-    def undo(self) -> None:
-        """Every rank has been through all passes: nothing is on its way."""
-        self._beside.undo()
-
-    def finish(self) -> None:
-        """Layers are summed; the adapter's gradients are left."""
-        self._beside.finish()
 
 
 def reduction_of(model: nn.Module) -> Reduction | None:
