@@ -91,8 +91,7 @@ def wrap_module(module: nn.Module, config: MultiGPUConfig) -> DistributedDataPar
         gradient_as_bucket_view=True,  # nothing is copied in or out
         **settings,
     )
-    if config.reduce_dtype is not None:
-        average_buckets(wrapped, getattr(torch, config.reduce_dtype))
+    average_buckets(wrapped, None if config.reduce_dtype is None else getattr(torch, config.reduce_dtype))
     return wrapped
 
 

@@ -11,11 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoConfig
 
-from pantheraml import FastLanguageModel, PantheraMLTrainingArguments
+from pantheraml import FastLanguageModel, MultiGPUConfig, PantheraMLTrainingArguments
 from pantheraml.devices import estimate as planner
 from pantheraml.devices.estimate import Work, estimate
 from pantheraml.devices.layout import Layout
-from pantheraml.distributed.data_parallel import average_buckets
+from pantheraml.distributed.data_parallel import average_buckets, wrap_module
 from pantheraml.distributed.strategies.held_reduction import count_launches, reduction_of
 from pantheraml.models.precision import Precision
 from pantheraml.models.state import get_state
@@ -143,8 +143,7 @@ def wait_for_buckets():
     reduce = dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: Watched(reduce(*args, **kwargs))
     layers = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(3)))
-    model = DistributedDataParallel(layers, gradient_as_bucket_view=True, bucket_cap_mb=1)
-    average_buckets(model)
+    model = wrap_module(layers, MultiGPUConfig())
     for _ in range(3):
         model.register_forward_pre_hook(lambda *_: begun.append(list(waited)))
         model(torch.ones(1, 512)).sum().backward()
