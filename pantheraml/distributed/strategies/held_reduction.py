@@ -226,14 +226,12 @@ class SummedLayers(_ExchangesInPasses):
     @contextmanager
     def around(self, *, is_last: bool, stand_in: StandIn | None = None) -> Iterator[None]:
         """What is summed is counted."""
-        self._sums.begin(stand_in)
         state = get_state(self._model)
         if stand_in is not None and state is not None:
             # What is recomputed is summed once more, so the plan is that of the others, and is agreed with them.
             prepare_recompute(self._model, state, stand_in.tokens)
-        with self._beside.around(is_last=is_last):
+        with self._sums.counted(stand_in), self._beside.around(is_last=is_last):
             yield
-        self._sums.end()
 
 
 def reduction_of(model: nn.Module) -> Reduction | None:

@@ -7,6 +7,8 @@ it gives zeros of the size that they have there. What comes of them nobody uses:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor
@@ -40,19 +42,20 @@ class PassSums:
         self._stand_in: StandIn | None = None
         group.exchange = self._pass_on
 
-    def begin(self, stand_in: StandIn | None) -> None:
-        """A pass begins, or, as a ``stand_in``, what the others go through without this rank's numbers."""
+    @contextmanager
+    def counted(self, stand_in: StandIn | None) -> Iterator[None]:
+        """A block for a pass, or, as a ``stand_in``, for what the others go through without this rank's numbers."""
         self._group.forget()
         self._count, self._stand_in = 0, stand_in
-
-    def end(self) -> None:
-        """The pass is over: the next one is a new one."""
-        self._group.forget()
-        self._done, self._stand_in = 0, None
+        try:
+            yield
+        finally:  # whatever computes next, after an error too, sums its own numbers
+            self._group.forget()
+            self._stand_in = None
+        self._done = 0
 
     def failed(self) -> None:
         """The pass failed on this rank: what it has summed is remembered."""
-        self._group.forget()
         self._done = max(self._done, self._count)
 
     def _pass_on(self, values: Tensor) -> None:
