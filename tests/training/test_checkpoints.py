@@ -125,8 +125,12 @@ def test_damage_is_refused(folder, tmp_path):
 
 
 def test_no_checkpoint_at_all(folder, tmp_path):
-    with pytest.raises(ValueError, match="No valid checkpoint found"):
-        build(folder, tmp_path).train(resume_from_checkpoint=True)
+    trainer = build(folder, tmp_path)
+    with pytest.raises(CheckpointError, match=r'has no checkpoint.*resume_from_checkpoint="auto"'):
+        trainer.train(resume_from_checkpoint=True)
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(CheckpointError, match=r"neither trainer_state\.json nor weights"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "notes"))
 
 
 def on_ranks(folder, output, settings):
