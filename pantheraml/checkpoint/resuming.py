@@ -116,9 +116,7 @@ def why_none(folder: Path) -> str:
     """Why a folder is no checkpoint at all, in a sentence; empty if it is one, whole or damaged."""
     if not folder.is_dir():
         return "There is no such folder."
-    if (folder / STATE).exists() or has_weights(files_below(folder)):
-        return ""
-    return f"It holds neither {STATE} nor weights."
+    return "" if (folder / STATE).exists() else f"No {STATE} is in it."
 
 
 def has_weights(names: Iterable[str]) -> bool:

@@ -128,9 +128,10 @@ def test_no_checkpoint_at_all(folder, tmp_path):
     trainer = build(folder, tmp_path)
     with pytest.raises(CheckpointError, match=r'has no checkpoint.*resume_from_checkpoint="auto"'):
         trainer.train(resume_from_checkpoint=True)
-    (tmp_path / "notes").mkdir()
-    with pytest.raises(CheckpointError, match=r"neither trainer_state\.json nor weights"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "notes"))
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "adapter_model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"No trainer_state\.json.*a folder such as"):
+        trainer.train(resume_from_checkpoint=str(tmp_path))
 
 
 def on_ranks(folder, output, settings):
