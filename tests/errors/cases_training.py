@@ -50,6 +50,7 @@ def trainer_with_all_splits(shop: Workshop) -> None:
 
 @case
 def going_on_where_nothing_was_saved(shop: Workshop) -> None:
+    shop.folder("run")
     shop.trainer(ROWS).train(resume_from_checkpoint=True)
 
 

@@ -65,7 +65,9 @@ def test_a_plain_script_becomes_several_ranks(tmp_path):
 
 def test_the_first_rank_speaks_before_they_have_met():
     """A script may plan or load before the call that needs ranks, and each of them comes by."""
-    said = {rank: run("-c", "from pantheraml.log import say; say('here')", RANK=rank)[2] for rank in ("0", "1")}
+    said = {
+        rank: run("-c", "from pantheraml.log import say; say('here')", RANK=rank)[2] for rank in ("0", "1")
+    }
     assert "here" in said["0"] and said["1"] == ""
 
 
