@@ -263,6 +263,7 @@ class FastLanguageModel:
         if state is not None:
             state.recompute = state.recompute if policy is None else policy
             state.max_seq_length = max_seq_length or state.max_seq_length
+            state.with_adapter = adapted
             bind_saving(adapted, state.patches)
         trainable, total = count_parameters(adapted)
         say(

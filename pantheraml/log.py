@@ -7,6 +7,7 @@ logger, and only when the program has configured no logging of its own.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, TextIO
@@ -14,7 +15,8 @@ from typing import Any, TextIO
 logger = logging.getLogger("pantheraml")
 
 _said: set[str] = set()
-_quiet = False
+# Of ranks the first one speaks, also before they join a run: torchrun, accelerate and our agent say who is which.
+_quiet = os.environ.get("RANK", "0") != "0"
 
 
 def set_quiet(quiet: bool) -> None:

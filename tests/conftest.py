@@ -11,6 +11,8 @@ from pathlib import Path
 # Tests never touch the network; set before any Hugging Face library is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# As in the Makefile: left out, accelerate warns on ranks, and a warning is an error here.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A suite that a shell started in the background ignores Ctrl-C, and so would the programs that it sends one.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -112,6 +112,13 @@ def plain_problems(folder: Path) -> list[str]:
     return wrong
 
 
+def why_none(folder: Path) -> str:
+    """Why a folder is no checkpoint at all, in a sentence; empty if it is one, whole or damaged."""
+    if not folder.is_dir():
+        return "There is no such folder."
+    return "" if (folder / STATE).exists() else f"No {STATE} is in it."
+
+
 def has_weights(names: Iterable[str]) -> bool:
     """Whether one of these files holds weights, whole or in part."""
     paths = [PurePosixPath(name) for name in names]

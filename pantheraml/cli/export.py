@@ -40,7 +40,13 @@ def export_model(name: str, folder: Path, forms: Sequence[str], *, load_in_4bit:
     config = read_json(resolve_source(name).folder / "config.json")
     dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     model, tokenizer = FastLanguageModel.from_pretrained(
-        name, dtype=dtype, load_in_4bit=load_in_4bit, device_map="cpu", kernels="off", use_multi_gpu=False
+        name,
+        max_seq_length=1,  # no rows are trained, so none is longer than what the model was made for
+        dtype=dtype,
+        load_in_4bit=load_in_4bit,
+        device_map="cpu",
+        kernels="off",
+        use_multi_gpu=False,
     )
     for form in merged:
         model.save_pretrained_merged(folder, tokenizer, save_method=form)

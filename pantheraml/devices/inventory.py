@@ -97,7 +97,7 @@ def gpu_device(index: int) -> torch.device:
         raise HardwareError(
             got=f"GPU {index} was asked for, but this process sees no GPU.",
             need="To be seen, a GPU needs its driver, a torch built for it, and a place in CUDA_VISIBLE_DEVICES.",
-            fix="Use device_map='cpu' to run on the CPU.",
+            fix="To run on the CPU, leave the GPU out, or write device_map='cpu' where the model is loaded.",
         )
     there = ", ".join(
         f"{i} ({torch.cuda.get_device_name(i)})" for i in range(count)

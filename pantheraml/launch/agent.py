@@ -120,7 +120,7 @@ def run_ranks(command: list[str], ranks: Ranks, folder: Path) -> Outcome:
     say(_describe(ranks))
     with _environment(_variables(ranks, folder)), PassedOn(folder) as requests:
         try:
-            outcome = run_agent(_elastic_config(ranks), command, folder, ranks.count)
+            outcome = run_agent(_elastic_config(ranks, folder), command, folder, ranks.count)
         except SignalException as error:
             return _ended_by(signal.Signals(error.sigval), folder)
         if not outcome.code:
@@ -174,7 +174,8 @@ def _variables(ranks: Ranks, folder: Path) -> dict[str, str]:
     return found
 
 
-def _elastic_config(ranks: Ranks) -> LaunchConfig:
+def _elastic_config(ranks: Ranks, folder: Path) -> LaunchConfig:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
     several = ranks.nodes > 1
@@ -190,4 +191,6 @@ def _elastic_config(ranks: Ranks) -> LaunchConfig:
         max_restarts=ranks.max_restarts,
         monitor_interval=0.1,
         signals_to_handle=OTHERS,
+        # torch would make folders of its own in the one for temporary files, and leave them there.
+        logs_specs=DefaultLogsSpecs(str(folder / "torchelastic")),
     )

@@ -22,7 +22,7 @@ from typing import cast
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rendezvous
@@ -45,6 +45,7 @@ class RanksAgent(LocalElasticAgent):
 
     Args:
         spec: what to start.
+        logs: where torch keeps what it notes of the ranks.
         folder: what the ranks share with the agent.
         count: says how many ranks to start when they are started again; None: as many as before.
 
@@ -52,8 +53,10 @@ class RanksAgent(LocalElasticAgent):
         outcome: how the ranks ended, once they have.
     """
 
-    def __init__(self, spec: WorkerSpec, folder: Path, count: Callable[[], int] | None) -> None:
-        super().__init__(spec, DefaultLogsSpecs())
+    def __init__(
+        self, spec: WorkerSpec, logs: LogsSpecs, folder: Path, count: Callable[[], int] | None
+    ) -> None:
+        super().__init__(spec, logs)
         self._folder, self._count = folder, count
         self._left: dict[int, float] = {}  # when ranks were seen to have left early
         self.outcome = Outcome()
@@ -184,7 +187,7 @@ def run_agent(
         numa_options=config.numa_options,
     )
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle
-    agent = RanksAgent(spec, folder, count)
+    agent = RanksAgent(spec, cast(LogsSpecs, config.logs_specs), folder, count)
     agent.run()  # pyright: ignore[reportUnknownMemberType]
     meeting.shutdown()
     return agent.outcome

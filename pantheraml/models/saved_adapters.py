@@ -34,8 +34,10 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     check_adapter_settings(model, settings)
     sharding.check_adapter_settings(model, settings)
     try:
-        with warnings.catch_warnings():  # what it warns of is an error below
-            warnings.filterwarnings("ignore", "Found missing adapter keys")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            # PEFT 0.21 asks transformers 5.23 for the older of two names of one property.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True)
     except (ValueError, RuntimeError, KeyError) as error:
         raise _foreign(folder, model, first_line(error)) from error

@@ -46,7 +46,7 @@ class ModelState:
         planned_for: the policy they were made for.
         stores: host memory for what layers keep, by device, once a plan uses it.
         decoding: the ledger of what ``for_inference`` changed, which ``for_training`` undoes.
-        with_adapter: the model with the adapter that a trainer attached by itself, for the trainers after it.
+        with_adapter: the model around this one, with the adapter that it got; a script may still hold this one.
     """
 
     source: ModelSource

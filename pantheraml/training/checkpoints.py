@@ -19,7 +19,7 @@ from pantheraml.checkpoint.manifest import has_manifest, measure_own, problems
 from pantheraml.checkpoint.names import checkpoint_name, step_of
 from pantheraml.checkpoint.partial import removed_on_failure
 from pantheraml.checkpoint.pointers import BEST, point
-from pantheraml.checkpoint.resuming import STATE, newest_whole
+from pantheraml.checkpoint.resuming import STATE, newest_whole, why_none
 from pantheraml.checkpoint.retention import retain
 from pantheraml.checkpoint.run_record import Totals
 from pantheraml.checkpoint.state_parts import own_files
@@ -200,7 +200,7 @@ class WholeCheckpoints(AsyncSaves):
                 saved yet; None or False: none.
 
         Raises:
-            CheckpointError: the folder is damaged, or no checkpoint is whole.
+            CheckpointError: the folder is damaged or no checkpoint, or there is no whole one.
         """
         if not resume:
             return None
@@ -218,12 +218,19 @@ class WholeCheckpoints(AsyncSaves):
                     need="A run goes on only with one whose files are what was saved. " + " ".join(said),
                     fix="Remove what is damaged and start anew, or give the folder of another run's checkpoint.",
                 )
-            return found or True  # transformers says that there is none
+            if found is None:
+                raise CheckpointError(
+                    got=f"resume_from_checkpoint=True was given, and {self.args.output_dir} has no checkpoint.",
+                    need="A run goes on with one that was saved in its output_dir.",
+                    fix='Check output_dir, or write resume_from_checkpoint="auto", which begins where there is none.',
+                )
+            return found
         if said:
+            older = "Take an older one" if is_damaged else "Give a folder such as outputs/checkpoint-100"
             raise CheckpointError(
                 got=f"resume_from_checkpoint={str(resume)!r} was given. {' '.join(said)}",
                 need="A run goes on only with a checkpoint whose files are what was saved.",
-                fix="Take an older one, or resume_from_checkpoint=True for the newest that is whole.",
+                fix=f"{older}, or resume_from_checkpoint=True for the newest that is whole.",
             )
         return str(resume)
 
@@ -236,7 +243,8 @@ class WholeCheckpoints(AsyncSaves):
             return None if choice.folder is None else str(choice.folder), said, is_damaged
         folder = Path(str(resume))
         said = problems(folder) if has_manifest(folder) else []
-        return str(folder), said, bool(said)
+        none = [] if said else list(filter(None, [why_none(folder)]))
+        return str(folder), said or none, bool(said)
 
 
 def _nothing() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftModel
 
 from pantheraml.log import say
+from pantheraml.models.adapters import has_adapter
 from pantheraml.models.state import ModelState
 
 
@@ -14,7 +15,7 @@ def ensure_adapter(model: Any, state: ModelState) -> Any:
     """Attach a default LoRA adapter to a model that has none; a later trainer of the model goes on with it."""
     if isinstance(model, PeftModel):
         return model
-    if state.with_adapter is not None:
+    if state.with_adapter is not None and has_adapter(model):
         return state.with_adapter
     say(
         "this model has no adapter, so LoRA r=16 is attached to its projections; call get_peft_model for other "
@@ -22,5 +23,4 @@ def ensure_adapter(model: Any, state: ModelState) -> Any:
     )
     from pantheraml.fast_model import FastLanguageModel
 
-    state.with_adapter = FastLanguageModel.get_peft_model(model)
-    return state.with_adapter
+    return FastLanguageModel.get_peft_model(model)

@@ -39,6 +39,11 @@ class Standing(TrainerCallback):
         self.epoch = 0 if cursor is None else cursor.epoch
         self.steps = 0 if cursor is None else -(-cursor.rows // cursor.global_batch_size)
 
+    def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
+        """A run begins, or goes on; one that is over says so, since its figures will be those of no step."""
+        if 0 < state.max_steps <= state.global_step:
+            say(f"all {state.max_steps} steps of this run were done before; nothing is left to train.")
+
     def on_step_end(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         """A step is done."""
         self.steps += 1

@@ -17,6 +17,8 @@ from pantheraml.log import say
 from pantheraml.models.patching import changed_within
 
 Rows = Dataset | IterableDataset
+_NEED = "The trainer takes a datasets.Dataset or a stream, in any format of docs/data-formats.md."
+_LOAD = "load_dataset('json', data_files='rows.jsonl', split='train')"
 
 
 def given_rows(rows: Rows | None) -> Rows:
@@ -24,18 +26,37 @@ def given_rows(rows: Rows | None) -> Rows:
     if rows is None:
         raise DataError(
             got="No train_dataset was given.",
-            need="The trainer takes a datasets.Dataset or a stream, in any format of docs/data-formats.md.",
-            fix="Pass train_dataset=load_dataset('json', data_files='rows.jsonl', split='train').",
+            need=_NEED,
+            fix=f"Pass train_dataset={_LOAD}.",
         )
     return rows
 
 
 def format_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, text_field: str, name: str) -> Rows:
-    """Rows in a form TRL reads; says what they were recognised as."""
+    """Rows in a form TRL reads; says what they were recognised as.
+
+    Raises:
+        DataError: no data set was given, or rows in no known format.
+    """
+    _refuse_others(rows, name)
     with main_process_first():
         formatted, found = format_dataset(rows, tokenizer, text_field=text_field)
     say(f"{name} rows: {found.reason}")
     return formatted
+
+
+def _refuse_others(rows: Any, name: str) -> None:
+    """What is no data set is told apart by what it probably stands for: a path, a list of rows, all splits."""
+    if isinstance(rows, Rows):
+        return
+    got, fix = f"The {name} rows are of the class {type(rows).__name__}.", _LOAD
+    if isinstance(rows, dict):
+        splits = list(rows)
+        got = f"The {name} rows are a mapping of {', '.join(map(repr, splits))}."
+        fix = f"rows[{splits[0] if splits else 'train'!r}]"
+    elif isinstance(rows, list):
+        fix = "Dataset.from_list(rows)"
+    raise DataError(got=got, need=_NEED, fix=f"Pass {fix}.")
 
 
 def format_all(

@@ -12,7 +12,7 @@ from typing import Any
 from pantheraml.checkpoint.run_record import Totals, other_versions, read_totals, write_record
 from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
 from pantheraml.devices.memory import get_memory_stats
-from pantheraml.distributed.process_group import gather_objects, is_main_process
+from pantheraml.distributed.process_group import all_reduce_scalar, gather_objects, is_main_process
 from pantheraml.log import say
 from pantheraml.training.banner import Predicted, compare_memory
 from pantheraml.training.memory_record import memory_record, write_memory_record
@@ -57,6 +57,11 @@ class RecordedRun(RepeatableRun):
         if self._before.peak_allocated_gib is not None:
             peaks.append(self._before.peak_allocated_gib)
         return Totals(self.tokens_seen(), self.seconds_trained(), max(peaks, default=None))
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers, which takes a rank's own loss for that of the steps that no log line has."""
+        self._tr_loss.fill_(all_reduce_scalar(self._tr_loss.item(), "mean"))
+        return super()._finalize_training(*args, **kwargs)
 
     def write_record(self, checkpoint: Path, totals: Totals) -> None:
         """Write ``run.json`` into the folder of a checkpoint."""

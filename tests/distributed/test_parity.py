@@ -41,14 +41,14 @@ def train(folder, output, per_device, accumulation, settings):
     config = MultiGPUConfig(batch_split=settings.get("batch_split", "even"))
     args = PantheraMLTrainingArguments(
         output_dir=str(output), per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation,
-        num_train_epochs=3, learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none",
-        disable_tqdm=True, max_grad_norm=0.5,
-        **{name: value for name, value in settings.items() if name != "batch_split"},
+        num_train_epochs=3, learning_rate=1e-3, save_strategy="no", report_to="none", disable_tqdm=True,
+        max_grad_norm=0.5,
+        **{"logging_steps": 1, **{name: value for name, value in settings.items() if name != "batch_split"}},
     )  # fmt: skip
     trainer = PantheraMLDistributedTrainer(
         model, args, train_dataset=rows(), eval_dataset=rows(), tokenizer=tokenizer, multi_gpu_config=config
     )
-    trainer.train()
+    ended = trainer.train()
     logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     figures = trainer.evaluate()
     weights = [p.detach().clone() for p in model.parameters() if p.requires_grad]
@@ -61,6 +61,7 @@ def train(folder, output, per_device, accumulation, settings):
             }
             for entry in logs
         ],
+        "train_loss": ended.training_loss,
         "eval": {name: figures[name] for name in ("eval_loss", "eval_mean_token_accuracy")},
         "weights": [weight.numpy() for weight in weights],
     }
@@ -110,6 +111,14 @@ def test_any_number_of_ranks_trains_the_same(
         assert one["eval"] == pytest.approx(want["eval"], rel=1e-5)
         for mine, theirs in zip(one["weights"], found[0]["weights"], strict=True):
             assert (mine == theirs).all()
+
+
+def test_the_loss_of_a_run_counts_what_no_log_line_has(folder, tmp_path_factory):
+    """On every rank, that of all of them: the last two of twelve steps are not logged."""
+    output = tmp_path_factory.getbasetemp()
+    found = run_ranks(2, train, folder, output, 4, 1, {"logging_steps": 5})
+    want = reference(folder, output)["train_loss"]
+    assert [one["train_loss"] for one in found] == [pytest.approx(want, rel=1e-6)] * 2
 
 
 @pytest.mark.promise("B5")

@@ -32,6 +32,34 @@ def trainer_without_rows(shop: Workshop) -> None:
 
 
 @case
+def trainer_with_the_path_of_rows(shop: Workshop) -> None:
+    shop.trainer(ROWS, train_dataset="rows.jsonl")
+
+
+@case
+def trainer_with_a_list_of_rows(shop: Workshop) -> None:
+    shop.trainer(ROWS, train_dataset=ROWS)
+
+
+@case
+def trainer_with_all_splits(shop: Workshop) -> None:
+    from datasets import Dataset, DatasetDict
+
+    shop.trainer(ROWS, train_dataset=DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS)))
+
+
+@case
+def going_on_where_nothing_was_saved(shop: Workshop) -> None:
+    shop.folder("run")
+    shop.trainer(ROWS).train(resume_from_checkpoint=True)
+
+
+@case
+def going_on_with_a_folder_that_is_not_there(shop: Workshop) -> None:
+    shop.trainer(ROWS).train(resume_from_checkpoint="outputs/checkpoint-7")
+
+
+@case
 def arguments_of_the_wrong_kind(shop: Workshop) -> None:
     shop.trainer(ROWS, args={"max_steps": 1})
 

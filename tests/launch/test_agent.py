@@ -46,8 +46,10 @@ def test_a_plain_script_becomes_several_ranks(tmp_path):
     (tmp_path / "below").mkdir()
     copy = tmp_path / "below" / "train.py"
     copy.write_text(SCRIPT.read_text())
+    (tmp_path / "temporary").mkdir()
     words = ("-O", "below/train.py", 2, "--n", "--log", "x", "--chdir", "end")
-    code, out, err = run(*words, cwd=tmp_path, TELL=" ".join(passed), **passed)
+    places = {"TMPDIR": str(tmp_path / "temporary")}
+    code, out, err = run(*words, cwd=tmp_path, TELL=" ".join(passed), **passed, **places)
     lines = sorted(line for line in out.splitlines() if line.startswith("rank"))
     assert code == 0, err
     assert lines == [
@@ -57,6 +59,16 @@ def test_a_plain_script_becomes_several_ranks(tmp_path):
     assert err.count("starting 2 ranks") == 1
     told = [f"{name}={value} on {rank}" for name, value in passed.items() for rank in range(2)]
     assert [line for line in told if line not in out.splitlines()] == []
+    left = [path.name for path in (tmp_path / "temporary").iterdir()]
+    assert [name for name in left if name.startswith(("pantheraml", "torchelastic"))] == []
+
+
+def test_the_first_rank_speaks_before_they_have_met():
+    """A script may plan or load before the call that needs ranks, and each of them comes by."""
+    said = {
+        rank: run("-c", "from pantheraml.log import say; say('here')", RANK=rank)[2] for rank in ("0", "1")
+    }
+    assert "here" in said["0"] and said["1"] == ""
 
 
 def test_a_module_becomes_several_ranks():

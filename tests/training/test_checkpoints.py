@@ -54,7 +54,7 @@ def losses(trainer):
     return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry}
 
 
-def test_checkpoints_are_whole_and_the_last_one_is_named(folder, tmp_path):
+def test_checkpoints_are_whole_and_the_last_one_is_named(folder, tmp_path, caplog):
     train(folder, tmp_path)
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "latest.json"]
     for step in (2, 4, 6):
@@ -66,6 +66,9 @@ def test_checkpoints_are_whole_and_the_last_one_is_named(folder, tmp_path):
             "rows": 2 * step,
         }
     assert read_pointer(tmp_path, "latest").checkpoint == "checkpoint-6"
+    caplog.set_level("INFO", logger="pantheraml")
+    build(folder, tmp_path).train(resume_from_checkpoint="auto")
+    assert "all 6 steps of this run were done before" in caplog.text
 
 
 def test_the_best_one_of_a_relative_folder_is_named(folder, tmp_path, monkeypatch):
@@ -125,8 +128,13 @@ def test_damage_is_refused(folder, tmp_path):
 
 
 def test_no_checkpoint_at_all(folder, tmp_path):
-    with pytest.raises(ValueError, match="No valid checkpoint found"):
-        build(folder, tmp_path).train(resume_from_checkpoint=True)
+    trainer = build(folder, tmp_path)
+    with pytest.raises(CheckpointError, match=r'has no checkpoint.*resume_from_checkpoint="auto"'):
+        trainer.train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "adapter_model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"No trainer_state\.json.*a folder such as"):
+        trainer.train(resume_from_checkpoint=str(tmp_path))
 
 
 def on_ranks(folder, output, settings):

@@ -144,6 +144,21 @@ def test_a_model_without_adapter_gets_one_and_is_told(load, arguments, caplog):
     assert isinstance(trainer.model, PeftModel) and "LoRA r=16 is attached" in caplog.text
 
 
+def test_a_script_saves_the_adapter_that_its_trainer_attached(load, arguments, tmp_path):
+    """By the model that it has: the one that it loaded, whose layers are the adapter's by now."""
+    model, tokenizer = load()
+    trainer = PantheraMLTrainer(model, arguments(), train_dataset=ALPACA, tokenizer=tokenizer)
+    model.save_pretrained(tmp_path / "adapter", tokenizer)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    model.save_pretrained_merged(tmp_path / "lora", save_method="lora")
+    assert (tmp_path / "lora" / "adapter_config.json").exists()
+    plain = trainer.model.merge_and_unload()
+    assert plain is model, "without the adapter it is saved as what it is"
+    model.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
 def test_full_finetuning_trains_every_weight(load, arguments):
     model, tokenizer = load(full_finetuning=True, load_in_4bit=None)
     trainer = PantheraMLTrainer(
