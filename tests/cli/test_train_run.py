@@ -79,6 +79,9 @@ def test_a_full_run_resumes_where_it_stopped(settings):
     assert one.keys() == two.keys()
     assert all(one[name].allclose(two[name], atol=1e-6) for name in one)
     assert resumed["metrics"]["epoch"] == whole["metrics"]["epoch"]
+    measured = Path("whole/train_results.json").read_text()
+    run(settings(*full, "trainer.output_dir=whole", "trainer.resume_from_checkpoint=auto"))
+    assert Path("whole/train_results.json").read_text() == measured, "of a run that is over"
 
 
 @pytest.mark.promise("D4")
