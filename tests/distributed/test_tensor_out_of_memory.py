@@ -37,14 +37,14 @@ def by_length(model, state, section, tokens, is_new, plan=recompute._plan_recomp
     return replace(found, layers=layers)
 
 
-def train(folder, output, starve, settings, degree=2):
+def train(folder, output, starve, settings):
     # Of this process, which ends with the runs. As on a GPU, more is computed again where a pass is longer.
     merging.MOST_TOKENS, recompute._plan_recompute = 60, by_length
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(folder),
         max_seq_length=64,
         load_in_4bit=False,
-        use_multi_gpu=MultiGPUConfig(tensor_parallel=degree),
+        use_multi_gpu=MultiGPUConfig(tensor_parallel=2),
     )
     model = FastLanguageModel.get_peft_model(model, r=4, lora_dropout=0.3, random_state=1)
     return starved_run(folder, output, model, tokenizer, starve, settings)[1]
