@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pantheraml.checkpoint.resuming import STATE
 from pantheraml.checkpoint.run_record import Totals, other_versions, read_totals, write_record
 from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
 from pantheraml.devices.memory import get_memory_stats
@@ -25,8 +27,8 @@ class RecordedRun(RepeatableRun):
     _multi_gpu: MultiGPUConfig | None = None
     # What a step takes of each device of this rank, by the estimate.
     _predicted: Predicted | None = None
-    # Of the starts before this one, and when this one began.
-    _before, _began = Totals(), 0.0
+    # Of the starts before this one, when this one began, and the step it began behind.
+    _before, _began, _first_step = Totals(), 0.0, 0
 
     @contextmanager
     def going_on(self, resume: str | bool | None) -> Iterator[None]:
@@ -34,6 +36,9 @@ class RecordedRun(RepeatableRun):
         checkpoint = Path(resume) if isinstance(resume, str) else None
         self._before = Totals() if checkpoint is None else read_totals(checkpoint)
         self._total_train_tokens, self._began = self._before.tokens, time.perf_counter()
+        self._first_step = (
+            0 if checkpoint is None else json.loads((checkpoint / STATE).read_text())["global_step"]
+        )
         others = [] if checkpoint is None else other_versions(checkpoint)
         if checkpoint is not None and others:
             say(
@@ -59,8 +64,14 @@ class RecordedRun(RepeatableRun):
         return Totals(self.tokens_seen(), self.seconds_trained(), max(peaks, default=None))
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers, which takes a rank's own loss for that of the steps that no log line has."""
+        """As transformers, which takes a rank's own loss for that of the steps that no log line has; and as its newer
+        versions, which divide by the steps of this start.
+        """
         self._tr_loss.fill_(all_reduce_scalar(self._tr_loss.item(), "mean"))
+        done = self.state.global_step - self._first_step
+        if done > 0 and not hasattr(self, "_initial_global_step"):  # 5.17 divides by those of all starts
+            rest = self._tr_loss.item()
+            self._total_loss_scalar = (self._total_loss_scalar + rest) * self.state.global_step / done - rest
         return super()._finalize_training(*args, **kwargs)
 
     def write_record(self, checkpoint: Path, totals: Totals) -> None:

@@ -104,7 +104,9 @@ def test_a_run_goes_on_with_the_newest_whole_one(folder, tmp_path, caplog):
     (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
     again = build(folder, tmp_path)
     with caplog.at_level("INFO", "pantheraml"):
-        again.train(resume_from_checkpoint=True)
+        ended = again.train(resume_from_checkpoint=True)
+    mean = sum(loss for step, loss in whole.items() if step > 2) / 4
+    assert ended.training_loss == pytest.approx(mean, rel=1e-5), "of this start's steps"
     assert "checkpoint-6 is passed over" in caplog.text and "adapter_model.safetensors" in caplog.text
     assert "checkpoint-4 is passed over: optimizer.pt is missing" in caplog.text
     assert losses(again) == whole, "from step 3 on, bit by bit"
