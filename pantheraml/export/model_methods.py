@@ -22,6 +22,7 @@ from pantheraml.export.gguf.save import gather_gguf, save_gguf
 from pantheraml.export.hub import push_built, push_folder, push_gguf, push_merged
 from pantheraml.export.merge import gather_merged, save_merged
 from pantheraml.export.one_rank import by_one_rank, merging_by_one_rank
+from pantheraml.export.trained_model import of_what_is_trained
 from pantheraml.models.sharded_linear import tensor_group_of
 
 Processor = PreTrainedTokenizerBase | ProcessorMixin
@@ -35,6 +36,7 @@ def _gather_gguf(model: nn.Module, options: dict[str, Any]) -> None:
     gather_gguf(model, options["tokenizer"], options["quantization_method"])
 
 
+@of_what_is_trained
 @by_one_rank
 def save_pretrained(
     model: nn.Module,
@@ -94,6 +96,7 @@ def save_pretrained(
         )
 
 
+@of_what_is_trained
 @merging_by_one_rank(_gather_merged)
 def save_pretrained_merged(
     model: nn.Module,
@@ -118,6 +121,7 @@ def save_pretrained_merged(
         )
 
 
+@of_what_is_trained
 @merging_by_one_rank(_gather_merged)
 def push_to_hub_merged(
     model: nn.Module,
@@ -131,6 +135,7 @@ def push_to_hub_merged(
     return push_merged(model, repo_id, tokenizer, save_method, token, **options)
 
 
+@of_what_is_trained
 @merging_by_one_rank(_gather_gguf)
 def save_pretrained_gguf(
     model: nn.Module,
@@ -174,6 +179,7 @@ def save_pretrained_gguf(
     return files
 
 
+@of_what_is_trained
 @merging_by_one_rank(_gather_gguf)
 def push_to_hub_gguf(
     model: nn.Module,
@@ -187,6 +193,7 @@ def push_to_hub_gguf(
     return push_gguf(model, repo_id, tokenizer, quantization_method, token, **options)
 
 
+@of_what_is_trained
 @by_one_rank
 def push_to_hub(
     model: nn.Module,
