@@ -191,7 +191,7 @@ def _build_trainer(
 def _train(trainer: PantheraMLDistributedTrainer, config: RunConfig, *, evaluates: bool) -> dict[str, float]:
     """Train, evaluate if there are rows for it, and keep what was measured in the run's folder, on rank 0."""
     metrics = trainer.train(resume_from_checkpoint=config.trainer.resume_from_checkpoint).metrics
-    if trainer.has_trained:  # else what was measured before stays
+    if trainer.steps_done:  # else what was measured before stays
         trainer.save_metrics("train", metrics)
     found: dict[str, float] = trainer.evaluate() if evaluates else {}
     if evaluates:

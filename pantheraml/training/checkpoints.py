@@ -243,8 +243,10 @@ class WholeCheckpoints(AsyncSaves):
             return None if choice.folder is None else str(choice.folder), said, is_damaged
         folder = Path(str(resume))
         said = problems(folder) if has_manifest(folder) else []
-        none = [] if said else list(filter(None, [why_none(folder)]))
-        return str(folder), said or none, bool(said)
+        if said:
+            return str(folder), said, True
+        none = why_none(folder)
+        return str(folder), [none] if none else [], False
 
 
 def _nothing() -> None:

@@ -190,13 +190,14 @@ class RepeatedSteps(FiniteSteps):
         assert reduction is not None
         if self._most_tokens and not num_tokens(batch):  # it went into another one, and is no pass
             return self._no_loss()
-        whole = dict(batch)
         if step.failed is None:
             tokens = self._tokens_at_a_time([batch])
             step.longest = max(step.longest, tokens)
             try:
                 with reduction.around(is_last=is_last):
-                    return super().training_step(model, batch, num_items)
+                    return super().training_step(
+                        model, dict(batch), num_items
+                    )  # which takes things out of it
             except RuntimeError as error:
                 if isinstance(error, PantheraMLError) or not is_out_of_memory(error):
                     raise
@@ -207,8 +208,8 @@ class RepeatedSteps(FiniteSteps):
                 reduction.pass_failed()
                 clear_gpu_cache()
         if reduction.talks_in_passes:
-            few = filler(whole)
-            with reduction.around(is_last=is_last, stand_in=StandIn(num_tokens(few), num_tokens(whole))):
+            few = filler(batch)
+            with reduction.around(is_last=is_last, stand_in=StandIn(num_tokens(few), num_tokens(batch))):
                 super().training_step(model, few, num_items)
         return self._no_loss()
 
@@ -220,7 +221,7 @@ class RepeatedSteps(FiniteSteps):
             passes += [filler(step.batches[-1])] * (count - len(passes))
         self.begin_step(len(passes))
         losses = [
-            self._pass(model, step, dict(batch), num_items, is_last=number == len(passes))
+            self._pass(model, step, batch, num_items, is_last=number == len(passes))
             for number, batch in enumerate(passes, 1)
         ]
         return torch.stack(losses).sum()

@@ -27,16 +27,15 @@ class Standing(TrainerCallback):
     Attributes:
         epoch: passes that are done.
         steps: whole steps of the next pass that are done.
-        has_trained: whether a step has been done since the run began, or went on.
     """
 
     def __init__(self) -> None:
         self.epoch = self.steps = 0
-        self._is_stream = self.has_trained = False
+        self._is_stream = False
 
     def begin(self, cursor: Cursor | None, *, is_stream: bool = False) -> None:
         """A run begins, or goes on at ``cursor``."""
-        self._is_stream, self.has_trained = is_stream, False
+        self._is_stream = is_stream
         self.epoch = 0 if cursor is None else cursor.epoch
         self.steps = 0 if cursor is None else -(-cursor.rows // cursor.global_batch_size)
 
@@ -47,7 +46,7 @@ class Standing(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         """A step is done."""
-        self.steps, self.has_trained = self.steps + 1, True
+        self.steps += 1
         if (
             self._is_stream
         ):  # transformers counts from where the run went on; a pass has as many steps as the run
@@ -166,11 +165,6 @@ class ResumedRows(ContinuedRun, RankedRows):
             self._load_rng_state(self._rng_due)
             self._rng_due = None
         return found
-
-    @property
-    def has_trained(self) -> bool:
-        """Whether the last ``train()`` did a step; a run that was over did none."""
-        return self._standing.has_trained
 
     def cursor(self) -> Cursor:
         """Where the run stands."""

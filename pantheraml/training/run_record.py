@@ -47,6 +47,11 @@ class RecordedRun(RepeatableRun):
         with super().going_on(resume):
             yield
 
+    @property
+    def steps_done(self) -> int:
+        """Steps since the run began, or went on; none where it was over."""
+        return self.state.global_step - self._first_step
+
     def tokens_seen(self) -> int:
         """Tokens trained on so far, of all ranks; every rank calls this."""
         return int(self._total_train_tokens)
@@ -68,10 +73,12 @@ class RecordedRun(RepeatableRun):
         versions, which divide by the steps of this start.
         """
         self._tr_loss.fill_(all_reduce_scalar(self._tr_loss.item(), "mean"))
-        done = self.state.global_step - self._first_step
-        if done > 0 and not hasattr(self, "_initial_global_step"):  # 5.17 divides by those of all starts
+        if self.steps_done and not hasattr(
+            self, "_initial_global_step"
+        ):  # 5.17 divides by those of all starts
             rest = self._tr_loss.item()
-            self._total_loss_scalar = (self._total_loss_scalar + rest) * self.state.global_step / done - rest
+            share = self.steps_done / self.state.global_step
+            self._total_loss_scalar = (self._total_loss_scalar + rest) / share - rest
         return super()._finalize_training(*args, **kwargs)
 
     def write_record(self, checkpoint: Path, totals: Totals) -> None:

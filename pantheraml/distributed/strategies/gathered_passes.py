@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from pantheraml.distributed.strategies.exchange_count import ExchangeCount
 from pantheraml.models.shares import Bytes
 
 # One of torch.distributed: fills an output from an input.
@@ -35,8 +36,7 @@ class PassExchanges:
     def __init__(self, model: nn.Module) -> None:
         modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._modules, self._root = modules, cast(Any, modules[0])
-        self._count = 0  # of the pass at hand
-        self._done = 0  # of a pass that failed: those that the others have seen already
+        self._count = ExchangeCount()
         # Of what is shared out several times: the modules whose gradients the copies have added up in this pass.
         self._added: list[FSDPModule] = []
         has_copies = _has_copies(model)
@@ -49,7 +49,7 @@ class PassExchanges:
     def begin(self, *, reduces: bool) -> None:
         """A pass begins, or the one that failed does once more; ``reduces``: what is trained is reduced within."""
         _start_anew(self._root)
-        self._count = 0
+        self._count.begin()
         for module in self._modules:
             module.set_requires_gradient_sync(reduces, recurse=False)
         for module in self._added:  # before it failed
@@ -57,12 +57,12 @@ class PassExchanges:
 
     def end(self) -> None:
         """The pass is over: the next one is a new one."""
-        self._done = 0
+        self._count.end()
         self._added.clear()
 
     def failed(self) -> None:
         """The pass failed on this rank: what it has begun is forgotten, and what it has exchanged is remembered."""
-        self._done = max(self._done, self._count)
+        self._count.failed()
         for (
             parameter
         ) in self._root.parameters():  # also those that are whole now, which an optimizer never sees
@@ -75,9 +75,9 @@ class PassExchanges:
 
     def pass_on(self, exchange: Exchange, output: Tensor, given: Tensor, **settings: Any) -> Any:
         """Exchange, unless the others have seen it already: then the answer is zeros."""
-        is_new = self._count >= self._done
+        is_new = self._count.is_new
         work = exchange(output, given, **settings) if is_new else None
-        self._count += 1
+        self._count.add()
         if not is_new:
             output.zero_()
         return work

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -162,7 +162,10 @@ class LaunchedBuckets(Reduction):
         self._launched.forget()
 
 
-class _ExchangesInPasses(Reduction):
+Exchanges = TypeVar("Exchanges", PassExchanges, PassSums)
+
+
+class _ExchangesInPasses(Reduction, Generic[Exchanges]):
     """Ranks wait for one another in every pass, and one that has failed takes part until the step is over.
 
     Args:
@@ -172,12 +175,12 @@ class _ExchangesInPasses(Reduction):
 
     talks_in_passes = True
 
-    def __init__(self, exchanges: PassExchanges | PassSums, beside: Reduction) -> None:
-        self._counted, self._beside = exchanges, beside
+    def __init__(self, exchanges: Exchanges, beside: Reduction) -> None:
+        self._exchanges, self._beside = exchanges, beside
 
     def pass_failed(self) -> None:
         """The next pass is this one once more, as far as others have not seen it."""
-        self._counted.failed()
+        self._exchanges.failed()
 
     def undo(self) -> None:
         """Every rank has been through all passes: nothing is on its way."""
@@ -188,7 +191,7 @@ class _ExchangesInPasses(Reduction):
         self._beside.finish()
 
 
-class GatheredWeights(_ExchangesInPasses):
+class GatheredWeights(_ExchangesInPasses[PassExchanges]):
     """Ranks gather the layers of what they share out, and reduce its gradients if it is trained, in every pass.
 
     Args:
@@ -197,8 +200,7 @@ class GatheredWeights(_ExchangesInPasses):
     """
 
     def __init__(self, model: nn.Module, beside: Reduction) -> None:
-        self._exchanges = PassExchanges(model)
-        super().__init__(self._exchanges, beside)
+        super().__init__(PassExchanges(model), beside)
 
     @contextmanager
     def around(self, *, is_last: bool, stand_in: StandIn | None = None) -> Iterator[None]:
@@ -210,7 +212,7 @@ class GatheredWeights(_ExchangesInPasses):
         self._exchanges.end()
 
 
-class SummedLayers(_ExchangesInPasses):
+class SummedLayers(_ExchangesInPasses[PassSums]):
     """Ranks compute layers together, and sum what each has of them in every pass.
 
     Args:
@@ -220,8 +222,8 @@ class SummedLayers(_ExchangesInPasses):
     """
 
     def __init__(self, model: nn.Module, group: TensorGroup, beside: Reduction) -> None:
-        self._model, self._sums = model, PassSums(group)
-        super().__init__(self._sums, beside)
+        super().__init__(PassSums(group), beside)
+        self._model = model
 
     @contextmanager
     def around(self, *, is_last: bool, stand_in: StandIn | None = None) -> Iterator[None]:
@@ -230,7 +232,7 @@ class SummedLayers(_ExchangesInPasses):
         if stand_in is not None and state is not None:
             # What is recomputed is summed once more, so the plan is that of the others, and is agreed with them.
             prepare_recompute(self._model, state, stand_in.tokens)
-        with self._sums.counted(stand_in), self._beside.around(is_last=is_last):
+        with self._exchanges.counted(stand_in), self._beside.around(is_last=is_last):
             yield
 
 

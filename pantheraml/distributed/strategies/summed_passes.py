@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from pantheraml.distributed.strategies.exchange_count import ExchangeCount
 from pantheraml.models.tensor_group import TensorGroup
 
 
@@ -37,8 +38,7 @@ class PassSums:
 
     def __init__(self, group: TensorGroup) -> None:
         self._group = group
-        self._count = 0  # of the pass at hand
-        self._done = 0  # of a pass that failed: those that the others have seen already
+        self._count = ExchangeCount()
         self._stand_in: StandIn | None = None
         group.exchange = self._pass_on
 
@@ -46,23 +46,24 @@ class PassSums:
     def counted(self, stand_in: StandIn | None) -> Iterator[None]:
         """A block for a pass, or, as a ``stand_in``, for what the others go through without this rank's numbers."""
         self._group.forget()
-        self._count, self._stand_in = 0, stand_in
+        self._count.begin()
+        self._stand_in = stand_in
         try:
             yield
         finally:  # whatever computes next, after an error too, sums its own numbers
             self._group.forget()
             self._stand_in = None
-        self._done = 0
+        self._count.end()
 
     def failed(self) -> None:
         """The pass failed on this rank: what it has summed is remembered."""
-        self._done = max(self._done, self._count)
+        self._count.failed()
 
     def _pass_on(self, values: Tensor) -> None:
         """Sum ``values`` over the ranks, in place; a stand-in's are left as they are."""
         if self._stand_in is None:
             self._group.sum_up(values)
-        elif self._count >= self._done:
+        elif self._count.is_new:
             given, tokens = self._stand_in
             self._group.sum_up(values.new_zeros(values.numel() // given * tokens))
-        self._count += 1
+        self._count.add()
