@@ -17,6 +17,7 @@ from pantheraml.config.multi_gpu import Recompute
 from pantheraml.data.masking import check_labels
 from pantheraml.data.preview import describe_sample
 from pantheraml.devices.memory import forget_peak, format_memory_stats, get_memory_stats, gpu_memory
+from pantheraml.devices.segments import grow_segments
 from pantheraml.distributed.data_ranks import config_for, data_ranks
 from pantheraml.distributed.process_group import gather_objects, group_size, rank_device, settings_of_run
 from pantheraml.distributed.strategies.choose import strategy_of
@@ -239,6 +240,7 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
             return self._train(checkpoint, *args, **kwargs)
 
     def _train(self, *args: Any, **kwargs: Any) -> Any:
+        grow_segments(self.args.device)  # a model that was not loaded by us is on it already
         let_go(cast(nn.Module, self.model))
         self._predicted = self._plan_memory()
         self._say_plan()
