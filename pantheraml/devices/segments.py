@@ -45,5 +45,5 @@ def _grow_once(device: torch.device) -> None:  # pragma: no cover - needs a GPU
 
 def _set(said: str) -> None:  # pragma: no cover - needs a GPU
     # torch has no public name for it; this is the one that its own, deprecated function calls.
-    core: Any = torch._C
+    core: Any = torch._C  # pyright: ignore[reportPrivateUsage]
     core._accelerator_setAllocatorSettings(said)
