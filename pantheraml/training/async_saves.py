@@ -93,8 +93,10 @@ class AsyncSaves(SharedState, RecordedRun):
         return reason is None
 
     def _why_not_beside(self) -> str | None:
-        if self.args.save_on_each_node or self.args.push_to_hub:
-            return "with save_on_each_node or push_to_hub they are written as transformers does"
+        if self.args.save_on_each_node:
+            return "with save_on_each_node they are written as transformers does"
+        if self.args.push_to_hub:
+            return "with push_to_hub they are uploaded at their step"
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self._shares_trained:
             return "each rank has a part of the state"
         if not isinstance(self.model, PeftModel | PreTrainedModel):

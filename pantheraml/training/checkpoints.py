@@ -61,8 +61,8 @@ class WholeCheckpoints(AsyncSaves):
         self.finish_saving()
         run, step = self._get_output_dir(trial=trial), self.state.global_step
         target, beside = Path(run, checkpoint_name(step)), self.saves_beside()
-        # Each on a disk of its own, where nobody says when all are done; or uploaded beside the training, by its name.
-        if self.args.save_on_each_node or self.args.push_to_hub:
+        # Each on a disk of its own, where nobody says when all are done.
+        if self.args.save_on_each_node:
             with removed_on_failure(target), agreeing(target, target):
                 self._write(model, trial)
                 self._write_cursor(target)
@@ -89,6 +89,14 @@ class WholeCheckpoints(AsyncSaves):
                 if save is not None:
                     finish = self._finishing(save, self._best(run), totals, later, measured, opened)
         self.start_saving(finish, target, beside=beside)
+        if self.args.push_to_hub:
+            with agreeing(target):
+                self._push_from_checkpoint(str(target))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """transformers'; it is uploaded when it is there, and not from where it is built."""
+        if self._saving_in is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _finishing(
         self, save: Unfinished, best: Best, totals: Totals, later: Writes, measured: Files, opened: ExitStack
