@@ -290,6 +290,18 @@ def test_limits():
     assert dog.limit() == 1800
 
 
+def test_a_step_with_more_to_compute_than_any_before_has_more_time():
+    dog = Watchdog(50, 1800, Path())
+    clock = dog._clock = FixedClock()
+    limits = []
+    for step, work in enumerate([100, 400, 200, 800, 800, 10**6, 800], 1):
+        clock.seconds += 30
+        dog.begins(work)
+        dog.progress(step, "computing")
+        limits.append(dog.limit())
+    assert limits == [600, 360, 90, 180, 90, 1800, 90]
+
+
 class FixedClock(Clock):
     seconds = 0.0
 
