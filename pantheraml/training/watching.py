@@ -36,10 +36,10 @@ class WatchedRuns(WholeCheckpoints):
     _watchdog: Watchdog | None = None
 
     @contextmanager
-    def watched(self, config: MultiGPUConfig) -> Iterator[None]:
+    def watched(self, config: MultiGPUConfig | None) -> Iterator[None]:
         """Have a block in which this trainer trains watched; ``hang_seconds`` and ``timeout_minutes`` count."""
         name = f"watch_{next(_runs)}"
-        if not config.hang_seconds:
+        if config is None or not config.hang_seconds:
             yield
             return
         watchdog = self._watchdog = Watchdog(
