@@ -28,7 +28,21 @@ class Change(NamedTuple):
     saved: int
 
 
-def out_of_memory_error(got: str, model: Any, args: TrainingArguments, tokens: int) -> HardwareError:
+class Shorter(NamedTuple):
+    """How rows are made shorter.
+
+    Attributes:
+        setting: of which half is taken.
+        tokens: of a row then.
+    """
+
+    setting: str
+    tokens: int
+
+
+def out_of_memory_error(
+    got: str, model: Any, args: TrainingArguments, tokens: int, shorter: Shorter | None = None
+) -> HardwareError:
     """The error of a run that cannot go on.
 
     Args:
@@ -36,14 +50,17 @@ def out_of_memory_error(got: str, model: Any, args: TrainingArguments, tokens: i
         model: what is trained.
         args: of the run.
         tokens: of the smallest pass: one row.
+        shorter: how rows are made shorter, where it is not by ``max_seq_length``.
     """
     state = get_state(model)
     if state is None:
         need = "What it needs is not predicted for models that FastLanguageModel did not load."
-        return HardwareError(got, need, "Shorten the rows (max_length), or take a GPU with more memory.")
+        setting = "max_length" if shorter is None else shorter.setting
+        return HardwareError(got, need, f"Shorten the rows ({setting}), or take a GPU with more memory.")
+    shorter = shorter or Shorter("max_seq_length", max(1, tokens // 2))
     now = _predicted(model, state, args, tokens)
     least = _LEAST_SHARE * now.total
-    changes = [one for one in _changes(model, state, args, tokens, now) if one.saved >= least]
+    changes = [one for one in _changes(model, state, args, tokens, now, shorter) if one.saved >= least]
     told = ", ".join(f"{one.what} saves {describe_bytes(one.saved)}" for one in changes[:_MOST_CHANGES])
     return HardwareError(
         got=got,
@@ -68,7 +85,7 @@ def _predicted(
 
 
 def _changes(
-    model: Any, state: ModelState, args: TrainingArguments, tokens: int, now: MemoryEstimate
+    model: Any, state: ModelState, args: TrainingArguments, tokens: int, now: MemoryEstimate, shorter: Shorter
 ) -> Iterator[Change]:
     """The cheapest first: what trains the same, then what changes the weights' precision, then what is trained."""
     eight_bit = _predicted(model, state, args, tokens, optim="adamw_8bit")
@@ -79,8 +96,9 @@ def _changes(
         yield Change('use_gradient_checkpointing="offload"', now.total - offloaded.total)
     if not state.full_finetuning:
         yield Change("load_in_4bit=True", _saved_by_4_bits(model, state))
-    shorter = _predicted(model, state, args, max(1, tokens // 2))
-    yield Change("half the max_seq_length", now.total - shorter.total)
+    yield Change(
+        f"half the {shorter.setting}", now.total - _predicted(model, state, args, shorter.tokens).total
+    )
     if state.full_finetuning:
         yield Change("full_finetuning=False (LoRA)", now.gradients + now.optimizer + now.trainable // 2)
     else:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from itertools import accumulate
 from typing import Any, cast
 
@@ -154,14 +153,10 @@ class MergedSteps(StepLoss):
     """The part of the trainer that merges micro-batches; ``merge_micro_batches`` of the arguments says whether."""
 
     _strategy: Strategy
+    _hosts: BetweenHosts
     _most_tokens = 0
     _operations_per_token: int | None = None
     _unmerged: Sequence[Batch] = ()  # the micro-batches of the step at hand, as they were
-
-    @cached_property
-    def _hosts(self) -> BetweenHosts:
-        """A way between the hosts of all ranks, made at the first question, which every one of them asks."""
-        return BetweenHosts()
 
     def plan_merging(self) -> None:
         """Decide, before a run, up to how many tokens go through the model in one pass; 0 merges nothing.

@@ -8,7 +8,7 @@ micro-batches together, then fewer rows), then with more recompute. What was lea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -20,21 +20,18 @@ from pantheraml.devices.out_of_memory import is_out_of_memory
 from pantheraml.distributed.strategies.gathered_passes import PassExchanges
 from pantheraml.distributed.strategies.held_reduction import (
     GatheredWeights,
-    Reduction,
     SummedLayers,
     exchanges_of,
 )
 from pantheraml.distributed.strategies.summed_passes import PassSums, StandIn
 from pantheraml.errors import PantheraMLError
 from pantheraml.kernels.utils import clear_gpu_cache
-from pantheraml.log import say, say_once
-from pantheraml.models.less_memory import next_resort, restored_afterwards
+from pantheraml.log import say_once
 from pantheraml.models.sharded_linear import tensor_group_of
-from pantheraml.models.state import get_state
+from pantheraml.training.agreed_repeats import AgreedRepeats, Attempt
 from pantheraml.training.banner import Predicted
 from pantheraml.training.evaluation_memory import AgreedForward, HalvedForward
 from pantheraml.training.finite_steps import FiniteSteps
-from pantheraml.training.memory_advice import out_of_memory_error
 from pantheraml.training.pass_cuts import cut_batch, cut_flat, filler, num_tokens
 from pantheraml.training.pass_limit import NO_LIMIT, PassLimit
 from pantheraml.training.whole_gradients import spare_bytes, whole_gradient_bytes, with_gradients
@@ -42,38 +39,25 @@ from pantheraml.training.whole_gradients import spare_bytes, whole_gradient_byte
 Batch = dict[str, Any]
 
 
-@dataclass
-class _Step:
+@dataclass(kw_only=True)
+class _Step(Attempt):
     """A step on its way.
 
     Attributes:
         batches: its micro-batches as they are given to ``training_step``, which takes things out of them.
         has_count: whether the number of label tokens is known, so that micro-batches may be cut.
         turns: micro-batches that were given.
-        go_back: undoes what has been noted and drawn since the first of them.
-        failed: tokens of the pass that did not fit on this rank; None while all have.
-        told: losses that were given back.
-        longest: tokens of the longest pass so far.
     """
 
     batches: list[Batch]
     has_count: bool
     turns: int = 0
-    go_back: Callable[[], None] | None = None
-    failed: int | None = None
-    told: list[Tensor] = field(default_factory=list[Tensor])
-    longest: int = 0
 
 
-class RepeatedSteps(FiniteSteps):
+class RepeatedSteps(AgreedRepeats, FiniteSteps):
     """The part of the trainer that repeats steps for which memory was too short."""
 
-    # Whether a step that does not fit is repeated, and evaluation cut; else memory that runs out ends the run.
-    repeats_steps = True
     _at_hand: _Step | None = None
-    # Of the model of this run; without a reduction its steps cannot be repeated.
-    _reduced_model: nn.Module | None = None
-    _reduction: Reduction | None = None
     # Of an evaluation outside of a training.
     _evaluated_model: nn.Module | None = None
     _eval_exchanges: PassExchanges | PassSums | None = None
@@ -82,22 +66,13 @@ class RepeatedSteps(FiniteSteps):
     _adds_up = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._limit, self._eval_limit = PassLimit(), PassLimit()
+        self._eval_limit = PassLimit()
         super().__init__(*args, **kwargs)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; where memory is too short for a step as it is, it is made smaller, and as it was afterwards."""
-        model = cast(nn.Module, self.model)
-        try:
-            with restored_afterwards(model):
-                return super().train(*args, **kwargs)
-        except RuntimeError as error:
-            if isinstance(error, PantheraMLError) or not is_out_of_memory(error):
-                raise
-            got = f"Memory ran out after step {self.state.global_step}, outside of what is repeated in smaller passes."
-            raise out_of_memory_error(got, model, self.args, max(1, self._limit.proven)) from error
-        finally:
-            self._at_hand = self._reduction = self._reduced_model = self._evaluated_model = None
+    def _let_go(self) -> None:
+        """A run is over."""
+        super()._let_go()
+        self._evaluated_model = None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -105,7 +80,7 @@ class RepeatedSteps(FiniteSteps):
         """The micro-batches of a step, of which copies are kept until it is done."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         kept = [dict(batch) for batch in batches]
-        self._at_hand = _Step(kept, num_items is not None) if batches else None
+        self._at_hand = _Step(batches=kept, has_count=num_items is not None) if batches else None
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
@@ -279,67 +254,20 @@ class RepeatedSteps(FiniteSteps):
         self._at_hand = None
         return loss - torch.stack(step.told).sum() if is_repeated and step.told else loss
 
-    def _all_have_done(self, step: _Step, reduction: Reduction) -> bool:
-        """Whether the step is done on all ranks; else it is undone, and its next attempt takes less.
+    def can_cut(self, step: Any, tokens: int) -> bool:
+        """Whether passes of ``tokens`` in ``step`` can be shorter."""
+        return self._tokens_at_a_time(self._passes(step, tokens // 2)) < tokens
 
-        Raises:
-            HardwareError: some rank has nothing left to reduce; raised on all of them.
-        """
-        model, failed = cast(nn.Module, self.model), step.failed
-        # Of all ranks that failed, the one with the shortest pass, told as one number.
-        mine, ranks = [NO_LIMIT, 1, 1], self.args.world_size
-        if failed is not None:
-            model.zero_grad()
-            clear_gpu_cache()
-            reduction.give_up()
-            can_cut = self._tokens_at_a_time(self._passes(step, failed // 2)) < failed
-            shortest = failed * ranks + self.args.process_index
-            mine = [shortest, int(can_cut), int(next_resort(model) is not None)]
-        shortest, can_cut, has_resort, proven = self._hosts.least([*mine, self._limit.proven])
-        if shortest == NO_LIMIT:
-            return True
-        tokens, rank = divmod(shortest, ranks)
-        reduction.undo()
-        model.zero_grad()
-        clear_gpu_cache()
-        assert step.go_back is not None
-        step.go_back()
-        step.failed, step.longest = None, 0
-        got = f"Step {self.state.global_step + 1} ran out of memory on rank {rank}, in a pass of {tokens:,} tokens"
-        if not (can_cut or has_resort or reduction.adds_up):
-            raise out_of_memory_error(f"{got}, and nothing is left to reduce.", model, self.args, tokens)
-        say(
-            f"{got}. It is repeated with the same gradient; {self._take_less(tokens, proven, cut=bool(can_cut))}."
-        )
-        return False
-
-    def _take_less(self, tokens: int, proven: int, *, cut: bool) -> str:
-        """Let passes be shorter, or the model keep less, from now on; what was done, as a clause."""
-        if self._reduction is not None and self._reduction.adds_up:
-            self._reduction.adds_up = False
-            return "from now on gradients are reduced in every pass"
-        if cut:
-            most = self._limit.failed(tokens, proven)
-            self._most_tokens = min(self._most_tokens, most)
-            return f"from now on a pass has up to {most:,} tokens"
-        resort = next_resort(self.model)
-        if resort is None:  # on this rank; another one has one
-            return "another rank keeps less"
-        resort.take()
-        return f"from now on {resort.words}"
+    def passes_are_shorter(self, most: int) -> None:
+        """From now on a pass has up to ``most`` tokens, also one of several micro-batches."""
+        self._most_tokens = min(self._most_tokens, most)
 
     def _remember(self) -> Callable[[], None]:
         """What sets figures and random numbers back to where they are now."""
-        state = get_state(cast(nn.Module, self.model))
-        devices = [self.args.device] if state is None or state.split is None else state.split.devices
-        gpus = [device for device in devices if device.type == "cuda"]
-        forget_figures, drawn = self.remember_figures(), torch.get_rng_state()
-        drawn_there = [torch.cuda.get_rng_state(gpu) for gpu in gpus]
+        forget_figures, set_back = self.remember_figures(), self.random_numbers()
 
         def go_back() -> None:
             forget_figures()
-            torch.set_rng_state(drawn)
-            for gpu, there in zip(gpus, drawn_there, strict=True):
-                torch.cuda.set_rng_state(there, gpu)
+            set_back()
 
         return go_back
