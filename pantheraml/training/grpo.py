@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -48,6 +49,7 @@ from pantheraml.training.grpo_batch import (
     spread,
     steps_served,
 )
+from pantheraml.training.grpo_repeats import RepeatedGRPOSteps
 from pantheraml.training.head import (
     bind_cpu_head,
     bind_head,
@@ -57,6 +59,7 @@ from pantheraml.training.head import (
 )
 from pantheraml.training.restarting import RestartedRuns
 from pantheraml.training.row_sampling import rows_sampled
+from pantheraml.training.score_passes import parts_of
 from pantheraml.training.stopping import StoppableRuns
 from pantheraml.training.token_words import said_by_token
 from pantheraml.training.watching import WatchedRuns
@@ -67,7 +70,7 @@ _STRATEGIES = ("none", "ddp", "fsdp")
 _ROWS = "row_numbers"
 
 
-class PantheraMLGRPOTrainer(WatchedRuns, RestartedRuns, StoppableRuns, GRPOTrainer):
+class PantheraMLGRPOTrainer(RepeatedGRPOSteps, WatchedRuns, RestartedRuns, StoppableRuns, GRPOTrainer):
     """GRPOTrainer for models of ``FastLanguageModel`` (and any other causal language model), on every GPU.
 
     What it adds to TRL's trainer:
@@ -260,18 +263,33 @@ class PantheraMLGRPOTrainer(WatchedRuns, RestartedRuns, StoppableRuns, GRPOTrain
         self.progress("computing")
         return found
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """TRL's; where transformers samples row by row, rows get the tokens that their numbers draw."""
+        turn = super()._generate_single_turn
         if self.use_vllm:
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            return turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
         # After a tool was called, some of the rows go on; continuous batching has rows in no order.
         is_known = not self.tools and not self.use_transformers_continuous_batching
-        rows = range(self._first_row, self._first_row + len(prompt_ids))
-        sampled = rows_sampled(self._base(), rows, self._seed()) if is_known else nullcontext()
+
+        def generate(at_a_time: int) -> Any:
+            found: list[Any] = []
+            for part in parts_of(len(prompt_ids), at_a_time):
+                rows = range(self._first_row + part.start, self._first_row + part.stop)
+                with rows_sampled(self._base(), rows, self._seed()) if is_known else nullcontext():
+                    found.append(turn(prompt_ids[part], images, multimodal_fields, *args, **kwargs))
+            completions, log_probs = zip(*found, strict=True)
+            # transformers tells no log-probabilities.
+            return list(chain.from_iterable(completions)), log_probs[0]
+
+        longest = max(map(len, prompt_ids)) + (cast(GRPOConfig, self.args).max_completion_length or 0)
         word = partial(self.progress, "generating", "token")
         word()
-        with self._inferring(decoding=True), sampled, said_by_token(self._base(), word):
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        with self._inferring(decoding=True), said_by_token(self._base(), word):
+            return self.fitting(
+                self._generation, generate, len(prompt_ids), longest, is_free=is_known and images is None
+            )
 
     @contextmanager
     def _inferring(self, *, decoding: bool) -> Iterator[None]:
@@ -299,6 +317,8 @@ class PantheraMLGRPOTrainer(WatchedRuns, RestartedRuns, StoppableRuns, GRPOTrain
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """TRL's; rows of a generation that serves several steps are spread over them alike on any ranks."""
+        if isinstance(generation_batch, dict):  # a micro-batch of a step that is repeated
+            return generation_batch
         if not cast(nn.Module, self.model).training:
             return super()._prepare_inputs(generation_batch)
         config = cast(GRPOConfig, self.args)

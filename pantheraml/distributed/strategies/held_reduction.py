@@ -239,6 +239,16 @@ class SummedLayers(_ExchangesInPasses[PassSums]):
             yield
 
 
+def lay_out_buckets(model: nn.Module) -> None:
+    """Let DDP do now what it does once in the second step's first forward, where ranks come in an order of their own.
+
+    Args:
+        model: wrapped by DDP or not.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model.reducer._rebuild_buckets()
+
+
 def exchanges_of(model: nn.Module) -> PassExchanges | PassSums | None:
     """What ranks exchange in a pass of ``model``, counted from now on; None where nobody can tell, or they do not.
 
