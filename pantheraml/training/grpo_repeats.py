@@ -1,8 +1,8 @@
 """Steps of GRPO for which memory is too short are repeated, with the same completions, rewards and gradient.
 
-What a step has computed counts when all ranks have done it: until then its micro-batches are kept with their completions,
-rewards and advantages, and the figures of its loss are held back. A rank that fails gives zeros for scores, and so takes
-part in what TRL's loss gathers from all ranks. Completions are never generated again.
+What a step has computed counts when all ranks have done it: until then its micro-batches are kept, with completions and
+advantages, and the figures of its loss are held back. A rank that fails gives zeros for scores, and so takes part in
+what TRL's loss gathers from all ranks. Completions are never generated again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -181,14 +182,17 @@ class RepeatedGRPOSteps(AgreedRepeats, GRPOTrainer):
             if part is None:
                 ids = input_ids[:1, :_FEW]
                 return score(ids, torch.ones_like(ids), 1, **given)
-            mine = None if keys is None else TokenKeys(keys.keys.view(rows, -1)[part].reshape(-1), keys.seed)
-            with keyed(mine):
-                return score(input_ids[part], attention_mask[part], logits_to_keep, **given)
+            return score(input_ids[part], attention_mask[part], logits_to_keep, **given)
+
+        def keyed_by(part: Part) -> AbstractContextManager[None]:
+            if part is None or keys is None:
+                return keyed(None)
+            return keyed(TokenKeys(keys.keys.view(rows, -1)[part].reshape(-1), keys.seed))
 
         lay_out_buckets(model)
         step.passes = ScorePasses(
             model, of_part, self._parts(rows, length), length, step,
-            reduction=reduction, random_numbers=self.random_numbers,
+            reduction=reduction, keyed=keyed_by, random_numbers=self.random_numbers,
         )  # fmt: skip
         found = step.passes.forward(is_last=step.is_last)
         if found is None:
@@ -236,7 +240,7 @@ class RepeatedGRPOSteps(AgreedRepeats, GRPOTrainer):
         return torch.stack(losses).sum()
 
     def _remember(self, step: _Step) -> Callable[[], None]:
-        """What sets back what TRL counts, and forgets figures of ``step``; random numbers are each micro-batch's own."""
+        """What sets back what TRL counts, and forgets the figures of ``step``; random numbers are each batch's."""
         counted = {name: getattr(self, name) for name in _COUNTED}
 
         def go_back() -> None:

@@ -13,7 +13,7 @@ and is computed once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import TypeVar
 
 import torch
@@ -51,6 +51,7 @@ class ScorePasses:
         tokens: of a row.
         attempt: the step that it is of.
         reduction: of the gradients of ``model``.
+        keyed: a context for a part, from its forward to the end of its backward, which may compute layers again.
         random_numbers: gives what sets random numbers back to where they are.
     """
 
@@ -63,10 +64,12 @@ class ScorePasses:
         attempt: Attempt,
         *,
         reduction: Reduction,
+        keyed: Callable[[Part], AbstractContextManager[None]],
         random_numbers: Callable[[], Callable[[], None]],
     ) -> None:
         self._model, self._score, self._parts, self._tokens = model, score, parts, tokens
-        self._attempt, self._reduction, self._random_numbers = attempt, reduction, random_numbers
+        self._attempt, self._reduction = attempt, reduction
+        self._keyed, self._random_numbers = keyed, random_numbers
         self._drawn: list[Callable[[], None]] = []
         # Of what goes through in one pass: the pass, which is not over, and the scores with their graph.
         self._open = ExitStack()
@@ -139,6 +142,7 @@ class ScorePasses:
         """The scores, in a pass that is over with its backward."""
         with ExitStack() as stack:
             stack.enter_context(self._reduction.around(is_last=is_last))
+            stack.enter_context(self._keyed(part))
             self._kept = self._score(part)
             self._open = stack.pop_all()
         return self._kept
@@ -155,11 +159,11 @@ class ScorePasses:
     # --- in several -----------------------------------------------------------------------------------------
 
     def _score_only(self, part: Part) -> Scores:
-        with torch.no_grad(), self._reduction.around(is_last=False):
+        with torch.no_grad(), self._reduction.around(is_last=False), self._keyed(part):
             return self._score(part)
 
     def _once_more(self, part: Part, gradients: Sequence[Tensor | None], *, is_last: bool) -> None:
-        with self._reduction.around(is_last=is_last):
+        with self._reduction.around(is_last=is_last), self._keyed(part):
             _pull(self._score(part), gradients, part)
 
 
