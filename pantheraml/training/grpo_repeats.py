@@ -32,6 +32,8 @@ from pantheraml.training.score_passes import Part, ScorePasses, Scores, parts_of
 Batch = dict[str, Any]
 # What TRL counts, and what it steers the entropy bonus by.
 _COUNTED = ("_step", "entropy_coef", "_last_world_entropy", "_entropy_window_stats")
+# The methods that make a loss.
+_LOSS = ("training_step", "compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies")
 # Tokens of a pass that trains nothing.
 _FEW = 16
 
@@ -259,7 +261,7 @@ class RepeatedGRPOSteps(AgreedRepeats, GRPOTrainer):
             )  # fmt: skip
             # LOMO takes its step within the backward; a few tokens are no stand-in for images.
             is_possible = "lomo" not in optim and not (self._strategy.talks_in_passes and self._is_vlm)
-            if self.repeats_steps and is_known and is_possible:
+            if self.repeats_steps and is_known and is_possible and _has_trls_loss(type(self)):
                 self._reduction = self._strategy.reduction(self.accelerator, model)
         return self._reduction is not None
 
@@ -281,3 +283,9 @@ class RepeatedGRPOSteps(AgreedRepeats, GRPOTrainer):
         """Completions of half the length."""
         most = cast(GRPOConfig, self.args).max_completion_length or 0
         return Shorter("max_completion_length", max(1, tokens - most // 2))
+
+
+def _has_trls_loss(trainer: type[GRPOTrainer]) -> bool:
+    """Whether the loss of such a trainer is TRL's; one of a script may go through the model in ways of its own."""
+    methods = [getattr(trainer, name).__module__.split(".")[0] for name in _LOSS]
+    return set(methods) <= {"pantheraml", "trl"}

@@ -12,6 +12,7 @@ import torch
 
 from pantheraml.models.state import get_state
 from tests import tiny
+from tests.gpu.test_out_of_memory import LENGTH, WIDE, Limit
 from tests.launch.test_agent import environment
 from tests.training.grpo_runs import build
 
@@ -48,6 +49,33 @@ def test_completions_are_generated_by_recorded_steps(tmp_path):
     trainer.train()
     assert not trainer.generation_config.disable_compile and trainer.model.training
     assert not get_state(trainer.model).decoding.report()
+
+
+def trained_within(folder, output, more):
+    """Figures of each step, the most tokens of a pass, and the bytes that training took; see ``Limit``."""
+    limit = Limit(more)
+    trainer = build(
+        folder, output, loading={"device_map": None, "dtype": "float32", "max_seq_length": LENGTH}, recompute=False,
+        use_cpu=False, ends=[2], callbacks=[limit], per_device_train_batch_size=16, max_steps=2, beta=0.04,
+        max_completion_length=512, learning_rate=1e-4,
+    )  # fmt: skip
+    try:
+        trainer.train()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    logs = [line for line in trainer.state.log_history if "loss" in line]
+    figures = [[line[name] for name in ("loss", "grad_norm", "reward", "kl", "entropy")] for line in logs]
+    return figures, trainer._limit.most, limit.taken()
+
+
+def test_a_step_that_does_not_fit_is_repeated(tmp_path):
+    model = tiny.save_checkpoint(tmp_path / "wide", "llama", **WIDE)
+    wanted, most, taken = trained_within(model, tmp_path, None)
+    assert most > 10**9
+    found, most, _ = trained_within(model, tmp_path, 0.5 * taken)
+    assert most < 16 * 512, "it did run out of memory"
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.promise("C2")

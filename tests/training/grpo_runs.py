@@ -47,9 +47,13 @@ def build(
     rewards=(vowels, lengths),
     loading=(),
     recompute="auto",
+    ends=(2, *range(5, 69)),
     **settings,
 ):
-    """A trainer of a tiny model, on the CPU if nothing else is said; ``kind`` is lora or full."""
+    """A trainer of a tiny model, on the CPU if nothing else is said; ``kind`` is lora or full.
+
+    ``ends`` are tokens that end a completion: so many that these are of several lengths.
+    """
     options = {
         "max_seq_length": 64,
         **({"full_finetuning": True} if kind == "full" else {"load_in_4bit": False}),
@@ -60,7 +64,7 @@ def build(
         model = FastLanguageModel.get_peft_model(
             model, r=4, lora_dropout=0.2, use_gradient_checkpointing=recompute
         )
-    model.generation_config.eos_token_id = [2, *range(5, 69)]  # so that completions are of several lengths
+    model.generation_config.eos_token_id = list(ends)
     args = GRPOConfig(
         str(output),
         **{
