@@ -17,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 from pantheraml.devices.inventory import num_gpus
 from pantheraml.distributed.process_group import get_rank, group_size, join_early
 from pantheraml.hooks.adoption import Constructor, by_name, changed, is_adopted
+from pantheraml.hooks.enable import get_active_config
 from pantheraml.hooks.grpo_scripts import HookedGRPOTrainer
 from pantheraml.models.patching import PatchSet
 from pantheraml.training.generators import ask_named_server
@@ -49,6 +50,9 @@ class _Support:
             original(trainer, *args, **given)
             return
         HookedGRPOTrainer.__init__(cast(Any, trainer), **named)
+        settings = get_active_config()
+        if settings is not None:
+            cast(Any, trainer).repeats_steps = settings["enable_memory_optimization"]
         self.trainers.append(kind.__name__)
 
 
