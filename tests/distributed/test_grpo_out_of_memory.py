@@ -107,6 +107,23 @@ def test_every_loss_is_that_of_the_whole_micro_batch(folder, tmp_path, kind):
     assert not in_backward or any("generation ran out of memory with" in line for line in found["said"])
 
 
+def evaluate(folder, output, most):
+    """Figures of an evaluation on this rank, and how often memory ran out."""
+    trainer = build(folder, output, per_device_eval_batch_size=8, beta=0.04)
+    starved = Starved(trainer.model, most)
+    found = trainer.evaluate()
+    return {name: found[name] for name in ("eval_loss", "eval_reward", "eval_kl")}, len(starved.failures)
+
+
+def evaluate_both(folder, output, most):
+    return [evaluate(folder, output, fits) for fits in (10**9, most)]
+
+
+def test_evaluation_goes_on_with_fewer_rows(folder, tmp_path):
+    for (wanted, none), (found, failures) in run_ranks(2, evaluate_both, folder, tmp_path, PROMPTS):
+        assert found == pytest.approx(wanted, rel=1e-6, abs=1e-7) and none == 0 < failures <= 6
+
+
 class Doubled(PantheraMLGRPOTrainer):
     """A trainer of a script, with a loss of its own."""
 

@@ -9,11 +9,12 @@ from trl import GRPOConfig, GRPOTrainer
 
 import pantheraml
 from pantheraml.checkpoint.manifest import has_manifest, problems
-from pantheraml.errors import ConfigError
+from pantheraml.errors import ConfigError, HardwareError
 from pantheraml.hooks.grpo_scripts import HookedGRPOTrainer
 from pantheraml.training.grpo import PantheraMLGRPOTrainer
 from pantheraml.training.head import needs_cpu_head
 from tests.hooks.work import ROWS, SETTINGS, grpo, logged, reward_length
+from tests.training.starving import Starved
 
 needs_head = pytest.mark.skipif(
     needs_cpu_head(torch.device("cpu")), reason="this TRL computes the head of its trainer in Triton only"
@@ -57,6 +58,22 @@ def test_disabled_trls_trainer_trains_what_it_trained_before_bit_by_bit(llama, t
     assert type(grpo(llama, tmp_path, 4)) is HookedGRPOTrainer
     pantheraml.disable_grpo_support()
     assert all(map(torch.equal, before, weights()))
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_memory_that_runs_out_is_met_as_enable_multi_gpu_says(llama, tmp_path, is_on):
+    pantheraml.enable_grpo_support()
+    pantheraml.enable_multi_gpu(num_gpus=1, enable_memory_optimization=is_on)
+    model, rows = AutoModelForCausalLM.from_pretrained(llama), ROWS.rename_column("text", "prompt")
+    args = config(tmp_path, per_device_train_batch_size=4, max_steps=1)
+    trainer = GRPOTrainer(model, reward_length, args, rows)
+    Starved(model, 100)  # rows have up to 47
+    if is_on:
+        trainer.train()
+        assert trainer._limit.most < 10**9 and trainer.state.global_step == 1
+        return
+    with pytest.raises(HardwareError, match="outside of what is repeated"):
+        trainer.train()
 
 
 def test_a_scripts_own_class_keeps_its_methods(llama, tmp_path):
