@@ -35,7 +35,8 @@ from pantheraml.distributed.data_ranks import DataRanks
 from pantheraml.distributed.process_group import gather_objects
 from pantheraml.errors import DataError
 from pantheraml.log import say_once
-from pantheraml.models.sample_dropout import TokenKeys, keyed, mixed
+from pantheraml.models.sample_dropout import Followed, keyed
+from pantheraml.models.token_keys import mixed
 from pantheraml.training.global_batch import GlobalBatch
 from pantheraml.training.sample_keys import (
     KEYS,
@@ -233,8 +234,8 @@ class RankedRows(SFTTrainer):
     _global_batch: GlobalBatch
     # Who has rows of its own; ranks that compute layers together have the same.
     _data_ranks = DataRanks()
-    # Whether dropout follows the samples, so that tokens need keys.
-    _keyed = False
+    # What drops, and follows the samples.
+    _dropout = Followed()
     # Of a stream: the epoch and the rows of it that are done where the run goes on.
     _start = (0, 0)
 
@@ -254,11 +255,11 @@ class RankedRows(SFTTrainer):
     def training_step(
         self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """TRL's; dropout in front of adapters follows the samples of the batch and the number of the step."""
+        """TRL's; dropout follows the samples of the batch and the number of the step."""
         inputs.pop(NUMBERS, None)
         keys = inputs.pop(KEYS, None)
         seed = mixed(self.args.seed, self.state.global_step)
-        with keyed(None if keys is None else TokenKeys(keys.reshape(-1), seed)):
+        with keyed(self._dropout.keys(keys, seed)):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _get_dataloader(
@@ -303,7 +304,9 @@ class RankedRows(SFTTrainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             drop_last=is_training and self.args.dataloader_drop_last,
         )
-        filled = FilledCollator(collator, dataset[0], numbered=is_training, keyed=is_training and self._keyed)
+        filled = FilledCollator(
+            collator, dataset[0], numbered=is_training, keyed=is_training and self._dropout.drops
+        )
         return self._loader(Numbered(dataset) if is_training else dataset, filled, batch_sampler=batches)
 
     def _share_of_stream(
@@ -320,7 +323,7 @@ class RankedRows(SFTTrainer):
             numbered=is_training,
         )
         filled = FilledCollator(
-            collator, first_row(dataset), numbered=is_training, keyed=is_training and self._keyed
+            collator, first_row(dataset), numbered=is_training, keyed=is_training and self._dropout.drops
         )
         return self._loader(stream, filled, batch_size=None)
 
