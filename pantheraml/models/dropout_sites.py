@@ -145,10 +145,10 @@ def _enter(site: Site, module: nn.Module, args: Any) -> None:
 
 def _leave(site: Site, module: nn.Module, args: Any, output: Any) -> None:
     """After it has, or after an error in it, which may have come before ``_enter``."""
-    frames = _frames() or []
-    last = max((index for index, frame in enumerate(frames) if frame.site is site), default=None)
-    if last is not None:
-        _stack.put(frames[:last])
+    frames = _frames()
+    mine = [index for index, frame in enumerate(frames or ()) if frame.site is site]
+    if frames and mine:
+        _stack.put(frames[: mine[-1]])
 
 
 def leave_all() -> None:
