@@ -75,8 +75,7 @@ def _attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    **how: Any,
 ) -> Tensor | None:
     """As ``torch.nn.functional.scaled_dot_product_attention``; None where it is torch's."""
     keys = current_keys()
@@ -86,7 +85,9 @@ def _attention(
     if any(one.dim() != 4 or (one.shape[0], one.shape[2]) != (rows, tokens) for one in (query, key, value)):
         return _of_torch(query.shape)
     drop = _of_heads(keys, place(), query.shape[1], dropout_p, query.device)
-    return dropping_attention(query, key, value, drop, bias=attn_mask, causal=is_causal, scale=scale)
+    return dropping_attention(
+        query, key, value, drop, bias=attn_mask, causal=is_causal, scale=how.get("scale")
+    )
 
 
 def _of_heads(keys: TokenKeys, place: Place, heads: int, p: float, device: torch.device) -> HeadDropout:

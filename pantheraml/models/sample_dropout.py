@@ -3,8 +3,8 @@
     mask = f(seed of the step, number of the adapter, sample << 32 | place of the token in it, column)
 
 A trainer says which tokens a forward is of (``keyed``); fused layers and ``SampleDropout`` compute masks from that, and
-so does dropout of the model's own (``dropout_sites``, ``dropout_calls``). Where nobody says it, dropout draws from torch's
-generators as ever.
+so does dropout of the model's own (``dropout_sites``, ``dropout_calls``). Where nobody says it, dropout draws from
+torch's generators as ever.
 """
 
 from __future__ import annotations

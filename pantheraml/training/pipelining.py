@@ -193,8 +193,9 @@ class PipelinedSteps(MergedSteps):
         scale = (lambda value: value) if scaler is None else scaler.scale
         context = cast(Context, self.accelerator.autocast)
         seed = mixed(self.args.seed, self.state.global_step)  # as RankedRows draws it
-        how = dict(scale=scale, context=context, carry=carry, seed=seed, dropout=self._dropout)
-        found = self._pipeline.step(pieces, loss, **how)
+        found = self._pipeline.step(
+            pieces, loss, scale=scale, context=context, carry=carry, seed=seed, dropout=self._dropout
+        )
         return found.to(self.args.device)
 
 

@@ -30,7 +30,12 @@ def biases():
     seen = torch.rand(B, 1, T, T, generator=torch.Generator().manual_seed(1)) > 0.3
     seen[0, :, 4] = False  # a query that sees nothing
     added = torch.randn(H, T, T, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    return {"none": {}, "causal": dict(causal=True), "bool": dict(bias=seen), "float": dict(bias=added, scale=0.3)}
+    return {
+        "none": {},
+        "causal": dict(causal=True),
+        "bool": dict(bias=seen),
+        "float": dict(bias=added, scale=0.3),
+    }
 
 
 def factors(p):
@@ -109,7 +114,9 @@ def test_masks_follow_tokens_wherever_they_are():
     assert torch.equal(found[:, :, 3:, 3:], whole[:, :, :-3, :-3])
     [(_, _, found)] = HeadDropout(0.5, SEEDS, keys(rows=1)[:, 5:]).parts()
     assert torch.equal(found, whole[:, :, 5:, 5:])
-    [(_, _, found)] = HeadDropout(0.5, SEEDS, torch.cat([keys(7, 1)[:, :4] + (9 << 32), keys(rows=1)], 1)).parts()
+    [(_, _, found)] = HeadDropout(
+        0.5, SEEDS, torch.cat([keys(7, 1)[:, :4] + (9 << 32), keys(rows=1)], 1)
+    ).parts()
     assert torch.equal(found[:, :, 4:, 4:], whole)
     assert len({tuple(head.flatten().tolist()) for head in whole[0]}) == H, "heads have masks of their own"
     assert abs(float((whole == 0).float().mean()) - 0.5) < 0.05

@@ -87,7 +87,9 @@ def test_what_is_computed_again_drops_the_same(kind, reentrant):
     model = followed(build(kind))
     plain = run(model)
     name = next(n for n in ("activation", "gradient") if hasattr(model, f"{n}_checkpointing_enable"))
-    getattr(model, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": {"use_reentrant": reentrant}})
+    getattr(model, f"{name}_checkpointing_enable")(
+        **{f"{name}_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    )
     model.enable_input_require_grads()
     assert_same(run(model), plain, exactly=True)
     assert_same(run(model), plain, exactly=True)
@@ -171,7 +173,10 @@ def test_a_layer_that_serves_twice_is_told_apart_where_it_is_computed_again(shar
 def test_it_is_refused_where_it_cannot_be():
     model = Toy(shared=True, again=lambda layer, x: checkpoint(layer, x, use_reentrant=False)).train()
     x = torch.ones(*KEYS.shape, 8, requires_grad=True)
-    with keyed(follow_samples(model, PatchSet()).keys(KEYS, 5)), pytest.raises(ConfigError, match="several times"):
+    with (
+        keyed(follow_samples(model, PatchSet()).keys(KEYS, 5)),
+        pytest.raises(ConfigError, match="several times"),
+    ):
         model(x).square().sum().backward()
 
 

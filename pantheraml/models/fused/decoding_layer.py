@@ -93,7 +93,9 @@ def _read(layer: FusedDecoderLayer, x: Tensor) -> LayerParts | None:
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
     modules: list[nn.Module] = [attention, mlp, *attention.children(), *mlp.children()]
-    hooks = (hook for one in modules for hook in (*one._forward_hooks.values(), *one._forward_pre_hooks.values()))
+    hooks = (
+        hook for one in modules for hook in (*one._forward_hooks.values(), *one._forward_pre_hooks.values())
+    )
     if any(map(is_foreign, hooks)):
         return None  # PEFT chooses adapters per row by hooks
     # Packed weights are multiplied faster packed than after unpacking, one token at a time.
