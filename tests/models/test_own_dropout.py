@@ -75,7 +75,8 @@ def test_masks_follow_tokens(kind, attention):
     if kind not in ("bloom", "opt"):  # whose documents cannot be told apart
         keep_documents_apart(model)
         assert_same(run(model, packed=True), plain)
-    assert torch.equal(torch.get_rng_state(), state), "nothing is drawn from torch's generator"
+    if kind != "opt":  # which asks it whether to leave layers out
+        assert torch.equal(torch.get_rng_state(), state), "nothing is drawn from torch's generator"
     assert not torch.allclose(run(model, seed=6)[0], plain[0], atol=1e-3)
     model.eval()
     assert not torch.allclose(run(model)[0], plain[0], atol=1e-3)
