@@ -16,6 +16,7 @@ from typing import NamedTuple
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from pantheraml.log import say_once
 from pantheraml.models.dropout_calls import masked
 from pantheraml.models.dropout_sites import leave_all, number_sites
 from pantheraml.models.own_dropout import drops_inside
@@ -97,7 +98,9 @@ def follow_samples(model: nn.Module, patches: PatchSet, *, compiled: bool = Fals
                 first = getattr(layer.get_base_layer(), "first_input", 0)
                 new = SampleDropout(dropout.p, number, first)
                 patches.replace(model, f"{path}.lora_dropout.{name}", new, "masks follow from the sample")
-    inside = not compiled and drops_inside(model)
-    if inside:
+    inside = drops_inside(model)
+    if inside and compiled:
+        say_once("dropout inside a compiled model draws other masks on another number of ranks.")
+    elif inside:
         number_sites(model, patches)
-    return Followed(found, inside)
+    return Followed(found, inside and not compiled)
