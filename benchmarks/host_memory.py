@@ -19,15 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from benchmarks.child import environment
 from benchmarks.device import versions
-from benchmarks.process_memory import GIB, host_share, processes_by_gpu, stays_at_home
+from benchmarks.process_memory import GIB, processes_by_gpu, stays_at_home, tree_shares
 from benchmarks.scaling import tell, visible
 from benchmarks.shapes import add_model_options, checkpoint, model_of
 from pantheraml.devices.nvml import open_nvml
@@ -61,7 +58,7 @@ def watch(master: subprocess.Popen[Any], until: float) -> tuple[float, ByGpu]:
     while master.poll() is None:
         if time.monotonic() > until:
             master.kill()
-        peak = max(peak, sum(share for share in _shares(master.pid) if share is not None))
+        peak = max(peak, sum(tree_shares(master.pid)))
         for uuid, processes in processes_by_gpu(uuids, nvml).items():
             for pid, used in processes.items():
                 if pid not in before.get(uuid, {}):
@@ -69,15 +66,6 @@ def watch(master: subprocess.Popen[Any], until: float) -> tuple[float, ByGpu]:
                     most[pid] = max(most.get(pid) or 0.0, used or 0.0) or None
         time.sleep(0.1)
     return peak, seen
-
-
-def _shares(pid: int) -> Iterator[float | None]:
-    try:
-        processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    for process in processes:
-        yield host_share(Path(f"/proc/{process.pid}/smaps_rollup"))
 
 
 def run_once(model: str, ranks: int, options: argparse.Namespace) -> dict[str, Any]:

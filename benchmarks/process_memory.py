@@ -12,16 +12,35 @@ GIB = 2**30
 ROLLUP = Path("/proc/self/smaps_rollup")
 
 
-def host_share(file: Path = ROLLUP) -> float | None:
+def host_share(file: Path = ROLLUP, kinds: Sequence[str] = ("Pss",)) -> float | None:
     """GiB of this process on the host, pages that N processes share counted as 1/N (PSS): shares add up.
 
-    None where the system does not tell.
+    Args:
+        file: the system's account of the process.
+        kinds: lines of it to add up; ``Pss_Anon`` and ``Pss_Shmem`` are what no file on a disk holds.
+
+    Returns:
+        None where the system does not tell.
     """
     try:
         lines = file.read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 / GIB for line in lines if line.startswith("Pss:")), None)
+    found = [line.split() for line in lines]
+    told = [int(line[1]) * 1024 / GIB for line in found if line[0].rstrip(":") in kinds]
+    return sum(told) if told else None
+
+
+def tree_shares(pid: int, kinds: Sequence[str] = ("Pss",)) -> list[float]:
+    """The ``host_share`` of a process and of all that it has started, as far as they are still there."""
+    import psutil
+
+    try:
+        processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+    shares = [host_share(Path(f"/proc/{process.pid}/smaps_rollup"), kinds) for process in processes]
+    return [share for share in shares if share is not None]
 
 
 class HostWatch:

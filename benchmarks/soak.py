@@ -5,15 +5,16 @@
 
 Rows are of Alpaca's lengths, so that hardly any step has the shape of another; a checkpoint is saved and an evaluation
 run every ``--save-steps`` steps. Host memory is that of the process and its children, where pages that N of them share
-count as 1/N in each (PSS); the GPU's is what torch holds: allocated at the end of steps, reserved, and the peak between
-two looks. The first fifth of the time is left out of the slopes: caches fill. The exit code is 1 when a slope is above
-``--most`` MiB a minute.
+count as 1/N in each (PSS), without pages of files, which the system drops when it wants; the GPU's is what torch holds:
+allocated at the end of steps, reserved, and the peak between two looks. The first fifth of the time is left out of the
+slopes: caches fill. The exit code is 1 when a slope is above ``--most`` MiB a minute.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -21,31 +22,23 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import PRECISIONS
+from benchmarks.process_memory import GIB, tree_shares
 from benchmarks.shapes import add_model_options, model_of
 
 MIB = 2**20
 WATCHED = ("host", "allocated", "reserved", "peak")
 
 
-def host_bytes() -> int:
+def host_bytes() -> float:
     """Memory of this process and its children: pages that they share, as they are forked, count once."""
-    import psutil
-
-    me = psutil.Process()
-    held = 0
-    for process in (me, *me.children(recursive=True)):
-        try:
-            held += process.memory_full_info().pss
-        except psutil.Error:  # it has ended since
-            continue
-    return held
+    return sum(tree_shares(os.getpid(), ("Pss_Anon", "Pss_Shmem"))) * GIB
 
 
 def look(seconds: float, step: int) -> dict[str, float]:
     """Memory now, in bytes, and the time since the run began."""
     import torch
 
-    found = {"seconds": seconds, "step": float(step), "host": float(host_bytes())}
+    found = {"seconds": seconds, "step": float(step), "host": host_bytes()}
     if torch.cuda.is_available():
         found["allocated"] = float(torch.cuda.memory_allocated())
         found["reserved"] = float(torch.cuda.memory_reserved())

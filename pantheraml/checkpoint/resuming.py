@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from pantheraml.checkpoint.folder_files import files_below, reason_of, shown
 from pantheraml.checkpoint.manifest import has_manifest, problems
-from pantheraml.checkpoint.names import OPTIMIZER, checkpoints
+from pantheraml.checkpoint.names import OPTIMIZER, checkpoints, step_of
 from pantheraml.checkpoint.pointers import LATEST, pointer_path, read_pointer
 from pantheraml.checkpoint.unfinished import recover
 from pantheraml.errors import CheckpointError
@@ -52,16 +52,25 @@ class Choice:
     passed_over: list[PassedOver] = field(default_factory=list)
 
 
-def newest_whole(run_folder: str | Path, *, hashes: bool = True, end_saves: bool = True) -> Choice:
+def newest_whole(
+    run_folder: str | Path, *, hashes: bool = True, end_saves: bool = True, most: int | None = None
+) -> Choice:
     """The checkpoint that ``latest`` names if it is whole, else the newest whole one. Rank 0 does this.
 
     Args:
         run_folder: the run's folder; it need not be there.
         hashes: read all files and compare their SHA-256; else sizes alone are compared.
         end_saves: first end or remove what killed processes left (``recover``).
+        most: up to which step; other machines, with disks of their own, have no newer one.
     """
+
+    def judge(folder: Path) -> list[str]:
+        is_alone = most is not None and (step_of(folder.name) or 0) > most
+        found = damage(folder, hashes=hashes)
+        return found or (["Another machine has no whole one of this step."] if is_alone else [])
+
     passed = [PassedOver(name, [said]) for name, said in (recover(run_folder) if end_saves else [])]
-    choice = choose(Path(run_folder), lambda folder: damage(folder, hashes=hashes))
+    choice = choose(Path(run_folder), judge)
     return Choice(choice.folder, choice.is_checked, [*passed, *choice.passed_over])
 
 

@@ -2,7 +2,8 @@
 
 The training thread says that it goes on by writing an attribute. How long it may be without doing so:
 
-    a step                          ``hang_seconds``, or three times the longest time between two such words so far
+    a step                          ``hang_seconds``, or three times the longest time between two such words so far,
+                                      times how much more there is to compute than in any step before
     what each rank does by itself   likewise; the others may wait for it
     the next token of a generation  likewise; behind the last one a rank waits for the others, which is not counted
     the first step, the first rows  twelve times ``hang_seconds``: kernels are compiled, caches filled, workers started
@@ -95,6 +96,7 @@ class Watchdog:
         self._clock = Clock()
         self._first_step: int | None = None
         self._longest_first = self._longest = 0.0
+        self._work = self._most_work = 0.0  # of the step at hand, and of those before it
         self._mark = Mark(self._clock.now(), 0, "starting", 0, "first")
         self._busy = self._left = ""
         self._number, self._told, self._moved_at = 0, -1, -math.inf
@@ -117,6 +119,14 @@ class Watchdog:
         if self._busy:
             phase, allowance = self._busy, "patient"
         self._set(step, phase, allowance)
+
+    def begins(self, work: float) -> None:
+        """A step begins.
+
+        Args:
+            work: how much there is to compute, in any unit; 0 where nobody knows.
+        """
+        self._most_work, self._work = max(self._most_work, self._work), work
 
     @contextmanager
     def patient(self, phase: str) -> Iterator[None]:
@@ -173,7 +183,10 @@ class Watchdog:
         longest = self._longest
         if first is not None and mark.step <= first + 1:
             longest = max(longest, self._longest_first)
-        return max(self._seconds, _OF_STEPS * longest)
+        usual = max(self._seconds, _OF_STEPS * longest)
+        if not 0 < self._most_work < self._work:
+            return usual
+        return max(usual, min(_OF_STEPS * longest * self._work / self._most_work, self._patience))
 
     def _beat(self) -> Beat:
         """What this rank tells of itself."""

@@ -1,11 +1,15 @@
-"""Saving by rank 0 of a model that a script saves on every rank: the others help to gather what ranks share out."""
+"""Saving by rank 0 of a model that a script saves on every rank: the others help to gather what ranks share out.
+
+A trainer that saves on each machine says itself which ranks write (``written_here``).
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
 from peft import PeftModel
@@ -22,15 +26,29 @@ _OTHER_FORMS = {"variant", "save_original_format"}
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def by_one_rank(method: Method) -> Method:
-    """``method`` on rank 0 alone, which takes the weights as ``state_dict`` where ranks share out trained ones.
+_is_written_here: ContextVar[bool] = ContextVar("_is_written_here", default=False)
 
-    They come as they are written, but where transformers is to write them in another form than checkpoints have.
+
+@contextmanager
+def written_here() -> Iterator[None]:
+    """A block that only ranks enter which write: the first one, or that of each machine."""
+    before = _is_written_here.set(True)
+    try:
+        yield
+    finally:
+        _is_written_here.reset(before)
+
+
+def by_one_rank(method: Method) -> Method:
+    """``method`` on rank 0 alone, or where it is ``written_here``.
+
+    Where ranks share out trained weights it gets them as ``state_dict``. They come as they are written, but where
+    transformers is to write them in another form than checkpoints have.
     """
 
     @functools.wraps(method)
     def save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        is_first = is_first_of_group()
+        is_first = is_first_of_group() or _is_written_here.get()
         with ExitStack() as opened:
             if is_sharded(model) and not isinstance(model, PeftModel) and "state_dict" not in kwargs:
                 if _OTHER_FORMS & kwargs.keys():

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from pantheraml.devices.memory import limit_gpu
+from pantheraml.devices.segments import grow_segments
 from pantheraml.errors import ConfigError
 from pantheraml.log import say
 from pantheraml.models import loading
@@ -102,6 +103,7 @@ def assemble(request: LoadRequest) -> tuple[PreTrainedModel, PreTrainedTokenizer
     )
     for gpu, limit in place.limits.items():
         limit_gpu(gpu, limit)
+    grow_segments(place.device)
     extend_positions(config, request.max_seq_length, request.rope_scaling)
     tokenizer = load_tokenizer(source.tokenizer_folder, fix=request.fix_tokenizer, trust_remote_code=trust)
     with tried_beside(_coming_calls(request, config, precision, place)):

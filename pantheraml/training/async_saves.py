@@ -23,6 +23,7 @@ from pantheraml.checkpoint.background import Background
 from pantheraml.checkpoint.host_copy import host_copy
 from pantheraml.errors import first_line
 from pantheraml.export.adapter import vocabulary_changed
+from pantheraml.export.one_rank import written_here
 from pantheraml.log import say_once, warn
 from pantheraml.training.agreeing import agreeing
 from pantheraml.training.run_record import RecordedRun
@@ -93,8 +94,8 @@ class AsyncSaves(SharedState, RecordedRun):
         return reason is None
 
     def _why_not_beside(self) -> str | None:
-        if self.args.save_on_each_node or self.args.push_to_hub:
-            return "with save_on_each_node or push_to_hub they are written as transformers does"
+        if self.args.push_to_hub:
+            return "with push_to_hub they are uploaded at their step"
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self._shares_trained:
             return "each rank has a part of the state"
         if not isinstance(self.model, PeftModel | PreTrainedModel):
@@ -127,7 +128,8 @@ class AsyncSaves(SharedState, RecordedRun):
         """What the thread does."""
         if self.args.device.type == "cuda":  # pragma: no cover - needs a GPU
             torch.cuda.set_device(self.args.device)
-        cast(Any, self.model).save_pretrained(folder, state_dict=weights)
+        with written_here():
+            cast(Any, self.model).save_pretrained(folder, state_dict=weights)
         self._processing_copy.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -140,10 +142,10 @@ class AsyncSaves(SharedState, RecordedRun):
         torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def start_saving(self, finish: Callable[[], None], target: Path, *, beside: bool) -> None:
-        """Let rank 0 finish a checkpoint whose small files are written; every rank calls this.
+        """Let its writer finish a checkpoint whose small files are written; every rank calls this.
 
         Args:
-            finish: what rank 0 has to do; nothing on the others.
+            finish: what the writer has to do; nothing on the others.
             target: the checkpoint.
             beside: go on training meanwhile.
 

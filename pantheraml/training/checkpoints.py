@@ -2,31 +2,32 @@
 
 transformers writes what it writes, into a hidden folder beside the run's checkpoints; when every rank is done, the
 first one lists the files in a manifest and gives the folder its name. What ranks write in parts, each measures itself.
+Machines without a disk in common have a checkpoint each (``save_on_each_node``).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pantheraml.checkpoint.folder_files import Measured
 from pantheraml.checkpoint.manifest import has_manifest, measure_own, problems
 from pantheraml.checkpoint.names import checkpoint_name, step_of
-from pantheraml.checkpoint.partial import removed_on_failure
 from pantheraml.checkpoint.pointers import BEST, point
 from pantheraml.checkpoint.resuming import STATE, newest_whole, why_none
 from pantheraml.checkpoint.retention import retain
 from pantheraml.checkpoint.run_record import Totals
 from pantheraml.checkpoint.state_parts import own_files
 from pantheraml.checkpoint.unfinished import Unfinished, publish, saving
-from pantheraml.distributed.process_group import broadcast_object, gather_objects
+from pantheraml.distributed.process_group import gather_objects
 from pantheraml.distributed.strategies.base import Strategy
 from pantheraml.errors import CheckpointError
+from pantheraml.export.one_rank import written_here
 from pantheraml.log import say
 from pantheraml.training.agreeing import agreeing
 from pantheraml.training.async_saves import AsyncSaves, Writes
@@ -38,6 +39,14 @@ Files = dict[str, Measured]
 AUTO = "auto"
 
 
+class _Looked(NamedTuple):
+    """The folder of a checkpoint, what is wrong with it or was passed over before it, and whether a checkpoint was."""
+
+    folder: str | None
+    said: list[str]
+    is_damaged: bool
+
+
 class WholeCheckpoints(AsyncSaves):
     """The part of the trainer that saves checkpoints, and says which one a run goes on with."""
 
@@ -46,6 +55,12 @@ class WholeCheckpoints(AsyncSaves):
     _saving_in: str | None = None
     # What has failed of the checkpoint that is written now, to be raised when all ranks are past TRL's barriers.
     _late: list[Exception] | None = None
+
+    @property
+    def _writer(self) -> int:
+        """The rank that writes the checkpoints which this one sees: the first of all, or of its machine."""
+        args = self.args
+        return args.process_index - args.local_process_index if args.save_on_each_node else 0
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where checkpoints are written."""
@@ -60,19 +75,12 @@ class WholeCheckpoints(AsyncSaves):
         """
         self.finish_saving()
         run, step = self._get_output_dir(trial=trial), self.state.global_step
-        target, beside = Path(run, checkpoint_name(step)), self.saves_beside()
-        # Each on a disk of its own, where nobody says when all are done; or uploaded beside the training, by its name.
-        if self.args.save_on_each_node or self.args.push_to_hub:
-            with removed_on_failure(target), agreeing(target, target):
-                self._write(model, trial)
-                self._write_cursor(target)
-            return
-        is_first = self.is_world_process_zero()
+        target, beside, writer = Path(run, checkpoint_name(step)), self.saves_beside(), self._writer
         with ExitStack() as opened:
             save: Unfinished | None = None
             with agreeing(target):
-                save = opened.enter_context(saving(run, step)) if is_first else None
-            home = broadcast_object(None if save is None else str(save.home)) or ""
+                save = opened.enter_context(saving(run, step)) if self.args.should_save else None
+            home = gather_objects(None if save is None else str(save.home))[writer] or ""
             with agreeing(target, Path(home)), self.kept_for_later(beside) as later:
                 self._saving_in = home
                 try:
@@ -82,18 +90,29 @@ class WholeCheckpoints(AsyncSaves):
                 self._name_best(run, home, target.name)
                 folder = Path(home, target.name)
                 own = measure_own(folder, own_files(folder))
-            measured = {name: file for files in gather_objects(own) for name, file in files.items()}
+            found = gather_objects((writer, own))
+            measured = {
+                name: file for where, files in found if where == writer for name, file in files.items()
+            }
             totals = self.totals()
             finish: Callable[[], None] = _nothing
             with agreeing(target, Path(home)):
                 if save is not None:
                     finish = self._finishing(save, self._best(run), totals, later, measured, opened)
         self.start_saving(finish, target, beside=beside)
+        if self.args.push_to_hub:
+            with agreeing(target):
+                self._push_from_checkpoint(str(target))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """transformers'; it is uploaded when it is there, and not from where it is built."""
+        if self._saving_in is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _finishing(
         self, save: Unfinished, best: Best, totals: Totals, later: Writes, measured: Files, opened: ExitStack
     ) -> Callable[[], None]:
-        """Write what rank 0 knows; what is left for it to do, perhaps in a thread, with what is ``opened``."""
+        """Write what a writer knows; what is left for it to do, perhaps in a thread, with what is ``opened``."""
         cursor = self._write_cursor(save.folder)
         self.write_record(save.folder, totals)
         about = {"cursor": cursor, "ranks": self.args.world_size, "epoch": self.state.epoch}
@@ -154,7 +173,8 @@ class WholeCheckpoints(AsyncSaves):
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """TRL's."""
-        with self._raised_late(), self._strategy.saving(self):
+        here = written_here() if self.args.should_save else nullcontext()
+        with self._raised_late(), self._strategy.saving(self), here:
             super().save_model(*args, **kwargs)
 
     def _name_best(self, run: str, home: str, name: str) -> None:
@@ -204,8 +224,7 @@ class WholeCheckpoints(AsyncSaves):
         """
         if not resume:
             return None
-        looked = self._look_for(resume) if self.is_world_process_zero() else None
-        found, said, is_damaged = broadcast_object(looked) or (None, [], False)
+        found, said, is_damaged = self._found(resume)
         if resume in (True, AUTO):
             for line in said:
                 say(line)
@@ -234,19 +253,34 @@ class WholeCheckpoints(AsyncSaves):
             )
         return str(resume)
 
-    def _look_for(self, resume: str | Path | bool) -> tuple[str | None, list[str], bool]:
-        """The folder, what is wrong with it or was passed over before it, and whether a checkpoint was."""
+    def _found(self, resume: str | Path | bool) -> _Looked:
+        """What every rank finds for itself; machines with disks of their own take the newest that all of them have."""
+        most = None
+        while True:
+            told = gather_objects(self._look_for(resume, most) if self.args.should_save else None)
+            found = {rank: one for rank, one in enumerate(told) if one is not None}
+            steps = [
+                -1 if one.folder is None else step_of(Path(one.folder).name) or 0 for one in found.values()
+            ]
+            if resume not in (True, AUTO) or len(set(steps)) == 1:
+                break
+            most = min(steps)
+        said = [f"Rank {rank}: {line}" if rank else line for rank, one in found.items() for line in one.said]
+        return _Looked(found[self._writer].folder, said, any(one.is_damaged for one in found.values()))
+
+    def _look_for(self, resume: str | Path | bool, most: int | None) -> _Looked:
+        """On this rank's disk; of a run's checkpoints up to step ``most``, where others have no newer one."""
         if resume in (True, AUTO):
-            choice = newest_whole(self.args.output_dir or ".")
+            choice = newest_whole(self.args.output_dir or ".", most=most)
             said = [str(one) for one in choice.passed_over]
             is_damaged = any(step_of(one.name) is not None for one in choice.passed_over)
-            return None if choice.folder is None else str(choice.folder), said, is_damaged
+            return _Looked(None if choice.folder is None else str(choice.folder), said, is_damaged)
         folder = Path(str(resume))
         said = problems(folder) if has_manifest(folder) else []
         if said:
-            return str(folder), said, True
+            return _Looked(str(folder), said, True)
         none = why_none(folder)
-        return str(folder), [none] if none else [], False
+        return _Looked(str(folder), [none] if none else [], False)
 
 
 def _nothing() -> None:

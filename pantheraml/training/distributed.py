@@ -29,11 +29,10 @@ from pantheraml.models.state import get_state
 from pantheraml.training.banner import describe_ranks, device_names
 from pantheraml.training.telemetry import Telemetry, number_devices
 from pantheraml.training.trainer import PantheraMLTrainer
-from pantheraml.training.watching import WatchedRuns
 
 
-class PantheraMLDistributedTrainer(WatchedRuns, PantheraMLTrainer):
-    """``PantheraMLTrainer`` on every GPU; with one process the two are the same.
+class PantheraMLDistributedTrainer(PantheraMLTrainer):
+    """``PantheraMLTrainer`` on every GPU, with telemetry; one process alone is watched for hangs, too.
 
     Args:
         model: as for ``PantheraMLTrainer``.
@@ -54,11 +53,10 @@ class PantheraMLDistributedTrainer(WatchedRuns, PantheraMLTrainer):
         **kwargs: Any,
     ) -> None:
         config = config_of(multi_gpu_config)
-        self._watching = config if multi_gpu_config is not None else settings_of_run()
+        self._multi_gpu = config if multi_gpu_config is not None else settings_of_run()
         # A split model has all GPUs already: there is none left for ranks.
         if (multi_gpu_config is not None and not is_split(model)) or get_world_size() > 1:
             setup_multi_gpu(config)
-        self._multi_gpu = self._watching
         if config.way == "pipeline":
             check_is_split(model)
         state = get_state(model)
@@ -74,10 +72,8 @@ class PantheraMLDistributedTrainer(WatchedRuns, PantheraMLTrainer):
                 f"memory_{next(_trainers)}", get_memory_stats, connect_store, get_rank(), get_world_size()
             )
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as ``PantheraMLTrainer`` does, watched for hangs."""
-        with self.watched(self._watching):
-            return super().train(*args, **kwargs)
+    def _watching(self) -> MultiGPUConfig | None:
+        return self._multi_gpu
 
     def _train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as ``PantheraMLTrainer`` does, and tell what it does to the GPUs at every logging step."""

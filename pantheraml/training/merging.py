@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, cast
 
@@ -153,10 +154,14 @@ class MergedSteps(StepLoss):
     """The part of the trainer that merges micro-batches; ``merge_micro_batches`` of the arguments says whether."""
 
     _strategy: Strategy
-    _hosts: BetweenHosts
     _most_tokens = 0
     _operations_per_token: int | None = None
     _unmerged: Sequence[Batch] = ()  # the micro-batches of the step at hand, as they were
+
+    @cached_property
+    def _hosts(self) -> BetweenHosts:
+        """A way between the hosts of all ranks, made at the first question, which every one of them asks."""
+        return BetweenHosts()
 
     def plan_merging(self) -> None:
         """Decide, before a run, up to how many tokens go through the model in one pass; 0 merges nothing.
@@ -165,7 +170,7 @@ class MergedSteps(StepLoss):
             ConfigError: ``merge_micro_batches=True`` was written where it cannot be done.
         """
         wanted = getattr(self.args, "merge_micro_batches", None)
-        self._most_tokens, self._hosts = 0, BetweenHosts()
+        self._most_tokens = 0
         if wanted is False:
             return
         reason = self._why_not_merged(forced=bool(wanted))

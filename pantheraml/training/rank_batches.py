@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -37,12 +38,15 @@ from pantheraml.errors import DataError
 from pantheraml.log import say_once
 from pantheraml.models.sample_dropout import Followed, keyed
 from pantheraml.models.token_keys import mixed
+from pantheraml.training.collator_draws import drawing_from
 from pantheraml.training.global_batch import GlobalBatch
 from pantheraml.training.sample_keys import (
+    EPOCH,
     KEYS,
     NUMBERS,
     SAMPLE,
     Numbered,
+    OfEpoch,
     numbers_of,
     token_keys,
     without_number,
@@ -95,7 +99,10 @@ class RankBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order()[: self._count()]
         for start in range(0, len(order), self._batch.rows):
-            yield from self._batch.cut(order[start : start + self._batch.rows], self._rank)
+            for numbers in self._batch.cut(order[start : start + self._batch.rows], self._rank):
+                batch = OfEpoch(numbers)
+                batch.epoch = self._epoch
+                yield batch
         self._epoch += 1
 
     def _count(self) -> int:
@@ -150,7 +157,8 @@ class RankStream(IterableDataset[list[Any]]):
         first, batch = 0 if self._epoch else self._start[1], self._batch
         rows = islice(_in_one_order(self._rows), first, None)
         if self._numbered:
-            rows = ({**row, SAMPLE: number} for number, row in enumerate(rows, first))
+            epoch = self._start[0] + self._epoch
+            rows = ({**row, SAMPLE: number, EPOCH: epoch} for number, row in enumerate(rows, first))
         together = batch.per_device * batch.ranks
         while found := list(islice(rows, batch.rows)):
             if self._drop_last and len(found) < batch.rows:
@@ -173,12 +181,20 @@ class FilledCollator:
         row: any row of the data set.
         numbered: rows know their number; a batch tells those of its rows.
         keyed: add the keys of tokens, from the rows' numbers.
+        seed: from which, and from the rows' numbers, the collator draws random numbers; None: it draws none.
     """
 
     def __init__(
-        self, collator: Callable[[list[Any]], Batch], row: Any, *, numbered: bool = False, keyed: bool = False
+        self,
+        collator: Callable[[list[Any]], Batch],
+        row: Any,
+        *,
+        numbered: bool = False,
+        keyed: bool = False,
+        seed: int | None = None,
     ) -> None:
         self.collator, self._row, self._numbered, self._keyed = collator, row, numbered, keyed
+        self._seed = seed
 
     def __call__(self, examples: list[Any]) -> Batch:
         """The batch on the CPU."""
@@ -187,10 +203,10 @@ class FilledCollator:
     def _collated(self, examples: list[Any]) -> Batch:
         if not self._numbered:
             return self.collator(examples)
-        batch = {
-            **self.collator([without_number(example) for example in examples]),
-            NUMBERS: numbers_of(examples),
-        }
+        rows, numbers, seed = [without_number(one) for one in examples], numbers_of(examples), self._seed
+        place = (examples[0].get(EPOCH, 0), *numbers.tolist())
+        with nullcontext() if seed is None else drawing_from(mixed(seed, *place)):
+            batch = {**self.collator(rows), NUMBERS: numbers}
         keys = token_keys(batch, examples) if self._keyed else None
         return batch if keys is None else {**batch, KEYS: keys}
 
@@ -238,6 +254,11 @@ class RankedRows(SFTTrainer):
     _dropout = Followed()
     # Of a stream: the epoch and the rows of it that are done where the run goes on.
     _start = (0, 0)
+
+    def __init__(self, *args: Any, data_collator: Any = None, **kwargs: Any) -> None:
+        # TRL's draws no random numbers.
+        self._has_own_collator = data_collator is not None
+        super().__init__(*args, data_collator=data_collator, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -304,9 +325,7 @@ class RankedRows(SFTTrainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             drop_last=is_training and self.args.dataloader_drop_last,
         )
-        filled = FilledCollator(
-            collator, dataset[0], numbered=is_training, keyed=is_training and self._dropout.drops
-        )
+        filled = self._filled(collator, dataset[0], is_training)
         return self._loader(Numbered(dataset) if is_training else dataset, filled, batch_sampler=batches)
 
     def _share_of_stream(
@@ -322,10 +341,13 @@ class RankedRows(SFTTrainer):
             start=self._start if is_training else (0, 0),
             numbered=is_training,
         )
-        filled = FilledCollator(
-            collator, first_row(dataset), numbered=is_training, keyed=is_training and self._dropout.drops
-        )
+        filled = self._filled(collator, first_row(dataset), is_training)
         return self._loader(stream, filled, batch_size=None)
+
+    def _filled(self, collator: Any, row: Any, is_training: bool) -> FilledCollator:
+        seed = self.args.seed if is_training and self._has_own_collator else None
+        keyed = is_training and self._dropout.drops
+        return FilledCollator(collator, row, numbered=is_training, keyed=keyed, seed=seed)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Rows of a step, however they are cut and whoever shares them."""

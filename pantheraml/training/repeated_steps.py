@@ -17,8 +17,14 @@ from torch import Tensor, nn
 
 from pantheraml.devices.memory import describe_bytes
 from pantheraml.devices.out_of_memory import is_out_of_memory
-from pantheraml.distributed.strategies.held_reduction import Reduction
-from pantheraml.distributed.strategies.summed_passes import StandIn
+from pantheraml.distributed.strategies.gathered_passes import PassExchanges
+from pantheraml.distributed.strategies.held_reduction import (
+    GatheredWeights,
+    Reduction,
+    SummedLayers,
+    exchanges_of,
+)
+from pantheraml.distributed.strategies.summed_passes import PassSums, StandIn
 from pantheraml.errors import PantheraMLError
 from pantheraml.kernels.utils import clear_gpu_cache
 from pantheraml.log import say, say_once
@@ -26,7 +32,7 @@ from pantheraml.models.less_memory import next_resort, restored_afterwards
 from pantheraml.models.sharded_linear import tensor_group_of
 from pantheraml.models.state import get_state
 from pantheraml.training.banner import Predicted
-from pantheraml.training.evaluation_memory import HalvedForward
+from pantheraml.training.evaluation_memory import AgreedForward, HalvedForward
 from pantheraml.training.finite_steps import FiniteSteps
 from pantheraml.training.memory_advice import out_of_memory_error
 from pantheraml.training.pass_cuts import cut_batch, cut_flat, filler, num_tokens
@@ -68,6 +74,9 @@ class RepeatedSteps(FiniteSteps):
     # Of the model of this run; without a reduction its steps cannot be repeated.
     _reduced_model: nn.Module | None = None
     _reduction: Reduction | None = None
+    # Of an evaluation outside of a training.
+    _evaluated_model: nn.Module | None = None
+    _eval_exchanges: PassExchanges | PassSums | None = None
     _may_cut = False
     # Whether gradients of what ranks share out wait for the last pass of a step.
     _adds_up = False
@@ -88,7 +97,7 @@ class RepeatedSteps(FiniteSteps):
             got = f"Memory ran out after step {self.state.global_step}, outside of what is repeated in smaller passes."
             raise out_of_memory_error(got, model, self.args, max(1, self._limit.proven)) from error
         finally:
-            self._at_hand = self._reduction = self._reduced_model = None
+            self._at_hand = self._reduction = self._reduced_model = self._evaluated_model = None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -145,11 +154,23 @@ class RepeatedSteps(FiniteSteps):
 
     def prediction_step(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         """TRL's; a batch of evaluation that does not fit goes through the model in parts."""
-        talks = self._strategy.talks_in_passes or tensor_group_of(cast(nn.Module, self.model)) is not None
-        if talks or not self.repeats_steps:
+        if not self.repeats_steps:
             return super().prediction_step(model, inputs, *args, **kwargs)
-        forward: Any = HalvedForward(model, self._eval_limit)
+        talks = self._strategy.talks_in_passes or tensor_group_of(cast(nn.Module, self.model)) is not None
+        forward: Any = model
+        if not talks:
+            forward = HalvedForward(model, self._eval_limit)
+        elif (exchanges := self._exchanges(model)) is not None:
+            forward = AgreedForward(model, self._eval_limit, exchanges, self._hosts)
         return super().prediction_step(forward, inputs, *args, **kwargs)
+
+    def _exchanges(self, model: nn.Module) -> PassExchanges | PassSums | None:
+        """What ranks exchange in a pass; counted by one alone at a time, that of the training while there is one."""
+        if isinstance(self._reduction, GatheredWeights | SummedLayers):
+            return self._reduction.exchanges
+        if self._evaluated_model is not model:
+            self._evaluated_model, self._eval_exchanges = model, exchanges_of(model)
+        return self._eval_exchanges
 
     def _may_repeat(self, model: nn.Module) -> bool:
         """Whether steps of ``model`` can be repeated, found out once a run; every rank asks at its first step."""

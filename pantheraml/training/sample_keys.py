@@ -14,9 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# The number of a row among its values, the keys of tokens in a batch, and the numbers of its rows, which stay on the
-# host.
-SAMPLE, KEYS, NUMBERS = "sample_number", "sample_keys", "sample_numbers"
+# The number of a row and its epoch among its values, the keys of tokens in a batch, and the numbers of its rows, which
+# stay on the host.
+SAMPLE, EPOCH, KEYS, NUMBERS = "sample_number", "sample_epoch", "sample_keys", "sample_numbers"
+
+
+class OfEpoch(list[int]):
+    """Numbers of rows that are asked for in an epoch.
+
+    Attributes:
+        epoch: counted from 0.
+    """
+
+    epoch = 0
 
 
 class Numbered:
@@ -38,12 +48,13 @@ class Numbered:
     def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
         get = getattr(self._rows, "__getitems__", None)
         found = [self._rows[number] for number in numbers] if get is None else get(numbers)
-        return [{**row, SAMPLE: number} for row, number in zip(found, numbers, strict=True)]
+        epoch = getattr(numbers, "epoch", 0)
+        return [{**row, SAMPLE: number, EPOCH: epoch} for row, number in zip(found, numbers, strict=True)]
 
 
 def without_number(row: dict[str, Any]) -> dict[str, Any]:
     """The row as the data set has it."""
-    return {name: value for name, value in row.items() if name != SAMPLE}
+    return {name: value for name, value in row.items() if name not in (SAMPLE, EPOCH)}
 
 
 def numbers_of(rows: Sequence[dict[str, Any]]) -> np.ndarray:

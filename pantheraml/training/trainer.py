@@ -13,10 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import SFTConfig
 
-from pantheraml.config.multi_gpu import Recompute
+from pantheraml.config.multi_gpu import MultiGPUConfig, Recompute
 from pantheraml.data.masking import check_labels
 from pantheraml.data.preview import describe_sample
 from pantheraml.devices.memory import forget_peak, format_memory_stats, get_memory_stats, gpu_memory
+from pantheraml.devices.segments import grow_segments
 from pantheraml.distributed.data_ranks import config_for, data_ranks
 from pantheraml.distributed.process_group import gather_objects, group_size, rank_device, settings_of_run
 from pantheraml.distributed.strategies.choose import strategy_of
@@ -68,9 +69,10 @@ from pantheraml.training.rows import (
     report_cut_rows,
 )
 from pantheraml.training.trackers import TrackerGuard
+from pantheraml.training.watching import WatchedRuns
 
 
-class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
+class PantheraMLTrainer(WatchedRuns, RestartedRuns, RepeatedSteps):
     """SFTTrainer for models of ``FastLanguageModel`` (and any other causal language model).
 
     What it adds to TRL's trainer:
@@ -79,6 +81,7 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
     - a model without an adapter gets a LoRA adapter, unless it was loaded for full fine-tuning;
     - the micro-batches of a step go through the model in one pass where memory allows, without padding;
     - a step that runs out of memory on any rank is repeated in smaller passes, with the same gradient;
+    - ranks that hang end with a report;
     - recompute follows the model's policy, row length the model's ``max_seq_length``;
     - adapters are trained in float32, also on quantised models;
     - evaluation loss, perplexity and accuracy are means over all label tokens;
@@ -237,10 +240,15 @@ class PantheraMLTrainer(RestartedRuns, RepeatedSteps):
         """
         self._check_rows()  # rows may have been masked since
         self._trackers.cover(self.callback_handler)  # some may have come since
-        with self.begun(resume_from_checkpoint) as checkpoint:
+        with self.watched(self._watching()), self.begun(resume_from_checkpoint) as checkpoint:
             return self._train(checkpoint, *args, **kwargs)
 
+    def _watching(self) -> MultiGPUConfig | None:
+        """How a run is watched for hangs; one process alone waits for nobody."""
+        return settings_of_run() if group_size() > 1 else None
+
     def _train(self, *args: Any, **kwargs: Any) -> Any:
+        grow_segments(self.args.device)  # a model that was not loaded by us is on it already
         let_go(cast(nn.Module, self.model))
         self._predicted = self._plan_memory()
         self._say_plan()

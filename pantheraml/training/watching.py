@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -35,10 +36,10 @@ class WatchedRuns(WholeCheckpoints):
     _watchdog: Watchdog | None = None
 
     @contextmanager
-    def watched(self, config: MultiGPUConfig) -> Iterator[None]:
+    def watched(self, config: MultiGPUConfig | None) -> Iterator[None]:
         """Have a block in which this trainer trains watched; ``hang_seconds`` and ``timeout_minutes`` count."""
         name = f"watch_{next(_runs)}"
-        if not config.hang_seconds:
+        if config is None or not config.hang_seconds:
             yield
             return
         watchdog = self._watchdog = Watchdog(
@@ -87,7 +88,10 @@ class WatchedRuns(WholeCheckpoints):
         """The micro-batches of a step; nobody knows how long the next rows of a stream take."""
         is_stream = isinstance(self.train_dataset, IterableDataset)
         with self.patiently("reading a stream") if is_stream else nullcontext():
-            return super().get_batch_samples(*args, **kwargs)
+            batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if self._watchdog is not None:
+            self._watchdog.begins(sum(_work(batch) for batch in batches))
+        return batches, num_items
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate; for each batch the time begins anew."""
@@ -107,6 +111,12 @@ class WatchedRuns(WholeCheckpoints):
         """Last uploads, the best model, and callbacks at the end of a run."""
         with self.patiently("ending"):
             return super()._finalize_training(*args, **kwargs)
+
+
+def _work(batch: Any) -> int:
+    """How much there is to compute of a batch: by the square of its rows' length, padding included, at most."""
+    ids = batch.get("input_ids") if isinstance(batch, dict) else None
+    return ids.numel() * ids.shape[-1] if isinstance(ids, Tensor) else 0
 
 
 @contextmanager

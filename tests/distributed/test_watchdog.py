@@ -24,8 +24,10 @@ from pantheraml import (
     FastLanguageModel,
     MultiGPUConfig,
     PantheraMLDistributedTrainer,
+    PantheraMLTrainer,
     PantheraMLTrainingArguments,
     get_rank,
+    setup_multi_gpu,
 )
 from pantheraml.config.multi_gpu_section import MultiGPUSettings
 from pantheraml.distributed import hang_report, process_group, stacks
@@ -175,8 +177,9 @@ def test_a_single_process_reports_and_goes_on(tmp_path):
 # --- the trainer ----------------------------------------------------------------------------------------------
 
 
-def train(folder, output, hang_seconds, sleepers, seconds, rows):
+def train(folder, output, hang_seconds, sleepers, seconds, rows, kind=PantheraMLDistributedTrainer):
     """A trainer of which ranks sleep after step 3, each in a method of its own."""
+    setup_multi_gpu(MultiGPUConfig(hang_seconds=hang_seconds))
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=64, load_in_4bit=False, device_map="cpu", kernels="off"
     )
@@ -185,10 +188,7 @@ def train(folder, output, hang_seconds, sleepers, seconds, rows):
         output_dir=str(output), per_device_train_batch_size=2, max_steps=5, logging_steps=1, report_to="none",
         disable_tqdm=True, save_strategy=between, save_steps=3, eval_steps=3, eval_strategy=between,
     )  # fmt: skip
-    trainer = PantheraMLDistributedTrainer(
-        model, args, train_dataset=rows, eval_dataset=ROWS.select(range(2)), tokenizer=tokenizer,
-        multi_gpu_config=MultiGPUConfig(hang_seconds=hang_seconds),
-    )  # fmt: skip
+    trainer = kind(model, args, train_dataset=rows, eval_dataset=ROWS.select(range(2)), tokenizer=tokenizer)
 
     def sleep(rank):
         if get_rank() == rank and trainer.state.global_step == 3:
@@ -221,8 +221,9 @@ class SlowLog(TrainerCallback):
         self.sleep()
 
 
-def test_a_data_loader_that_hangs(llama, tmp_path):
-    codes, told = forked(tmp_path, 2, train, llama, tmp_path, 1, {"get_batch_samples": 1}, 1000, ROWS)
+@pytest.mark.parametrize("kind", [PantheraMLDistributedTrainer, PantheraMLTrainer])
+def test_a_data_loader_that_hangs(llama, tmp_path, kind):
+    codes, told = forked(tmp_path, 2, train, llama, tmp_path, 1, {"get_batch_samples": 1}, 1000, ROWS, kind)
     assert codes == [124, 124], told
     head, _ = one_head(told, tmp_path, 1, "test_watchdog.py")
     assert " sleep()" in head and "rank 0 waits in " in head
@@ -288,6 +289,18 @@ def test_limits():
     dog.resumed = True
     dog.progress(8, "computing")
     assert dog.limit() == 1800
+
+
+def test_a_step_with_more_to_compute_than_any_before_has_more_time():
+    dog = Watchdog(50, 1800, Path())
+    clock = dog._clock = FixedClock()
+    limits = []
+    for step, work in enumerate([100, 400, 200, 800, 800, 10**6, 800], 1):
+        clock.seconds += 30
+        dog.begins(work)
+        dog.progress(step, "computing")
+        limits.append(dog.limit())
+    assert limits == [600, 360, 90, 180, 90, 1800, 90]
 
 
 class FixedClock(Clock):

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments
 from pantheraml.errors import PantheraMLError
 from pantheraml.export.hub import push_adapter, push_folder, push_merged
 from pantheraml.export.model_methods import push_to_hub, push_to_hub_gguf, save_pretrained_merged
@@ -25,6 +27,21 @@ def failure(action) -> str:
     except PantheraMLError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def train_and_upload(checkpoint: Path, output: Path) -> None:
+    """A run of two steps, each of which is saved and uploaded."""
+    model, tokenizer = FastLanguageModel.from_pretrained(str(checkpoint), 64, load_in_4bit=False)
+    PantheraMLTrainer(
+        FastLanguageModel.get_peft_model(model, r=2),
+        PantheraMLTrainingArguments(
+            output_dir=str(output), max_steps=2, save_strategy="steps", save_steps=1, async_save=True, push_to_hub=True,
+            hub_model_id="someone/run", hub_strategy="all_checkpoints", hub_token=TOKEN, hub_always_push=True,
+            report_to="none", disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list([{"input_ids": list(range(5, 17))}] * 8),
+        tokenizer=tokenizer,
+    ).train()  # fmt: skip
 
 
 def main(checkpoint: Path, folder: Path) -> None:
@@ -51,6 +68,7 @@ def main(checkpoint: Path, folder: Path) -> None:
     found["no folder"] = failure(lambda: push_folder(folder / "nowhere", "someone/new", TOKEN))
     found["closed folder"] = failure(lambda: push_folder(folder / "both", "someone/closed", TOKEN))
     found["closed"] = failure(lambda: push_merged(model, "someone/closed", tokenizer, "lora", TOKEN))
+    train_and_upload(checkpoint, folder / "run")
     print("RESULT " + json.dumps(found))
 
 

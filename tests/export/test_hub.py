@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pantheraml.checkpoint.manifest import has_manifest, problems
 from tests import tiny
 from tests.export.hub_stand_in import Hub
 from tests.export.models import logits
@@ -132,6 +133,19 @@ def test_a_failed_upload_says_where_the_files_are(session, llama):
     assert f"hf upload someone/closed {kept}" in found["closed"]
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), kept).eval()
     assert logits(model).equal(torch.load(folder / "logits.pt"))
+
+
+def test_a_run_uploads_whole_checkpoints(session, tmp_path):
+    hub, _, folder = session
+    uploaded = download(hub.repos["someone/run"]["main"], tmp_path)
+    for step in (1, 2):
+        saved = folder / "run" / f"checkpoint-{step}"
+        assert has_manifest(saved) and problems(saved) == []
+        got = uploaded / saved.name
+        assert has_manifest(got) and problems(got) == [], "the run goes on with what was uploaded, too"
+    newest = (folder / "run" / "checkpoint-2" / "adapter_model.safetensors").read_bytes()
+    assert (uploaded / "adapter_model.safetensors").read_bytes() == newest
+    assert not [name for name in hub.repos["someone/run"]["main"] if "unfinished" in name]
 
 
 def test_nothing_else_is_left_in_the_temporary_folder(session):

@@ -177,7 +177,9 @@ def test_what_is_not_part_of_the_model_is_saved_at_the_step(folder):  # noqa: F8
 
 
 def test_where_it_cannot_be_the_log_says_why(folder, tmp_path, caplog):  # noqa: F811
+    trainer = build(folder, tmp_path, async_save=True)
+    assert trainer.saves_beside()
+    trainer.args.push_to_hub = True
     with caplog.at_level("INFO", "pantheraml"):
-        train(folder, tmp_path, async_save=True, save_on_each_node=True, save_steps=6)
-    assert "not written beside the training: with save_on_each_node" in caplog.text
-    assert (tmp_path / "checkpoint-6" / "adapter_model.safetensors").is_file()
+        assert not trainer.saves_beside()
+    assert "not written beside the training: with push_to_hub" in caplog.text

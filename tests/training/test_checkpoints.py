@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 
-from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments
+from pantheraml import FastLanguageModel, MultiGPUConfig, PantheraMLTrainer, PantheraMLTrainingArguments
 from pantheraml.checkpoint.manifest import problems, read_manifest
 from pantheraml.checkpoint.pointers import read_pointer
 from pantheraml.checkpoint.run_record import read_totals
 from pantheraml.errors import CheckpointError
 from tests import tiny
 from tests.distributed.ranks import run_ranks
+from tests.distributed.test_out_of_memory import Said
 
 ROWS = Dataset.from_list([{"input_ids": list(range(5, 17 + index % 5))} for index in range(24)])
 
@@ -25,11 +29,13 @@ def folder(tmp_path_factory):
     return tiny.save_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
 
 
-def build(folder, output, kind=PantheraMLTrainer, **settings):
+def build(folder, output, kind=PantheraMLTrainer, full=False, **settings):
+    """A trainer of an adapter; ``full``: of all weights, which ranks share out."""
+    spread = dict(use_multi_gpu=MultiGPUConfig(strategy="fsdp")) if full else dict(device_map="cpu")
     model, tokenizer = FastLanguageModel.from_pretrained(
-        str(folder), 64, load_in_4bit=False, device_map="cpu"
+        str(folder), 64, load_in_4bit=False, full_finetuning=full, **spread
     )
-    model = FastLanguageModel.get_peft_model(model, r=2)
+    model = model if full else FastLanguageModel.get_peft_model(model, r=2)
     args = PantheraMLTrainingArguments(
         output_dir=str(output),
         **{
@@ -191,3 +197,57 @@ def test_other_versions_are_said(folder, tmp_path, caplog, monkeypatch):
         build(folder, tmp_path, max_steps=2).train(resume_from_checkpoint=True)
     assert "checkpoint-2 was saved with python" in caplog.text
     assert f"torch {torch.__version__} (here 9.9)" in caplog.text
+
+
+def on_machines(folder, output, settings, resume=None):
+    """Two ranks on machines of their own, whose disks have the same folders with other things in them."""
+    rank = dist.get_rank()
+    os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    trainer = build(
+        folder, output / f"machine-{rank}", **dict(global_batch_size=4, save_on_each_node=True) | settings
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return losses(trainer)
+
+
+def on_machines_again(folder, output):
+    """What ranks say that go on after each machine has lost a checkpoint, and what they come to; no one whole, then."""
+    said, logger = Said(), logging.getLogger("pantheraml")
+    logger.addHandler(said)
+    found = on_machines(folder, output, dict(async_save=True), resume=True)
+    if dist.get_rank() == 1:
+        for checkpoint in (output / "machine-1").glob("checkpoint-*"):
+            (checkpoint / "optimizer.pt").unlink()
+    dist.barrier()
+    with pytest.raises(CheckpointError, match="has no whole checkpoint"):
+        on_machines(folder, output, {}, resume=True)
+    return said.lines, found
+
+
+def test_machines_without_a_common_disk(folder, tmp_path):
+    whole, other = run_ranks(2, on_machines, folder, tmp_path, dict(async_save=True))
+    assert whole == other
+    for machine, own in (("machine-0", "rng_state_0.pth"), ("machine-1", "rng_state_1.pth")):
+        run = tmp_path / machine
+        assert read_pointer(run, "latest").checkpoint == "checkpoint-6"
+        for step in (2, 4, 6):
+            assert not problems(run / f"checkpoint-{step}")
+            assert [path.name for path in (run / f"checkpoint-{step}").glob("rng_state*")] == [own]
+    flip(tmp_path / "machine-1" / "checkpoint-6" / "adapter_model.safetensors")
+    (tmp_path / "machine-0" / "checkpoint-4" / "optimizer.pt").unlink()
+    (said, found), (_, other) = run_ranks(2, on_machines_again, folder, tmp_path)
+    assert found == other == whole, "from step 3 on, bit by bit"
+    assert any("Rank 1: checkpoint-6 is passed over: adapter_model.safetensors" in line for line in said)
+    assert any("checkpoint-6 is passed over: Another machine has no whole one" in line for line in said)
+    assert any("checkpoint-4 is passed over: optimizer.pt is missing" in line for line in said)
+
+
+def test_machines_without_a_common_disk_that_share_weights_out(folder, tmp_path):
+    settings = dict(full=True, save_steps=3)
+    whole, _ = run_ranks(2, on_machines, folder, tmp_path, settings)
+    for machine in ("machine-0", "machine-1"):
+        checkpoint = tmp_path / machine / "checkpoint-3"
+        assert not problems(checkpoint)
+        assert {"model.safetensors", "optimizer.pt"} <= set(read_manifest(checkpoint).files)
+        flip(tmp_path / machine / "checkpoint-6" / "model.safetensors")
+    assert run_ranks(2, on_machines, folder, tmp_path, settings, True) == [whole, whole]

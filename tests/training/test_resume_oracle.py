@@ -16,8 +16,11 @@ import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pantheraml import FastLanguageModel, PantheraMLDistributedTrainer, PantheraMLTrainingArguments
+from pantheraml.training.rank_batches import FilledCollator
+from pantheraml.training.sample_keys import EPOCH, SAMPLE
 from tests import tiny
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_parity import rows
@@ -58,6 +61,19 @@ def digest(value) -> str:
     return found.hexdigest()[:16]
 
 
+class Masking:
+    """TRL's collator, of whose batches some tokens are put in place of others, at random."""
+
+    def __init__(self, pad):
+        self.collator = DataCollatorForLanguageModeling(pad_token_id=pad)
+
+    def __call__(self, examples):
+        batch = self.collator(examples)
+        chance = torch.rand(batch["input_ids"].shape) + np.random.rand() / 9 + random.random() / 9
+        batch["input_ids"][chance > 0.7] = 7
+        return batch
+
+
 class Witness(TrainerCallback):
     """What was so at the end of every step."""
 
@@ -74,8 +90,8 @@ class Witness(TrainerCallback):
         }
 
 
-def train(folder, output, kind, resume=None, **settings):
-    """By step: digests, and the log's figures."""
+def train(folder, output, kind, resume=None, masks=False, **settings):
+    """By step: digests, and the log's figures; ``masks``: with a collator that draws random numbers."""
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=64, load_in_4bit=False, device_map="cpu"
     )
@@ -91,7 +107,8 @@ def train(folder, output, kind, resume=None, **settings):
             **dict(max_grad_norm=0.5, warmup_steps=2, packing=kind == "packed"), **settings,
         },
     )  # fmt: skip
-    trainer = PantheraMLDistributedTrainer(model, args, train_dataset=given, tokenizer=tokenizer)
+    own = dict(data_collator=Masking(tokenizer.pad_token_id)) if masks else {}
+    trainer = PantheraMLDistributedTrainer(model, args, train_dataset=given, tokenizer=tokenizer, **own)
     witness, collect = Witness(), trainer.get_batch_samples
     trainer.add_callback(witness)
 
@@ -152,3 +169,28 @@ def test_two_ranks(folder, tmp_path):
     for mine, of_whole in zip(again, whole, strict=True):
         compare(mine, of_whole, 6)
     assert whole[0][1]["rows"] != whole[1][1]["rows"], "each has its own"
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_what_a_collator_draws_follows_from_the_rows(folder, tmp_path, kind):
+    whole = train(folder, tmp_path, kind, masks=True, save_strategy="steps", save_steps=3)
+    rows_seen = {found["rows"] for found in whole.values()}
+    assert len(rows_seen) == STEPS
+    for place in (3, 6):
+        checkpoint = str(tmp_path / f"checkpoint-{place}")
+        found = train(folder, tmp_path, kind, checkpoint, masks=True, dataloader_num_workers=place // 6)
+        compare(found, whole, place)
+
+
+def test_a_collator_draws_others_for_other_rows_and_epochs(tmp_path):
+    masking, row = Masking(0), {"input_ids": list(range(100, 200)), SAMPLE: 3, EPOCH: 0}
+    filled = FilledCollator(masking, row, numbered=True, seed=1)
+
+    def drawn(**values):
+        return filled([row | values])["input_ids"].tolist()
+
+    random.seed(5)
+    before = random.getstate(), torch.get_rng_state()
+    assert drawn() == drawn() != list(range(100, 200))
+    assert len({str(drawn()), str(drawn(**{EPOCH: 1})), str(drawn(**{SAMPLE: 4}))}) == 3
+    assert random.getstate() == before[0] and torch.get_rng_state().equal(before[1])

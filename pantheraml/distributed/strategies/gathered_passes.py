@@ -7,7 +7,8 @@ What it computes there is of zeros instead of weights, and nobody uses it: the s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from pantheraml.distributed.strategies.exchange_count import ExchangeCount
+from pantheraml.distributed.strategies.summed_passes import StandIn
 from pantheraml.models.shares import Bytes
 
 # One of torch.distributed: fills an output from an input.
@@ -48,8 +50,7 @@ class PassExchanges:
 
     def begin(self, *, reduces: bool) -> None:
         """A pass begins, or the one that failed does once more; ``reduces``: what is trained is reduced within."""
-        _start_anew(self._root)
-        self._count.begin()
+        self._start()
         for module in self._modules:
             module.set_requires_gradient_sync(reduces, recurse=False)
         for module in self._added:  # before it failed
@@ -60,6 +61,14 @@ class PassExchanges:
         self._count.end()
         self._added.clear()
 
+    @contextmanager
+    def counted(self, stand_in: StandIn | None) -> Iterator[None]:
+        """A block for a pass without gradients; what is gathered does not depend on tokens."""
+        del stand_in
+        self._start()
+        yield
+        self.end()
+
     def failed(self) -> None:
         """The pass failed on this rank: what it has begun is forgotten, and what it has exchanged is remembered."""
         self._count.failed()
@@ -68,6 +77,10 @@ class PassExchanges:
         ) in self._root.parameters():  # also those that are whole now, which an optimizer never sees
             parameter.grad = None
         _start_anew(self._root)
+
+    def _start(self) -> None:
+        _start_anew(self._root)
+        self._count.begin()
 
     def _note(self, module: FSDPModule, gradients: Tensor) -> None:
         del gradients

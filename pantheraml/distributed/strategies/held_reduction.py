@@ -168,19 +168,22 @@ Exchanges = TypeVar("Exchanges", PassExchanges, PassSums)
 class _ExchangesInPasses(Reduction, Generic[Exchanges]):
     """Ranks wait for one another in every pass, and one that has failed takes part until the step is over.
 
-    Args:
+    Attributes:
         exchanges: those of a pass, counted.
+
+    Args:
+        exchanges: likewise.
         beside: how gradients of what is whole on every rank are reduced, without a word during a pass.
     """
 
     talks_in_passes = True
 
     def __init__(self, exchanges: Exchanges, beside: Reduction) -> None:
-        self._exchanges, self._beside = exchanges, beside
+        self.exchanges, self._beside = exchanges, beside
 
     def pass_failed(self) -> None:
         """The next pass is this one once more, as far as others have not seen it."""
-        self._exchanges.failed()
+        self.exchanges.failed()
 
     def undo(self) -> None:
         """Every rank has been through all passes: nothing is on its way."""
@@ -206,10 +209,10 @@ class GatheredWeights(_ExchangesInPasses[PassExchanges]):
     def around(self, *, is_last: bool, stand_in: StandIn | None = None) -> Iterator[None]:
         """What is exchanged is counted; its size does not depend on tokens."""
         del stand_in
-        self._exchanges.begin(reduces=is_last or not self.adds_up)
+        self.exchanges.begin(reduces=is_last or not self.adds_up)
         with self._beside.around(is_last=is_last):
             yield
-        self._exchanges.end()
+        self.exchanges.end()
 
 
 class SummedLayers(_ExchangesInPasses[PassSums]):
@@ -232,8 +235,20 @@ class SummedLayers(_ExchangesInPasses[PassSums]):
         if stand_in is not None and state is not None:
             # What is recomputed is summed once more, so the plan is that of the others, and is agreed with them.
             prepare_recompute(self._model, state, stand_in.tokens)
-        with self._exchanges.counted(stand_in), self._beside.around(is_last=is_last):
+        with self.exchanges.counted(stand_in), self._beside.around(is_last=is_last):
             yield
+
+
+def exchanges_of(model: nn.Module) -> PassExchanges | PassSums | None:
+    """What ranks exchange in a pass of ``model``, counted from now on; None where nobody can tell, or they do not.
+
+    Args:
+        model: as the trainer is given it for an evaluation, wrapped or not.
+    """
+    if is_sharded(model):
+        return PassExchanges(model)
+    group = tensor_group_of(model)
+    return None if group is None else PassSums(group)
 
 
 def reduction_of(model: nn.Module) -> Reduction | None:
