@@ -94,13 +94,13 @@ def _philox(counter: list[Tensor], seed: int) -> list[Tensor]:
 
 def kept_values(keys: Tensor, cols: int, p: float, seed: int) -> Tensor:
     """The mask by plain PyTorch: (T, cols) bool, True for what stays; ``keys`` (T,) int64 are the rows' numbers."""
-    groups = -(-cols // (_LANES * _PER))
-    counter = torch.arange(groups * _LANES, device=keys.device)[None, :]
+    groups, lanes = -(-cols // (_LANES * _PER)), min(cols, _LANES)  # narrow rows leave lanes out
+    counter = torch.arange(groups * lanes, device=keys.device)[None, :]
     low, high = keys[:, None] & 0xFFFFFFFF, (keys[:, None] >> 32) & 0xFFFFFFFF
     words = _philox([counter, low, high, torch.zeros_like(low)], seed)
     parts = [(word >> shift) & 0xFFFF for word in words for shift in (0, _BITS)]
     # (T, groups, 8, lanes): the eighth of a group that a column lies in says which 16 bits are its own.
-    bits = torch.stack([part.unflatten(1, (groups, _LANES)) for part in parts], dim=2)
+    bits = torch.stack([part.unflatten(1, (groups, lanes)) for part in parts], dim=2)
     return bits.flatten(1)[:, :cols] >= _threshold_and_scale(p)[0]
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pantheraml.errors import ConfigError
 
@@ -55,6 +56,24 @@ class _Spot:
         """Whether the spot still holds what was put there."""
         current = getattr(self.owner, self.name, _Absent)
         return current is self.new or (isinstance(current, str) and current == self.new)
+
+
+class _Hooks(_Spot):
+    """Hooks on a module, of which there may be more."""
+
+    def __init__(self, owner: nn.Module, handles: tuple[RemovableHandle, ...], change: Change) -> None:
+        self.owner, self.name, self.change = owner, "hooks", change
+        self.handles, self.old, self.new = handles, None, None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+    def restore(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def is_ours(self) -> bool:
+        return True
 
 
 # Where torch keeps the state of a module.
@@ -116,6 +135,26 @@ class PatchSet:
                 already.
         """
         self._set(owner, name, value, f"{name}={value!r}", why)
+
+    def hook(
+        self, module: nn.Module, path: str, before: Callable[..., Any], after: Callable[..., Any], why: str
+    ) -> None:
+        """Call ``before(module, args)`` and ``after(module, args, output)`` around each forward of ``module``.
+
+        After an error in the forward, ``after`` is called with None.
+
+        Args:
+            module: any.
+            path: of it, from the model.
+            before: returns None; picklable, as the model is.
+            after: likewise.
+            why: the reason.
+        """
+        handles = (
+            module.register_forward_pre_hook(before),
+            module.register_forward_hook(after, always_call=True),
+        )
+        self._spots.append(_Hooks(module, handles, Change(path, "hooks added", why)))
 
     def skip(self, path: str, reason: str) -> None:
         """Record that ``path`` was left as it is, and why."""
@@ -213,6 +252,11 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
     for name, value in vars(old).items():
         if name in _REGISTRIES or "_hook" in name:
             vars(new)[name] = value
+
+
+def is_foreign(hook: Any) -> bool:
+    """Whether a hook is another library's; our own ones act in training only."""
+    return not str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("pantheraml.")
 
 
 @contextmanager

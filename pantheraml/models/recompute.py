@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from pantheraml.devices.memory import free_gpu_bytes
 from pantheraml.devices.optimizer_states import moment_bytes
 from pantheraml.log import say, say_once
 from pantheraml.models.activation_sizes import TILE
 from pantheraml.models.decoder_layers import layers_of
+from pantheraml.models.dropout_sites import checkpointed
 from pantheraml.models.recompute_plan import (
     RecomputePlan,
     offload_plan,
@@ -37,8 +37,6 @@ from pantheraml.models.shares import local
 
 if TYPE_CHECKING:
     from pantheraml.models.state import ModelState
-
-_checkpoint = partial(checkpoint, use_reentrant=False)
 
 
 def is_recompute_forced(policy: object) -> bool:
@@ -206,7 +204,7 @@ def apply_plan(section: Section, state: ModelState, plan: RecomputePlan) -> None
     store = state.stores.get(section.device)
     for index, layer in enumerate(section.layers):
         layer.gradient_checkpointing = index < plan.layers
-        layer._gradient_checkpointing_func = _checkpoint
+        layer._gradient_checkpointing_func = checkpointed
         if isinstance(layer, FusedDecoderLayer):
             layer.keep_when_recomputing = plan.keep
             layer.store = store if index < plan.stored else None

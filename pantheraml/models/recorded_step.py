@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from pantheraml.log import say, say_once
+from pantheraml.models.patching import is_foreign
 
 # Steps that run as they are before one is recorded: kernels are loaded, and short answers never pay for a recording.
 EAGER_STEPS = 2
@@ -116,11 +117,6 @@ def _with_tensors(arguments: dict[str, Any], tensors: dict[str, Tensor]) -> dict
     return replaced
 
 
-def _acts(hook: Any) -> bool:
-    """Whether a hook may do something in generation; our own ones act in training only."""
-    return not str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("pantheraml.")
-
-
 def fingerprint(model: PreTrainedModel) -> tuple[object, ...] | None:
     """What a recording depends on besides its inputs; None when Python has to run in every step.
 
@@ -128,7 +124,7 @@ def fingerprint(model: PreTrainedModel) -> tuple[object, ...] | None:
     """
     found: list[object] = [model.training, getattr(model.config, "_attn_implementation", None)]
     for module in model.modules():
-        if any(map(_acts, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
+        if any(map(is_foreign, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
             return None
         if isinstance(module, BaseTunerLayer):
             layer: Any = module

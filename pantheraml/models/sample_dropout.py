@@ -1,72 +1,37 @@
-"""Dropout in front of adapters whose masks follow from the sample: the same on any number of ranks.
+"""Dropout whose masks follow from the sample: the same on any number of ranks.
 
     mask = f(seed of the step, number of the adapter, sample << 32 | place of the token in it, column)
 
-A trainer says which tokens a forward is of (``keyed``), and fused layers and ``SampleDropout`` compute masks from that.
-Where nobody says it, dropout draws from torch's generators as ever.
+A trainer says which tokens a forward is of (``keyed``); fused layers and ``SampleDropout`` compute masks from that, and
+so does dropout of the model's own (``dropout_sites``, ``dropout_calls``). Where nobody says it, dropout draws from
+torch's generators as ever.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from pantheraml.kernels.keyed_dropout import dropped
+from pantheraml.log import say_once
+from pantheraml.models.dropout_calls import masked
+from pantheraml.models.dropout_sites import leave_all, number_sites
+from pantheraml.models.own_dropout import drops_inside
 from pantheraml.models.patching import PatchSet
-
-_WORD = 2**64 - 1
-
-
-class TokenKeys(NamedTuple):
-    """The tokens of a forward.
-
-    Attributes:
-        keys: (T,) int64, contiguous: of each token, in the order of the flattened batch.
-        seed: of the step.
-    """
-
-    keys: Tensor
-    seed: int
-
-    def seed_of(self, number: int) -> int:
-        """The seed of adapter ``number``; odd and above 2^62, see ``draw_seeds``."""
-        return 2**62 | mixed(self.seed, number) >> 2 | 1
-
-
-# Of the forward that runs now; autograd's threads, which compute layers again, see it too.
-_current: TokenKeys | None = None
-
-
-def current_keys(tokens: int | None = None) -> TokenKeys | None:
-    """The keys of the forward that runs now, if there are any, and as many as ``tokens`` where that is given."""
-    return None if _current is None or tokens not in (None, _current.keys.numel()) else _current
+from pantheraml.models.token_keys import TokenKeys, current, current_keys
 
 
 @contextmanager
 def keyed(keys: TokenKeys | None) -> Iterator[None]:
-    """Let dropout in front of adapters follow ``keys`` within; None changes nothing."""
-    global _current  # noqa: PLW0603
-    before, _current = _current, keys
-    try:
-        yield
-    finally:
-        _current = before
-
-
-def mixed(*numbers: int) -> int:
-    """64 bits that differ for different numbers (splitmix64's finish, Steele et al. 2014, of each in turn)."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & _WORD
-        state = ((state ^ state >> 30) * 0xBF58476D1CE4E5B9) & _WORD
-        state = ((state ^ state >> 27) * 0x94D049BB133111EB) & _WORD
-        state ^= state >> 31
-    return state
+    """Let dropout follow ``keys`` within, in forwards and their backwards; None changes nothing."""
+    with current(keys):
+        try:
+            yield
+        finally:
+            leave_all()
 
 
 class SampleDropout(nn.Dropout):
@@ -89,37 +54,40 @@ class SampleDropout(nn.Dropout):
         keys = current_keys(input.numel() // input.shape[-1])
         if keys is None:
             return super().forward(input)
-        on_device = keys.keys.to(input.device, non_blocking=True)
-        found: Tensor = _Masked.apply(input, self.p, keys.seed_of(self.number), on_device, self.first_column)
-        return found
+        return masked(input, self.p, keys.seed_of(self.number), keys.keys, self.first_column)
 
 
-class _Masked(torch.autograd.Function):
-    """x (..., K) under a mask; its gradient is under the same one."""
+class Followed(NamedTuple):
+    """What drops in a model, and follows samples where a trainer says which they are.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, seed: int, keys: Tensor, column: int) -> Tensor:
-        """Keys (T,) for x as (T, K), whose first column is number ``column``."""
-        ctx.mask = p, seed, keys, column
-        return dropped(x.reshape(-1, x.shape[-1]), p, seed, keys=keys, first_column=column).view(x.shape)
+    Attributes:
+        adapters: whether adapters do.
+        inside: whether the model itself does.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The gradient of x."""
-        p, seed, keys, column = ctx.mask
-        dx = dropped(dy.reshape(-1, dy.shape[-1]), p, seed, keys=keys, first_column=column)
-        return dx.view(dy.shape), None, None, None, None
+    adapters: bool = False
+    inside: bool = False
+
+    @property
+    def drops(self) -> bool:
+        """Whether tokens need keys."""
+        return self.adapters or self.inside
+
+    def keys(self, keys: Tensor | None, seed: int) -> TokenKeys | None:
+        """What ``keyed`` takes: ``keys`` (B, S) of a batch, None where they are not known, and the step's ``seed``."""
+        return None if keys is None else TokenKeys(keys.reshape(-1), seed, len(keys), self.inside)
 
 
-def follow_samples(model: nn.Module, patches: PatchSet) -> bool:
-    """Let the dropout of every adapter follow samples where a trainer says which they are.
+def follow_samples(model: nn.Module, patches: PatchSet, *, compiled: bool = False) -> Followed:
+    """Let dropout follow samples where a trainer says which they are.
 
     Args:
-        model: with adapters.
+        model: as it is trained, with adapters or without, before it is wrapped for several ranks.
         patches: the ledger.
+        compiled: whether torch.compile makes something else of the model, whose own dropout is torch's then.
 
-    Returns:
-        Whether there is any that drops.
+    Raises:
+        ConfigError: the model's attention drops within a kernel that draws masks of its own.
     """
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)]
     found = False
@@ -130,4 +98,9 @@ def follow_samples(model: nn.Module, patches: PatchSet) -> bool:
                 first = getattr(layer.get_base_layer(), "first_input", 0)
                 new = SampleDropout(dropout.p, number, first)
                 patches.replace(model, f"{path}.lora_dropout.{name}", new, "masks follow from the sample")
-    return found
+    inside = drops_inside(model)
+    if inside and compiled:
+        say_once("dropout inside a compiled model draws other masks on another number of ranks.")
+    elif inside:
+        number_sites(model, patches)
+    return Followed(found, inside and not compiled)

@@ -33,10 +33,11 @@ from pantheraml.log import say
 from pantheraml.models.decoding import is_recording, set_decoding
 from pantheraml.models.patching import PatchSet
 from pantheraml.models.recompute import is_recompute_forced
-from pantheraml.models.sample_dropout import TokenKeys, follow_samples, keyed, mixed
+from pantheraml.models.sample_dropout import follow_samples, keyed
 from pantheraml.models.sharding import let_go
 from pantheraml.models.split import is_split
 from pantheraml.models.state import get_state
+from pantheraml.models.token_keys import mixed
 from pantheraml.training.adapter_precision import kept_trained_weights
 from pantheraml.training.arguments import join_ranks, pin_device, set_recompute_argument
 from pantheraml.training.default_adapter import ensure_adapter
@@ -141,7 +142,9 @@ class PantheraMLGRPOTrainer(RepeatedGRPOSteps, WatchedRuns, RestartedRuns, Stopp
         self._strategy.configure(self.accelerator, config, cast(nn.Module, self.model))
         self._place_head(fused=state is not None and state.kernels == "auto")
         ledger = PatchSet() if state is None else state.patches
-        self._keyed = follow_samples(cast(nn.Module, self.model), ledger)
+        self._dropout = follow_samples(
+            cast(nn.Module, self.model), ledger, compiled=bool(config.torch_compile)
+        )
 
     def _join_run(self, config: GRPOConfig, model: nn.Module, settings: MultiGPUConfig) -> None:
         """Be one of the ranks that train ``model``; ``config`` is changed in place."""
@@ -343,11 +346,11 @@ class PantheraMLGRPOTrainer(RepeatedGRPOSteps, WatchedRuns, RestartedRuns, Stopp
         return loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """TRL's; dropout in front of adapters follows the rows and the number of the step."""
+        """TRL's; dropout follows the rows and the number of the step."""
         numbers = inputs.get(_ROWS)
-        if numbers is not None and self._keyed and self._during_step is not None:
+        if numbers is not None and self._dropout.drops and self._during_step is not None:
             mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1).long()
             keys = (numbers[:, None] << 32) | (mask.cumsum(1) - 1).clamp(min=0)
             seed = mixed(self.args.seed, self.state.global_step)
-            self._during_step.enter_context(keyed(TokenKeys(keys.reshape(-1), seed)))
+            self._during_step.enter_context(keyed(self._dropout.keys(keys, seed)))
         return super()._compute_loss(model, inputs)

@@ -17,7 +17,7 @@ from trl import GRPOConfig
 
 from pantheraml.errors import ConfigError
 from pantheraml.log import say
-from pantheraml.models.sample_dropout import mixed
+from pantheraml.models.token_keys import mixed
 
 
 def fill_groups(config: GRPOConfig, ranks: int) -> None:

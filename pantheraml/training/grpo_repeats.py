@@ -22,7 +22,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from pantheraml.distributed.strategies.base import Strategy
 from pantheraml.distributed.strategies.held_reduction import lay_out_buckets
-from pantheraml.models.sample_dropout import TokenKeys, current_keys, keyed
+from pantheraml.models.sample_dropout import keyed
+from pantheraml.models.token_keys import current_keys
 from pantheraml.training.agreed_repeats import AgreedRepeats, Attempt
 from pantheraml.training.memory_advice import Shorter
 from pantheraml.training.pass_limit import NO_LIMIT
@@ -189,7 +190,8 @@ class RepeatedGRPOSteps(AgreedRepeats, GRPOTrainer):
         def keyed_by(part: Part) -> AbstractContextManager[None]:
             if part is None or keys is None:
                 return keyed(None)
-            return keyed(TokenKeys(keys.keys.view(rows, -1)[part].reshape(-1), keys.seed))
+            those = keys.keys.view(rows, -1)[part]
+            return keyed(keys._replace(keys=those.reshape(-1), rows=len(those)))
 
         lay_out_buckets(model)
         step.passes = ScorePasses(

@@ -21,8 +21,8 @@ from pantheraml.errors import ConfigError
 from pantheraml.kernels.attention.layout import read_layout
 from pantheraml.log import say_once
 from pantheraml.models.recompute import prepare_recompute
-from pantheraml.models.sample_dropout import mixed
 from pantheraml.models.state import ModelState, get_state
+from pantheraml.models.token_keys import mixed
 from pantheraml.training.head import score, why_not_fused
 from pantheraml.training.merging import MergedSteps
 from pantheraml.training.router_balance import balance_loss, experts_per_token, router_sums
@@ -193,7 +193,9 @@ class PipelinedSteps(MergedSteps):
         scale = (lambda value: value) if scaler is None else scaler.scale
         context = cast(Context, self.accelerator.autocast)
         seed = mixed(self.args.seed, self.state.global_step)  # as RankedRows draws it
-        found = self._pipeline.step(pieces, loss, scale=scale, context=context, carry=carry, seed=seed)
+        found = self._pipeline.step(
+            pieces, loss, scale=scale, context=context, carry=carry, seed=seed, dropout=self._dropout
+        )
         return found.to(self.args.device)
 
 

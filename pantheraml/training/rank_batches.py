@@ -36,7 +36,8 @@ from pantheraml.distributed.data_ranks import DataRanks
 from pantheraml.distributed.process_group import gather_objects
 from pantheraml.errors import DataError
 from pantheraml.log import say_once
-from pantheraml.models.sample_dropout import TokenKeys, keyed, mixed
+from pantheraml.models.sample_dropout import Followed, keyed
+from pantheraml.models.token_keys import mixed
 from pantheraml.training.collator_draws import drawing_from
 from pantheraml.training.global_batch import GlobalBatch
 from pantheraml.training.sample_keys import (
@@ -249,8 +250,8 @@ class RankedRows(SFTTrainer):
     _global_batch: GlobalBatch
     # Who has rows of its own; ranks that compute layers together have the same.
     _data_ranks = DataRanks()
-    # Whether dropout follows the samples, so that tokens need keys.
-    _keyed = False
+    # What drops, and follows the samples.
+    _dropout = Followed()
     # Of a stream: the epoch and the rows of it that are done where the run goes on.
     _start = (0, 0)
 
@@ -275,11 +276,11 @@ class RankedRows(SFTTrainer):
     def training_step(
         self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """TRL's; dropout in front of adapters follows the samples of the batch and the number of the step."""
+        """TRL's; dropout follows the samples of the batch and the number of the step."""
         inputs.pop(NUMBERS, None)
         keys = inputs.pop(KEYS, None)
         seed = mixed(self.args.seed, self.state.global_step)
-        with keyed(None if keys is None else TokenKeys(keys.reshape(-1), seed)):
+        with keyed(self._dropout.keys(keys, seed)):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _get_dataloader(
@@ -345,7 +346,7 @@ class RankedRows(SFTTrainer):
 
     def _filled(self, collator: Any, row: Any, is_training: bool) -> FilledCollator:
         seed = self.args.seed if is_training and self._has_own_collator else None
-        keyed = is_training and self._keyed
+        keyed = is_training and self._dropout.drops
         return FilledCollator(collator, row, numbered=is_training, keyed=keyed, seed=seed)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:

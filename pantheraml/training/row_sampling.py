@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from pantheraml.models.patching import changed_within
-from pantheraml.models.sample_dropout import mixed
+from pantheraml.models.token_keys import mixed
 
 # What probabilities are multiplied by, and then rounded down: a token below 2^-48 is never drawn.
 _UNITS = 2.0**48

@@ -168,7 +168,9 @@ class PantheraMLTrainer(WatchedRuns, RestartedRuns, RepeatedSteps):
         self._strategy.configure(self.accelerator, config, cast(nn.Module, self.model))
         self._place_head(fused=state is not None and state.kernels == "auto")
         ledger = PatchSet() if state is None else state.patches
-        self._keyed = follow_samples(cast(nn.Module, self.model), ledger)
+        self._dropout = follow_samples(
+            cast(nn.Module, self.model), ledger, compiled=bool(config.torch_compile)
+        )
         self._check_rows()
         self._trackers = TrackerGuard()
         self._trackers.cover(self.callback_handler)

@@ -67,7 +67,8 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.save_checkpoint(tmp_path_factory.mktemp("llama"), "llama", num_hidden_layers=3)
+    how = dict(num_hidden_layers=3, attention_dropout=0.1)
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("llama"), "llama", **how)
 
 
 def load(folder, kind, config):

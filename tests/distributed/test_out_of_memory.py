@@ -93,7 +93,7 @@ def train(folder, output, starve=None, settings=None, full=False, **adapter):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.save_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("llama"), "llama", attention_dropout=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,9 @@ def test_routers_keep_their_micro_batches(tmp_path, tmp_path_factory):
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_model_that_is_split(tmp_path, tmp_path_factory, backward):
     """Micro-batches that follow one another through its stages become smaller."""
-    folder = tiny.save_checkpoint(tmp_path_factory.mktemp("split"), "llama", num_hidden_layers=4)
+    folder = tiny.save_checkpoint(
+        tmp_path_factory.mktemp("split"), "llama", num_hidden_layers=4, attention_dropout=0.2
+    )
     found = []
     for starve in (None, dict(most=FITS, backward=backward)):
         settings = dict(per_device_train_batch_size=8, global_batch_size=16)

@@ -94,7 +94,8 @@ def assert_same(found, wanted, skipped=()):
 def folders(tmp_path_factory):
     @functools.cache
     def get(family):
-        return tiny.save_checkpoint(tmp_path_factory.mktemp(family), family, num_hidden_layers=3)
+        how = dict(num_hidden_layers=3, attention_dropout=0.2)
+        return tiny.save_checkpoint(tmp_path_factory.mktemp(family), family, **how)
 
     return get
 

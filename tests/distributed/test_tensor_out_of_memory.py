@@ -57,7 +57,8 @@ def train_all(folder, output, runs):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.save_checkpoint(tmp_path_factory.mktemp("llama"), "llama", num_hidden_layers=3)
+    how = dict(num_hidden_layers=3, attention_dropout=0.1)
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("llama"), "llama", **how)
 
 
 @pytest.mark.parametrize("runs", [RUNS, pytest.param(OTHERS, marks=pytest.mark.slow)])

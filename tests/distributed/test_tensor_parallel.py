@@ -81,7 +81,9 @@ def assert_same(found, wanted, tolerance=1e-5):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.save_checkpoint(tmp_path_factory.mktemp("llama"), "llama", attention_bias=True)
+    return tiny.save_checkpoint(
+        tmp_path_factory.mktemp("llama"), "llama", attention_bias=True, attention_dropout=0.2
+    )
 
 
 @pytest.fixture(scope="module")

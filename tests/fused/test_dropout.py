@@ -12,7 +12,8 @@ from pantheraml.models.fused.decoder_layer import FusedDecoderLayer, apply_layer
 from pantheraml.models.fused.functions import AttentionInput
 from pantheraml.models.fused.host_store import HostStore
 from pantheraml.models.patching import PatchSet
-from pantheraml.models.sample_dropout import SampleDropout, TokenKeys, follow_samples, keyed
+from pantheraml.models.sample_dropout import SampleDropout, follow_samples, keyed
+from pantheraml.models.token_keys import TokenKeys
 from tests.fused.masks import Recorder, apply_masks
 from tests.fused.test_decoder_layer import (
     ALL,
@@ -204,7 +205,7 @@ def test_masks_that_follow_samples_are_those_of_the_stock_layer(family, calls):
     results = []
     for fused in (True, False):
         model = build(family, ALL, fused, **DROP)[0].train()
-        assert follow_samples(model, PatchSet())
+        assert follow_samples(model, PatchSet()).adapters
         with keyed(keys):
             results.append(run(model))
     assert len(calls) == 2
@@ -213,3 +214,26 @@ def test_masks_that_follow_samples_are_those_of_the_stock_layer(family, calls):
         assert layer.number >= 0
     torch.manual_seed(1)
     assert not torch.equal(run(model)[0], results[1][0]), "without keys, masks are drawn"
+
+
+@pytest.mark.parametrize("keep", ["all", "attended", "input"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+def test_dropout_of_attention_and_residual_that_follows_samples(family, keep):
+    """Fused or not, kept or computed again: transformers attends between the fused parts."""
+    keys = (torch.tensor([7, 3], device=DEVICE)[:, None] << 32) | torch.arange(24, device=DEVICE)
+    results = []
+    for fused in (True, False):
+        model = build(family, ALL, fused, **DROP)[0].train()
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.2
+            if hasattr(module, "resid_mlp_dropout"):
+                module.resid_mlp_dropout.p = 0.2
+            if isinstance(module, FusedDecoderLayer):
+                module.gradient_checkpointing, module.keep_when_recomputing = keep != "all", keep
+        followed = follow_samples(model, PatchSet())
+        assert followed.inside
+        with keyed(followed.keys(keys, 5)):
+            results.append(run(model))
+    assert_equal(*results, tolerance=3e-5)
+    assert not torch.allclose(run(model)[0], results[1][0], atol=1e-3)

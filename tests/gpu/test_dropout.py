@@ -1,11 +1,14 @@
-"""Dropout and biases of adapters on a GPU: the kernel beside plain PyTorch, and layers beside stock ones."""
+"""Dropout on a GPU: the kernel beside plain PyTorch, adapters in layers beside stock ones, and a model's own."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from pantheraml.kernels.attention_dropout import HeadDropout, dropped_probabilities, dropping_attention
 from pantheraml.kernels.keyed_dropout import add_dropped, dropped, kept_values
+from pantheraml.models.patching import PatchSet
+from pantheraml.models.sample_dropout import follow_samples, keyed
 from tests.fused.masks import Recorder, apply_masks
 from tests.fused.test_decoder_layer import ALL, build, run
 from tests.fused.test_dropout import DROP, in_4bit
@@ -13,6 +16,7 @@ from tests.fused.test_fp8_layer import error, in_fp8
 from tests.fused.test_whole_layer import build_whole
 from tests.gpu.test_formats import needs_fp8
 from tests.kernels.dropout_cases import SEED, SHAPES, SHARES, expected, make
+from tests.models.dropping import build as build_dropping
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")]
 
@@ -138,3 +142,91 @@ def test_fp8_layers_err_as_stock_ones(family, lora, monkeypatch):
     assert recorder.layers == 2 * len(SEEDS)
     mine, theirs = torch.tensor(squares).mean(0).sqrt().tolist()
     assert mine <= 1.4 * theirs < 0.25
+
+
+def head_dropout(device, rows=3, tokens=300, heads=4):
+    """Samples behind padding and behind one another, one of them cut off from what was before it."""
+    keys = (torch.arange(5, 5 + rows)[:, None] << 32) | torch.arange(tokens)
+    keys[0, :7] = keys[0, 0]
+    keys[0, 7:] -= 7
+    keys[1, 100:] = (77 << 32) | torch.arange(900, 900 + tokens - 100)
+    return HeadDropout(0.1, tuple(SEED + 2 * head for head in range(heads)), keys.to(device))
+
+
+def test_masks_of_attention_are_those_of_the_cpu():
+    for mine, theirs in zip(head_dropout("cuda").parts(), head_dropout("cpu").parts(), strict=True):
+        assert mine[:2] == theirs[:2]
+        assert torch.equal(mine[2].cpu(), theirs[2])
+
+
+@pytest.mark.parametrize("grouped", [1, 2])
+def test_attention_with_dropout_errs_as_the_formula_in_16_bits(grouped):
+    """Values and gradients in bf16, beside the eager formula in bf16, against float64 on the CPU."""
+    shape, results = (3, 4, 300, 64), {}
+    generator = torch.Generator().manual_seed(0)
+    given = [
+        torch.randn(3, 4 // (grouped if part else 1), *shape[2:], generator=generator) for part in range(3)
+    ]
+    weight = torch.randn(shape, generator=generator)
+
+    def eager(q, k, v, drop, causal):
+        k, v = (one.repeat_interleave(grouped, dim=1) for one in (k, v))
+        hidden = torch.ones(300, 300, dtype=torch.bool, device=q.device).triu(1)
+        scores = (q @ k.transpose(-1, -2) * 64**-0.5).masked_fill(hidden, torch.finfo(q.dtype).min)
+        probabilities = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+        return dropped_probabilities(probabilities, drop) @ v
+
+    for name, device, dtype, attend in (
+        ("exact", "cpu", torch.float64, dropping_attention),
+        ("mine", "cuda", torch.bfloat16, dropping_attention),
+        ("theirs", "cuda", torch.bfloat16, eager),
+    ):
+        rounded = [one.bfloat16().to(device, dtype).requires_grad_() for one in given]
+        out = attend(*rounded, head_dropout(device), causal=True)
+        gradients = torch.autograd.grad((out * weight.to(device, dtype)).sum(), rounded)
+        results[name] = [one.detach().cpu().double() for one in (out, *gradients)]
+    for exact, mine, theirs in zip(*results.values(), strict=True):
+        assert (mine - exact).norm() <= 1.5 * (theirs - exact).norm()
+        assert (mine - exact).norm() <= 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama", "phi3"])
+def test_models_drop_on_a_gpu_what_they_drop_on_a_cpu(kind, recompute):
+    """With recompute, too, which runs in the thread that autograd has for the GPU."""
+    ids = torch.randint(5, 500, (3, 40), generator=torch.Generator().manual_seed(0))
+    keys, results = (torch.arange(3)[:, None] << 32) | torch.arange(40), []
+    for device in ("cpu", "cuda"):
+        model = build_dropping(kind).to(device)
+        if recompute and device == "cuda":
+            prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+            enable = getattr(model, f"{prefix}_checkpointing_enable")
+            enable(**{f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}})
+        followed = follow_samples(model, PatchSet())
+        with keyed(followed.keys(keys.to(device), 5)):
+            logits = model(input_ids=ids.to(device), use_cache=False).logits
+            (logits.log_softmax(-1) * torch.linspace(-1, 1, 512, device=device)).sum().backward()
+        gradients = [p.grad.cpu() for p in model.parameters() if p.grad is not None]
+        results.append([logits.detach().cpu(), *gradients])
+    for theirs, mine in zip(*results, strict=True):
+        # Biases of keys have gradients that cancel.
+        assert (mine - theirs).norm() <= 2e-3 * theirs.norm() + 1e-5 * results[0][0].norm()
+
+
+@pytest.mark.parametrize("keep", ["all", "attended", "input"])
+def test_fused_layers_drop_of_attention_what_stock_ones_do(keep):
+    """In bf16, with adapters that drop, too, kept or computed again."""
+    keys = (torch.tensor([7, 3])[:, None] << 32) | torch.arange(24)
+    results = []
+    for fused in (True, False):
+        model = build("llama", ALL, fused, **DROP)[0].train().to("cuda", torch.bfloat16)
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.3
+            if hasattr(module, "keep_when_recomputing"):
+                module.gradient_checkpointing, module.keep_when_recomputing = keep != "all", keep
+        with keyed(follow_samples(model, PatchSet()).keys(keys.cuda(), 5)):
+            logits, gradients = run(model)
+        results.append([logits.float(), *(gradients[name].float() for name in sorted(gradients))])
+    for mine, theirs in zip(*results, strict=True):
+        assert (mine - theirs).norm() <= 0.2 * theirs.norm()  # with other masks as large as the values

@@ -22,7 +22,7 @@ FULL = dict(kind="full", steps_per_generation=2, save_strategy="steps", save_ste
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.save_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("llama"), "llama", attention_dropout=0.1)
 
 
 def refused(folder, output):

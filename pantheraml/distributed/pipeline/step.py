@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,8 +20,9 @@ from pantheraml.distributed.pipeline.schedule import one_forward_one_backward
 from pantheraml.distributed.pipeline.stage import Stage, build_stages
 from pantheraml.models.families import ModelFamily
 from pantheraml.models.fused.decoder_layer import FusedDecoderLayer
-from pantheraml.models.sample_dropout import TokenKeys, keyed
+from pantheraml.models.sample_dropout import Followed, keyed
 from pantheraml.models.split import Split
+from pantheraml.models.token_keys import TokenKeys
 
 Batch = dict[str, Any]
 Context = Callable[[], AbstractContextManager[Any]]
@@ -69,6 +71,7 @@ class Pipeline:
         context: Context = nullcontext,
         carry: Carry | None = None,
         seed: int = 0,
+        dropout: Followed | None = None,
     ) -> Tensor:
         """Forward and backward of all micro-batches; gradients are added to those that are there.
 
@@ -80,12 +83,14 @@ class Pipeline:
             context: entered for each forward (autocast).
             carry: what each stage adds up beside its output, where routers of experts have a loss of their own.
             seed: of the step, for dropout that follows the samples (``TOKEN_KEYS``).
+            dropout: what does; None: adapters alone.
 
         Returns:
             The sum of the losses, detached, on the device of ``loss``.
         """
         with self._unchanging():
-            return _Step(self, batches, loss, scale, context, carry, seed).run()
+            token_keys = partial((dropout or Followed()).keys, seed=seed)
+            return _Step(self, batches, loss, scale, context, carry, token_keys).run()
 
     @contextmanager
     def _unchanging(self) -> Iterator[None]:
@@ -146,10 +151,10 @@ class _Step:
         scale: Callable[[Tensor], Tensor],
         context: Context,
         carry: Carry | None,
-        seed: int,
+        token_keys: Callable[[Tensor | None], TokenKeys | None],
     ) -> None:
         self._pipeline, self._batches, self._loss, self._scale = pipeline, batches, loss, scale
-        self._context, self._carry, self._seed = context, carry, seed
+        self._context, self._carry, self._token_keys = context, carry, token_keys
         self._stages: list[Stage] = pipeline.stages
         # All of them before anything is computed: later they would wait for what is launched until then.
         self._inputs = [
@@ -177,7 +182,7 @@ class _Step:
             inputs = self._inputs[index][i]
             batch = {name: one.open() if isinstance(one, Parcel) else one for name, one in inputs.items()}
             mask, keys = batch.pop(TOKEN_MASK, None), batch.pop(TOKEN_KEYS, None)
-            keys = self._keys[index, i] = None if keys is None else TokenKeys(keys.reshape(-1), self._seed)
+            keys = self._keys[index, i] = self._token_keys(keys)
             with keyed(keys):
                 hidden, logits = stage.forward(entered[0], batch, routers=self._carry is not None)
             carried = None if self._carry is None else self._carry(logits, mask)

@@ -20,7 +20,7 @@ from torch import Tensor
 from pantheraml.kernels.keyed_dropout import add_dropped, draw_seeds, dropped
 from pantheraml.models.fused.projection import Projection
 from pantheraml.models.fused.slots import Slot, slots
-from pantheraml.models.sample_dropout import current_keys
+from pantheraml.models.token_keys import current_keys
 
 
 class AdapterInputs:

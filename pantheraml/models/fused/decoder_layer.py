@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pantheraml.kernels.attention.backend import AttentionBackend, AttentionCall
@@ -18,6 +17,7 @@ from pantheraml.kernels.attention.table import choose
 from pantheraml.kernels.launch import launching_on, why_no_triton
 from pantheraml.kernels.rope import Rotary
 from pantheraml.models.activation_sizes import TILE
+from pantheraml.models.dropout_sites import called, checkpointed
 from pantheraml.models.families import ModelFamily
 from pantheraml.models.fused.attention import NAME
 from pantheraml.models.fused.functions import AttentionAndMLP, AttentionInput, AttentionOutput
@@ -122,7 +122,7 @@ class FusedDecoderLayer(nn.Module):
             )
         if keep == "all":
             return compute(hidden_states)
-        return checkpoint(compute, hidden_states, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return checkpointed(compute, hidden_states)
 
     def _keep(self) -> Keep:
         """What stays for the backward of this call."""
@@ -194,7 +194,9 @@ class FusedDecoderLayer(nn.Module):
         eager = import_module(type(module).__module__).eager_attention_forward
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
         dropout = module.attention_dropout if self.training else 0.0
-        return attend(module, q, k, v, mask, dropout=dropout, **self._attention_settings(module), **kwargs)[0]
+        settings = self._attention_settings(module)
+        with called(module):
+            return attend(module, q, k, v, mask, dropout=dropout, **settings, **kwargs)[0]
 
     def _attention_settings(self, module: Any) -> dict[str, Any]:
         window = getattr(

@@ -21,7 +21,7 @@ from pantheraml.models.fused.decoder_layer import FusedDecoderLayer, _shared
 from pantheraml.models.fused.halves import project_in
 from pantheraml.models.fused.parts import MiddlePart, MLPPart
 from pantheraml.models.fused.read_layer import LayerParts
-from pantheraml.models.patching import PatchSet
+from pantheraml.models.patching import PatchSet, is_foreign
 
 # Up to so many rows, a norm of whole rows after a plain sum beats the kernel made for training.
 FEW_ROWS = 64
@@ -93,7 +93,10 @@ def _read(layer: FusedDecoderLayer, x: Tensor) -> LayerParts | None:
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
     modules: list[nn.Module] = [attention, mlp, *attention.children(), *mlp.children()]
-    if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+    hooks = (
+        hook for one in modules for hook in (*one._forward_hooks.values(), *one._forward_pre_hooks.values())
+    )
+    if any(map(is_foreign, hooks)):
         return None  # PEFT chooses adapters per row by hooks
     # Packed weights are multiplied faster packed than after unpacking, one token at a time.
     if any(getattr(weight, "quant_state", None) is not None for weight in layer.parameters()):
