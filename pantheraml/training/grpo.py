@@ -26,6 +26,7 @@ from trl.trainer.utils import (
 )
 
 from pantheraml.config.multi_gpu import MultiGPUConfig, config_of
+from pantheraml.devices.segments import grow_segments
 from pantheraml.distributed.process_group import get_rank, group_size, settings_of_run, setup_multi_gpu
 from pantheraml.distributed.strategies.choose import strategy_of
 from pantheraml.errors import ConfigError
@@ -211,6 +212,7 @@ class PantheraMLGRPOTrainer(RepeatedGRPOSteps, WatchedRuns, RestartedRuns, Stopp
             KeyboardInterrupt: Ctrl-C did.
         """
         with self.watched(config_of(self._multi_gpu)), self.begun(resume_from_checkpoint) as checkpoint:
+            grow_segments(self.args.device)
             let_go(cast(nn.Module, self.model))
             say(describe_generation(cast(GRPOConfig, self.args), group_size()))
             if group_size() > 1:
