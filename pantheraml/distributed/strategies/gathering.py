@@ -34,8 +34,8 @@ class Gathering:
         self._parameters: list[Any] = list(model.parameters())
         for parameter in self._parameters:
             parameter.all_gather_coalesced = exchanges.counted(parameter.all_gather_coalesced, _Zeros)
-            # Of a weight that a module reads of another one, as TRL's loss does of the head; from the next pass on it is
-            # gathered with that module.
+            # Of a weight that a module reads of another one, as TRL's loss does of the head; after that it
+            # is gathered with that module.
             parameter.all_gather = exchanges.counted(parameter.all_gather, partial(_fill_missing, parameter))
         # The first thing of a forward: the trace is at its beginning, and ranks compare what is new of it.
         reset_step = coordinator.reset_step

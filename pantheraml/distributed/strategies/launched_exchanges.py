@@ -78,6 +78,5 @@ class LaunchedExchanges:
         self._count.failed()
 
     def _launched(self) -> int:
-        return sum(
-            group._get_backend(self._device)._get_sequence_number_for_group() for group in self._groups
-        )
+        backends: list[Any] = [group._get_backend(self._device) for group in self._groups]
+        return sum(backend._get_sequence_number_for_group() for backend in backends)
