@@ -77,7 +77,7 @@ def folder(tmp_path_factory):
             (LORA, [
                 (zero(3), {1: IN_A_LAYER}, NARROW),
                 (zero(3, cpu_offload=True), APART, {}),
-                (zero(3), RECOMPUTES, EVALUATED),
+                (zero(3), RECOMPUTES, {}),
             ]),
         ]),
     ],
