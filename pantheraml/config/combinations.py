@@ -89,15 +89,10 @@ REFUSED: dict[tuple[str, str], Refusal] = {
         'Write on_non_finite="skip", which leaves such steps out, or strategy="ddp".',
     ),
     ("deepspeed, zero_stage=3", "merge_micro_batches"): _ZERO_TALKS,
-    ("deepspeed, zero_stage=3", "out-of-memory repeats"): Refusal(
-        "Ranks gather weights from one another in every pass, and one that has failed gives none.",
-        'Write strategy="fsdp", or lower per_device_train_batch_size, where memory runs out.',
-    ),
     ("deepspeed, cut gradients", "merge_micro_batches"): _ZERO_TALKS,
-    ("deepspeed, cut gradients", "out-of-memory repeats"): Refusal(
-        "In every pass stage 2 cuts gradients of which one bucket (reduce_bucket_size) has no room for all, and some "
-        "settings, overlap_comm for one, have them reduced; that cannot be undone.",
-        'Write zero_stage=1 or strategy="fsdp", or lower per_device_train_batch_size, where memory runs out.',
+    ("deepspeed, settings of its own", "out-of-memory repeats"): Refusal(
+        "Some settings of DeepSpeed have it exchange or add up in a way that cannot be undone.",
+        "Leave them out, or lower per_device_train_batch_size, where memory runs out.",
     ),
     ("deepspeed", "async_save"): Refusal(
         "each rank has a part of the state, and DeepSpeed writes it.",

@@ -8,6 +8,7 @@ import numpy as np
 import torch.distributed as dist
 
 from pantheraml.errors import HardwareError
+from pantheraml.models.zero3 import whole_on_first
 from tests.distributed.test_out_of_memory import FITS, Said, trainer_of
 from tests.training.starving import Starved
 
@@ -32,13 +33,15 @@ def starved_run(folder, output, model, tokenizer, starve, settings):
     finally:
         logging.getLogger("pantheraml").removeHandler(said)
     logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    return trainer, {
-        "figures": [[entry[name] for name in FIGURES] for entry in logs],
-        "weights": [
+    with whole_on_first(model, is_first=True):
+        weights = [
             getattr(p, "full_tensor", lambda p=p: p)().detach().numpy()
             for p in model.parameters()
             if p.requires_grad
-        ],
+        ]
+    return trainer, {
+        "figures": [[entry[name] for name in FIGURES] for entry in logs],
+        "weights": weights,
         "said": [line for line in said.lines if "ran out of memory" in line],
         "failures": starved.failures,
         "passes": starved.passes,

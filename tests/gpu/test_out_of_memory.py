@@ -29,6 +29,19 @@ pytestmark = [
 LENGTH, STEPS = 1024, 3
 WIDE = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=8, max_position_embeddings=LENGTH)
 
+# What DeepSpeed shares out: its stage, and settings of its own. A layer of 2.6 million weights has several buckets.
+BUCKETS = dict(
+    train_batch_size="auto", train_micro_batch_size_per_gpu="auto", gradient_accumulation_steps="auto",
+    gradient_clipping="auto", zero_optimization=dict(stage=2, reduce_bucket_size=1_000_000),
+)  # fmt: skip
+DEEPSPEED = {
+    "optimizer": (2, {}),
+    "gradients": (2, dict(deepspeed=BUCKETS)),
+    "weights": (3, {}),
+    "all": (3, {}),
+}
+FULL = ("trained", "gradients", "all")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -42,14 +55,16 @@ def build(folder, output, shared=None, **settings):
         folder: of the model.
         output: of the run.
         shared: what ranks share out: "frozen" layers beside an adapter, or all, "trained" and computed in bf16; or
-            the "computing" of each layer, or the "optimizer" beside an adapter, by DeepSpeed.
+            the "computing" of each layer; or by DeepSpeed the "optimizer" or frozen "weights" beside an adapter,
+            "gradients" of all weights in small buckets, or "all".
         settings: of the trainer.
     """
     config = None
     if shared == "computing":
         config = MultiGPUConfig(tensor_parallel=2)
-    elif shared == "optimizer":
-        config = MultiGPUConfig(strategy="deepspeed")
+    elif shared in DEEPSPEED:
+        stage, given = DEEPSPEED[shared]
+        config, settings = MultiGPUConfig(strategy="deepspeed", zero_stage=stage), settings | given
     elif shared:
         config = MultiGPUConfig(strategy="fsdp", shard_frozen=True)
     generator = torch.Generator().manual_seed(3)
@@ -59,11 +74,11 @@ def build(folder, output, shared=None, **settings):
         max_seq_length=LENGTH,
         load_in_4bit=False,
         dtype="float32",
-        full_finetuning=shared == "trained",
+        full_finetuning=shared in FULL,
         use_multi_gpu=config,
         use_gradient_checkpointing=False,
     )
-    if shared != "trained":
+    if shared not in FULL:
         model = FastLanguageModel.get_peft_model(
             model, r=8, lora_dropout=0.2, use_gradient_checkpointing=False
         )
@@ -153,9 +168,9 @@ def train_on_a_rank(folder, output, taken, shared):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("shared", [None, "frozen", "trained", "computing", "optimizer"])
+@pytest.mark.parametrize("shared", [None, "frozen", "trained", "computing", *DEEPSPEED])
 def test_one_rank_of_two(folder, tmp_path, shared):
-    if shared == "optimizer":
+    if shared in DEEPSPEED:
         pytest.importorskip("deepspeed")
     wanted, _, taken = notebook_launch(train_on_a_rank, folder, tmp_path, 0, shared, num_processes=2)
     found, limit, _ = notebook_launch(train_on_a_rank, folder, tmp_path, taken, shared, num_processes=2)

@@ -28,10 +28,16 @@ from pantheraml.config.multi_gpu import MultiGPUConfig
 from pantheraml.devices.zero import Zero
 from pantheraml.distributed.process_group import group_size, is_first_of_group
 from pantheraml.distributed.strategies.base import Strategy
-from pantheraml.distributed.strategies.held_engine import EngineReduction, HeldEngine, UnshardedEngine
+from pantheraml.distributed.strategies.held_engine import (
+    CutEngine,
+    EngineReduction,
+    HeldEngine,
+    UnshardedEngine,
+)
 from pantheraml.distributed.strategies.held_reduction import Reduction
 from pantheraml.distributed.strategies.released_engine import forget_module, release_engine
-from pantheraml.distributed.strategies.zero_settings import holds_gradients, sizes_for, zero_of
+from pantheraml.distributed.strategies.zero_passes import ZeroReduction, zero_passes_of
+from pantheraml.distributed.strategies.zero_settings import cuts_plainly, holds_gradients, sizes_for, zero_of
 from pantheraml.errors import CheckpointError, ConfigError, HardwareError
 from pantheraml.log import say_once
 from pantheraml.models.fused import FusedDecoderLayer
@@ -53,7 +59,7 @@ class DeepSpeed(Strategy):
         self._zero: dict[str, Any] = {"stage": config.zero_stage}
         self._was_used: str | None = None
         self._settings: dict[str, Any] = {}
-        self._is_ours = self._holds = False
+        self._is_ours = self._holds = self._cuts = False
         self._has_trained = False
 
     @property
@@ -156,9 +162,9 @@ class DeepSpeed(Strategy):
         if self._is_ours:
             self._zero.update(sizes_for(model))
         self._holds = holds_gradients(self._settings, model)
-        if not self._holds:
-            where = "zero_stage=3" if self.stage == 3 else "cut gradients"
-            why = REFUSED[f"deepspeed, {where}", "out-of-memory repeats"].reason
+        self._cuts = not self._holds and cuts_plainly(self._settings)
+        if not (self._holds or self._cuts):
+            why = REFUSED["deepspeed, settings of its own", "out-of-memory repeats"].reason
             say_once(f"a step that runs out of memory ends the run: {why}")
         state = get_state(model)
         if self.stage < 3 or state is None:
@@ -195,11 +201,17 @@ class DeepSpeed(Strategy):
             accelerator.deepspeed_engine_wrapped = UnshardedEngine(wrapped.engine)
         elif self._holds:
             accelerator.deepspeed_engine_wrapped = HeldEngine(wrapped.engine)
+        elif self._cuts:
+            accelerator.deepspeed_engine_wrapped = CutEngine(wrapped.engine)
 
     def reduction(self, accelerator: Any, model: nn.Module) -> Reduction | None:
-        """When all passes are done, where gradients wait for that."""
+        """When all passes are done, where gradients wait for that; else within each."""
         del model
-        return EngineReduction(accelerator.deepspeed_engine_wrapped) if self._holds else None
+        wrapped = accelerator.deepspeed_engine_wrapped
+        if self._holds:
+            return EngineReduction(wrapped)
+        passes = zero_passes_of(wrapped.engine) if self._cuts else None
+        return None if passes is None else ZeroReduction(wrapped, passes)
 
     def loss_scale(self, accelerator: Any) -> torch.Tensor | None:
         """Of DeepSpeed's own scaler, in fp16."""

@@ -6,7 +6,8 @@ when every pass has been done. So a step can be repeated until then, and ranks m
 
     HeldEngine          stages 1 and 2: ZeRO's optimizer reduces to the ranks that step each part
     UnshardedEngine     stage 0: the optimizer is a plain one of torch, in front of which is put what ZeRO's does
-    EngineReduction     either of them, as a step that may be repeated sees it
+    CutEngine           passes reduce as they are made, see ``zero_passes``; only the step is apart
+    EngineReduction     any of them, as a step that may be repeated sees it
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ class HeldEngine(DeepSpeedEngineWrapper):
 
     Attributes:
         waits: whether somebody else asks for the step; else it follows the last pass.
+        is_last: where it waits, whether the pass at hand is a step's last one.
     """
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
-        self.waits = False
+        self.waits = self.is_last = False
 
     def backward(self, loss: Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
         """The backward of a pass, and behind the last one of a step the step, unless that waits."""
@@ -109,6 +111,26 @@ class UnshardedEngine(HeldEngine):
             self.engine.zero_grad()
 
 
+class CutEngine(HeldEngine):
+    """accelerate's, whose passes leave on each rank its share of what is reduced.
+
+    Args:
+        engine: DeepSpeed's, of stages 1 to 3.
+    """
+
+    def backward(self, loss: Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
+        """The backward of a pass, and behind the last one of a step the step, unless that waits."""
+        is_last = self.is_last if self.waits else sync_gradients
+        self.engine.set_gradient_accumulation_boundary(is_boundary=is_last)
+        self.engine.backward(loss, **kwargs)
+        if is_last and not self.waits:
+            self.take_step()
+
+    def take_step(self) -> None:
+        """Let the optimizer use what has been reduced; all ranks do so together."""
+        self._step()
+
+
 class EngineReduction(Reduction):
     """DeepSpeed reduces, and takes its step, once every rank has done all its passes.
 
@@ -122,8 +144,8 @@ class EngineReduction(Reduction):
     @contextmanager
     def around(self, *, is_last: bool, stand_in: StandIn | None = None) -> Iterator[None]:
         """Gradients are added up."""
-        del is_last, stand_in
-        self._engine.waits = True
+        del stand_in
+        self._engine.waits, self._engine.is_last = True, is_last
         try:
             yield
         finally:

@@ -15,6 +15,13 @@ _BUCKET = 500_000_000
 # Of its settings, those by which the engine alone says when gradients are reduced or what they are added up in, and one
 # that measures passes.
 _OF_ITS_OWN = ("zenflow", "compile", "data_types", "flops_profiler")
+# Those by which the engine exchanges otherwise than one weight or bucket at a time over all ranks.
+_OTHERWISE = (
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+    "enable_sanity_checks",
+)
 
 
 def sizes_for(model: nn.Module) -> dict[str, int]:
@@ -63,6 +70,21 @@ def holds_gradients(settings: dict[str, Any], model: nn.Module) -> bool:
         return False
     numbers, bucket = sum(p.numel() for p in trained), _numbers(zero, "reduce_bucket_size", _BUCKET, model)
     return waits_whole(stage, numbers, bucket, overlaps=zero.get("overlap_comm") is True)
+
+
+def cuts_plainly(settings: dict[str, Any]) -> bool:
+    """Whether passes that cut gradients, or gather weights, can be gone through again, see ``zero_passes``.
+
+    Args:
+        settings: of DeepSpeed, whole.
+    """
+    zero = settings["zero_optimization"]
+    offloaded = [zero.get(name) or {} for name in ("offload_optimizer", "offload_param")]
+    is_other = any(settings.get(name) or zero.get(name) for name in (*_OF_ITS_OWN, *_OTHERWISE))
+    is_grouped = zero.get("zero_hpz_partition_size", 1) > 1 or zero.get("mics_shard_size", -1) > 0
+    is_on_disk = any(part.get("device") == "nvme" for part in offloaded)
+    is_scattered = zero.get("reduce_scatter", True) is True
+    return zero.get("stage", 0) > 0 and is_scattered and not (is_other or is_grouped or is_on_disk)
 
 
 def _numbers(zero: dict[str, Any], name: str, default: int, model: Any) -> int:
