@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
 from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments
 from pantheraml.models.patching import PatchSet
@@ -80,6 +83,27 @@ def test_several_evaluation_sets(load, arguments):
         expected = token_mean(trainer.model, trainer.eval_dataset[name])
         assert metrics[f"eval_{name}_loss"] == pytest.approx(expected, rel=1e-5)
         assert metrics[f"eval_{name}_perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+
+
+def test_loaders_of_evaluations_are_let_go(load, arguments):
+    model, tokenizer = load()
+    alive = []
+
+    class Count(TrainerCallback):
+        def on_evaluate(self, *_, **__):
+            gc.collect()
+            alive.append(sum(isinstance(one, DataLoader) for one in gc.get_objects()))
+
+    settings = dict(max_steps=4, eval_strategy="steps", eval_steps=1)
+    PantheraMLTrainer(
+        model,
+        arguments(**settings),
+        train_dataset=ROWS,
+        eval_dataset=ROWS,
+        tokenizer=tokenizer,
+        callbacks=[Count()],
+    ).train()
+    assert len(alive) == 4 and alive[3] == alive[1]
 
 
 def test_a_second_trainer_goes_on_with_the_adapter_of_the_first(load, arguments, caplog):

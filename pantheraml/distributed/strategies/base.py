@@ -84,11 +84,15 @@ class Strategy:
 
         Before training, transformers lets accelerate prepare the model for that alone; accelerate would then take it
         for prepared in training, too, and leave it without DDP: ranks would train apart.
+
+        accelerate keeps every loader that it has prepared, and each evaluation makes one: 10 KB that nobody asks for.
         """
         is_first = not trainer.accelerator._models
         try:
             yield
         finally:
+            loaders, training = trainer.accelerator._dataloaders, trainer.callback_handler.train_dataloader
+            loaders[:] = [loader for loader in loaders if loader is training]
             if is_first:
                 trainer.accelerator.free_memory()
                 vars(trainer.model).pop("_is_accelerate_prepared", None)
