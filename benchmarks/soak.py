@@ -115,8 +115,8 @@ def soak(options: argparse.Namespace, model_name: str) -> list[dict[str, float]]
     return looks
 
 
-def plot(looks: list[dict[str, float]], file: Path) -> None:
-    """Memory over time, one panel for each kind."""
+def plot(looks: list[dict[str, float]], file: Path, beside: Path | None = None) -> None:
+    """Memory over time, one panel for each kind; in grey, those of a file of ``--json`` from another run."""
     import matplotlib.pyplot as plt
 
     names = [name for name in WATCHED if name in looks[0]]
@@ -124,13 +124,21 @@ def plot(looks: list[dict[str, float]], file: Path) -> None:
         len(names), 1, figsize=(8, 2.2 * len(names)), sharex=True, squeeze=False, layout="constrained"
     )
     for axes, name in zip(panels[:, 0], names, strict=True):
-        axes.plot([one["seconds"] / 60 for one in looks], [one[name] / 2**30 for one in looks])
+        if beside is not None:
+            _draw(axes, json.loads(beside.read_text())["looks"], name, color="0.6", label=beside.stem)
+        _draw(axes, looks, name, label="this run")
         axes.set_ylabel(f"{name}, GiB")
         axes.set_title(f"{slope(looks, name):+.2f} MiB a minute", fontsize=9, loc="right")
         axes.grid(alpha=0.3)
+    if beside is not None:
+        panels[0, 0].legend(fontsize=8)
     panels[-1, 0].set_xlabel("minutes")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
+
+
+def _draw(axes: Any, looks: list[dict[str, float]], name: str, **style: Any) -> None:
+    axes.plot([one["seconds"] / 60 for one in looks], [one[name] / GIB for one in looks], **style)
 
 
 def main() -> int:
@@ -144,13 +152,14 @@ def main() -> int:
     parser.add_argument("--most", type=float, default=1.0, help="MiB a minute that memory may grow")
     parser.add_argument("--json", type=Path, help="file of all looks")
     parser.add_argument("--plot", type=Path, help="PNG to draw; of the looks in --json where it exists")
+    parser.add_argument("--beside", type=Path, help="file of another run's looks, to draw in the same plot")
     options = parser.parse_args()
     if options.plot and options.json and options.json.exists():
         looks = json.loads(options.json.read_text())["looks"]
     else:
         looks = soak(options, model_of(options))
     if options.plot:
-        plot(looks, options.plot)
+        plot(looks, options.plot, options.beside)
     slopes = {name: slope(looks, name) for name in WATCHED if name in looks[0]}
     steps = int(looks[-1]["step"])
     print(f"{steps} steps in {looks[-1]['seconds'] / 60:.1f} minutes; MiB a minute:")
