@@ -1,13 +1,14 @@
 """Does memory grow while a run goes on? One training run for minutes, its memory over time, and the slope.
 
     python -m benchmarks.soak --model /models/llama-8b --minutes 30 --json soak.json --plot soak.png
-    python -m benchmarks.soak --shape tiny --minutes 5 --save-steps 20
+    python -m benchmarks.soak --shape tiny --minutes 5 --save-steps 20 --eval-steps 0
 
-Rows are of Alpaca's lengths, so that hardly any step has the shape of another; a checkpoint is saved and an evaluation
-run every ``--save-steps`` steps. Host memory is that of the process and its children, where pages that N of them share
-count as 1/N in each (PSS), without pages of files, which the system drops when it wants; the GPU's is what torch holds:
-allocated at the end of steps, reserved, and the peak between two looks. The first fifth of the time is left out of the
-slopes: caches fill. The exit code is 1 when a slope is above ``--most`` MiB a minute.
+Rows are of Alpaca's lengths, so that hardly any step has the shape of another; a checkpoint is saved every
+``--save-steps`` steps and an evaluation run every ``--eval-steps``. What grows is told apart by leaving some out. Host
+memory is that of the process and its children, where pages that N of them share count as 1/N in each (PSS), without
+pages of files, which the system drops when it wants; the GPU's is what torch holds: allocated at the end of steps,
+reserved, and the peak between two looks. The first fifth of the time is left out of the slopes: caches fill. The exit
+code is 1 when a slope is above ``--most`` MiB a minute.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def soak(options: argparse.Namespace, model_name: str) -> list[dict[str, float]]
     )
     model = FastLanguageModel.get_peft_model(model, r=16, lora_dropout=0.05)
     vocab = min(model.config.vocab_size, 128000)
-    lengths = alpaca_lengths(4096)
+    lengths = [256] * 4096 if options.one_length else alpaca_lengths(4096)
     ids = [[3 + (7919 * row + place) % (vocab - 3) for place in range(n)] for row, n in enumerate(lengths)]
     looks: list[dict[str, float]] = []
 
@@ -105,8 +106,9 @@ def soak(options: argparse.Namespace, model_name: str) -> list[dict[str, float]]
             args=PantheraMLTrainingArguments(
                 output_dir=folder, per_device_train_batch_size=8, gradient_accumulation_steps=2,
                 per_device_eval_batch_size=4, max_steps=10**6, learning_rate=1e-5, logging_steps=20,
-                save_steps=options.save_steps, save_total_limit=2, eval_strategy="steps",
-                eval_steps=options.save_steps, dataloader_num_workers=options.workers, report_to="none",
+                save_strategy="steps" if options.save_steps else "no", save_steps=options.save_steps or 1,
+                save_total_limit=2, eval_strategy="steps" if options.eval_steps else "no",
+                eval_steps=options.eval_steps or 1, dataloader_num_workers=options.workers, report_to="none",
                 disable_tqdm=True,
             ),
             callbacks=[Watch()],
@@ -147,7 +149,11 @@ def main() -> int:
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--every", type=float, default=5, help="seconds between two looks at memory")
-    parser.add_argument("--save-steps", type=int, default=50)
+    parser.add_argument("--save-steps", type=int, default=50, help="0: no checkpoints")
+    parser.add_argument("--eval-steps", type=int, default=50, help="0: no evaluations")
+    parser.add_argument(
+        "--one-length", action="store_true", help="rows of 256 tokens, instead of Alpaca's lengths"
+    )
     parser.add_argument("--workers", type=int, default=2, help="of the data loader")
     parser.add_argument("--most", type=float, default=1.0, help="MiB a minute that memory may grow")
     parser.add_argument("--json", type=Path, help="file of all looks")
