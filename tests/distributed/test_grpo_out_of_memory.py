@@ -40,6 +40,10 @@ KINDS = {
 }
 
 
+def some_slow(kinds, *slow):
+    return [pytest.param(kind, marks=[pytest.mark.slow] if kind in slow else []) for kind in kinds]
+
+
 def train(folder, output, starve=None, config=None, **settings):
     """A run; ``starve`` says what fits, by rank, and which limit of a pass is known from the beginning."""
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -92,7 +96,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.promise("C5")
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", some_slow(KINDS, "cispo", "sapo", "vespo", "luspo", "quantile"))
 def test_every_loss_is_that_of_the_whole_micro_batch(folder, tmp_path, kind):
     """By turns memory runs out in the forward, and in the backward and in a generation."""
     if kind == "bonus" and needs_cpu_head(torch.device("cpu")):
@@ -193,7 +197,7 @@ RANKS = {
 
 
 @pytest.mark.promise("C5")
-@pytest.mark.parametrize("kind", list(RANKS))
+@pytest.mark.parametrize("kind", some_slow(RANKS, "buckets", "fsdp full"))
 def test_all_ranks_repeat_the_step(folder, tmp_path, kind):
     settings, runs = RANKS[kind]
     ranks = run_ranks(2, train_all, folder, tmp_path, runs, settings, timeout=60)

@@ -20,6 +20,7 @@ OURS = {
     "phi3": dict(resid_pdrop=0.2, attention_dropout=0.1),
 }
 KINDS = (*PLAIN, *OURS)
+SLOW = ("phi", "phi3", "llama, eager")
 PACKED = dict(packing=True, max_length=64, per_device_train_batch_size=1, global_batch_size=4)
 
 
@@ -85,7 +86,9 @@ def assert_same(found, wanted):
         assert mine == pytest.approx(theirs, rel=2e-6, abs=1e-7), step
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind in SLOW else []) for kind in KINDS]
+)
 def test_cuts_and_recompute_drop_the_same(kind, folders, tmp_path, one):
     wanted = one(kind)[0]
     for settings in (

@@ -278,6 +278,7 @@ def test_what_is_no_row_of_tokens_stays_torchs(caplog):
     assert any("draws from torch's generator" in line for line in caplog.messages)
 
 
+@pytest.mark.slow
 def test_compiled_parts_stay_torchs():
     model = followed(build("gpt2"))
     run(model)

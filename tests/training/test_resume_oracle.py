@@ -171,7 +171,7 @@ def test_two_ranks(folder, tmp_path):
     assert whole[0][1]["rows"] != whole[1][1]["rows"], "each has its own"
 
 
-@pytest.mark.parametrize("kind", ["map", "stream"])
+@pytest.mark.parametrize("kind", ["map", pytest.param("stream", marks=pytest.mark.slow)])
 def test_what_a_collator_draws_follows_from_the_rows(folder, tmp_path, kind):
     whole = train(folder, tmp_path, kind, masks=True, save_strategy="steps", save_steps=3)
     rows_seen = {found["rows"] for found in whole.values()}
