@@ -26,6 +26,7 @@ from pantheraml.models.sample_dropout import keyed
 from pantheraml.models.token_keys import current_keys
 from pantheraml.training.agreed_repeats import AgreedRepeats, Attempt
 from pantheraml.training.memory_advice import Shorter
+from pantheraml.training.pass_cuts import FEW
 from pantheraml.training.pass_limit import NO_LIMIT
 from pantheraml.training.rows_that_fit import Found, RowsThatFit
 from pantheraml.training.score_passes import Part, ScorePasses, Scores, parts_of
@@ -35,8 +36,6 @@ Batch = dict[str, Any]
 _COUNTED = ("_step", "entropy_coef", "_last_world_entropy", "_entropy_window_stats")
 # The methods that make a loss.
 _LOSS = ("training_step", "compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies")
-# Tokens of a pass that trains nothing.
-_FEW = 16
 
 
 @dataclass(kw_only=True)
@@ -183,7 +182,7 @@ class RepeatedGRPOSteps(AgreedRepeats, GRPOTrainer):
 
         def of_part(part: Part) -> Scores:
             if part is None:
-                ids = input_ids[:1, :_FEW]
+                ids = input_ids[:1, :FEW]
                 return score(ids, torch.ones_like(ids), 1, **given)
             return score(input_ids[part], attention_mask[part], logits_to_keep, **given)
 

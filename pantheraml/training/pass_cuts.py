@@ -25,7 +25,7 @@ _OFFSETS = {"cu_seq_lens_q": "max_length_q", "cu_seq_lens_k": "max_length_k"}
 _BESIDE = {*_OFFSETS, "label_index"}
 _OF_ROWS = {"attention_mask", "position_ids", "seq_idx"}
 # Tokens of a pass that trains nothing.
-_FEW = 16
+FEW = 16
 
 
 def num_tokens(batch: Batch) -> int:
@@ -88,7 +88,7 @@ def filler(batch: Batch) -> Batch:
     if tensors.keys() - tokens.keys() - _BESIDE:
         return without_labels(cut_batch(batch, 1)[0])
     # Without a mask no token is padding, and without positions they are those of one document.
-    kept = {name: value[:1, :_FEW] for name, value in tokens.items() if name not in _OF_ROWS}
+    kept = {name: value[:1, :FEW] for name, value in tokens.items() if name not in _OF_ROWS}
     return kept | {"labels": torch.full_like(kept["labels"], -100)}
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,35 +30,18 @@ from pantheraml.distributed.strategies.summed_passes import StandIn
 _SCATTERS = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
 
 
-class ZeroPasses(Protocol):
-    """The exchanges of a pass, and what it leaves on a rank."""
-
-    def begin(self) -> None:
-        """A pass begins, or the one that failed does once more."""
-
-    def end(self) -> None:
-        """The pass is over."""
-
-    def failed(self) -> None:
-        """The pass failed on this rank; it begins once more, with what the others have seen left out."""
-
-    def forget(self) -> None:
-        """The step is repeated on all ranks: what its passes have added up goes."""
-
-
-class CutGradients:
-    """Stages 1 and 2: a pass reduces gradients, bucket by bucket.
+class ZeroPasses:
+    """The exchanges of a pass, and what it leaves on a rank.
 
     Args:
-        engine: DeepSpeed's; reductions of its optimizer go through this object from now on.
+        engine: DeepSpeed's; what its optimizer exchanges goes through this object from now on.
     """
 
     def __init__(self, engine: Any) -> None:
         self._optimizer, self._device = engine.optimizer, torch.device(engine.device)
-        self._exchanges = _exchanges_of(engine)
-        self._optimizer.allreduce_bucket = self._exchanges.counted(
-            self._optimizer.allreduce_bucket, lambda bucket, *_, **__: self._optimizer.flatten(bucket)
-        )
+        world = dist.group.WORLD
+        assert world is not None
+        self._exchanges = LaunchedExchanges([world, self._optimizer.dp_process_group], self._device)
 
     def begin(self) -> None:
         """A pass begins, or the one that failed does once more."""
@@ -67,6 +50,24 @@ class CutGradients:
     def end(self) -> None:
         """The pass is over."""
         self._exchanges.end()
+
+    def failed(self) -> None:
+        """The pass failed on this rank; it begins once more, with what the others have seen left out."""
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """The step is repeated on all ranks: what its passes have added up goes."""
+        raise NotImplementedError
+
+
+class CutGradients(ZeroPasses):
+    """Stages 1 and 2: a pass reduces gradients, bucket by bucket."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self._optimizer.allreduce_bucket = self._exchanges.counted(
+            self._optimizer.allreduce_bucket, lambda bucket, *_, **__: self._optimizer.flatten(bucket)
+        )
 
     def failed(self) -> None:
         """What the pass has exchanged is remembered; what it has added up could as well go now."""
@@ -91,16 +92,11 @@ class CutGradients:
         optimizer.zero_grad()
 
 
-class GatheredShares:
-    """Stage 3: a pass gathers weights and reduces gradients.
-
-    Args:
-        engine: DeepSpeed's; its gatherings and reductions go through this object from now on.
-    """
+class GatheredShares(ZeroPasses):
+    """Stage 3: a pass gathers weights and reduces gradients."""
 
     def __init__(self, engine: Any) -> None:
-        self._optimizer, self._device = engine.optimizer, torch.device(engine.device)
-        self._exchanges = _exchanges_of(engine)
+        super().__init__(engine)
         self._gathering = Gathering(
             engine.module, self._optimizer.parameter_offload.get_param_coordinator(), self._exchanges
         )
@@ -109,12 +105,8 @@ class GatheredShares:
 
     def begin(self) -> None:
         """A pass begins, or the one that failed does once more."""
-        self._exchanges.begin()
+        super().begin()
         self._gathering.begin()
-
-    def end(self) -> None:
-        """The pass is over."""
-        self._exchanges.end()
 
     def failed(self) -> None:
         """What the pass has exchanged is remembered, what it has gathered and added up goes."""
@@ -187,12 +179,6 @@ def zero_passes_of(engine: Any) -> ZeroPasses | None:
         return CutGradients(engine)
     known = type(engine.optimizer) is DeepSpeedZeroOptimizer_Stage3 and hasattr(engine.optimizer, _SCATTERS)
     return GatheredShares(engine) if known else None
-
-
-def _exchanges_of(engine: Any) -> LaunchedExchanges:
-    world = dist.group.WORLD
-    assert world is not None
-    return LaunchedExchanges([world, engine.optimizer.dp_process_group], torch.device(engine.device))
 
 
 def _await_device(device: torch.device) -> None:
