@@ -29,6 +29,7 @@ from pantheraml.models.recompute import optimizer_bytes
 from pantheraml.models.recompute_plan import most_tokens
 from pantheraml.models.sharded_linear import tensor_group_of
 from pantheraml.models.state import get_state
+from pantheraml.training.few_lengths import FILLED, filled_length, repeated_tokens
 from pantheraml.training.rank_batches import LABEL_AT
 from pantheraml.training.router_balance import Groups
 from pantheraml.training.sample_keys import KEYS, NUMBERS
@@ -65,7 +66,7 @@ class FlatCollator:
 
 
 def merge_batches(
-    batches: list[Batch], most: int, *, at_least: int = 0, grouped: bool = False
+    batches: list[Batch], most: int, *, at_least: int = 0, grouped: bool = False, filled: bool = False
 ) -> list[Batch]:
     """As many batches as were given: neighbours joined up to ``most`` tokens, the joined one in the last place.
 
@@ -76,11 +77,13 @@ def merge_batches(
         most: tokens of one pass.
         at_least: passes that they are to be, if there are as many batches.
         grouped: say of each token which micro-batch it is from (``router_groups``), and leave none out.
+        filled: fill passes up to one of a few lengths (``few_lengths``), not those that are grouped.
     """
-    groups = _passes(batches, most, at_least)
-    return [
-        one for group in groups for one in [*(_empty(batch) for batch in group[:-1]), _joined(group, grouped)]
-    ]
+    joined: list[Batch] = []
+    for group in _passes(batches, most, at_least):
+        joined += [_empty(batch) for batch in group[:-1]]
+        joined.append(_joined(group, grouped=grouped, most=most if filled and not grouped else 0))
+    return joined
 
 
 def _passes(batches: list[Batch], most: int, at_least: int = 0) -> list[list[Batch]]:
@@ -110,8 +113,9 @@ def _empty(batch: Batch) -> Batch:
     return {name: batch[name][:, :0] for name in _OF_TOKENS if name in batch}
 
 
-def _joined(group: list[Batch], grouped: bool) -> Batch:
-    """One batch as the model takes it: (documents, length) where all have one length, which is faster; else one row.
+def _joined(group: list[Batch], *, grouped: bool, most: int) -> Batch:
+    """One batch as the model takes it: (documents, length) where all have one length, which is faster; else one row,
+    which is filled up to one of a few lengths if that is not above ``most``.
 
     What has no labels is left out, as long as something stays: a rank without any batch would hold up the others.
     ``label_index`` counts the labels among all positions but the first of a row, as the head does.
@@ -140,7 +144,26 @@ def _joined(group: list[Batch], grouped: bool) -> Batch:
     offsets: list[Tensor] = [group[0]["cu_seq_lens_q"][:1]]
     offsets += [batch["cu_seq_lens_q"][1:] + start for batch, start in zip(group, starts, strict=False)]
     beside |= {"cu_seq_lens_q": torch.cat(offsets), "max_length_q": max(lengths)}
-    return tokens | beside | {"label_index": _sent(label_at - 1, device)}
+    whole = tokens | beside | {"label_index": _sent(label_at - 1, device)}
+    return _filled(whole, lengths, filled_length(starts[-1], most))
+
+
+def _filled(batch: Batch, lengths: list[int], length: int) -> Batch:
+    """A row of documents of these ``lengths``, with others behind them that have no labels; ``length`` tokens."""
+    tokens = sum(lengths)
+    if length == tokens:
+        return batch
+    parts = repeated_tokens(lengths, length - tokens)
+    found = {
+        name: torch.cat([batch[name], *(batch[name][:, part] for part in parts)], dim=1)
+        for name in _OF_TOKENS
+        if name in batch
+    }
+    found["labels"][:, tokens:] = -100
+    offsets = batch["cu_seq_lens_q"]
+    ends = np.cumsum([tokens, *(part.stop - part.start for part in parts)], dtype=np.int32)[1:]
+    found["cu_seq_lens_q"] = torch.cat([offsets, _sent(ends, offsets.device)])
+    return batch | found | {FILLED: length - tokens}
 
 
 def _sent(numbers: Any, device: torch.device) -> Tensor:
@@ -246,7 +269,9 @@ class MergedSteps(StepLoss):
 
     def merged(self, batches: list[Batch], most: int, at_least: int = 0) -> list[Batch]:
         """As many batches as were given, neighbours joined up to ``most`` tokens; see ``merge_batches``."""
-        found = merge_batches(batches, most, at_least=at_least, grouped=self.aux_loss_enabled)
+        # TRL's losses would count what passes are filled up with.
+        filled = self._has_own_head and self._is_nll()
+        found = merge_batches(batches, most, at_least=at_least, grouped=self.aux_loss_enabled, filled=filled)
         if not self._has_own_head:
             for batch in found:
                 batch.pop("label_index", None)
@@ -261,7 +286,7 @@ class MergedSteps(StepLoss):
             return super().floating_point_ops(inputs)
         if self._operations_per_token is None:
             self._operations_per_token = super().floating_point_ops({"input_ids": ids.new_zeros((1, 1))})
-        return self._operations_per_token * ids.numel()
+        return self._operations_per_token * (ids.numel() - inputs.get(FILLED, 0))
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         """TRL's; nothing for a micro-batch that went into another one."""

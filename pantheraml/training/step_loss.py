@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from trl import SFTConfig
 
+from pantheraml.training.few_lengths import FILLED
 from pantheraml.training.resuming import ResumedRows
 from pantheraml.training.step_figures import StepFigures
 from pantheraml.training.stopping import StoppableRuns
@@ -36,10 +37,11 @@ class StepLoss(StoppableRuns, ResumedRows):
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
+        filled = inputs.pop(FILLED, 0)
         output = model(**inputs, fused_lm_head=True)
         labels = output.label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
-        tokens = mask.sum() if mask is not None else ids.numel() if ids is not None else 0
+        tokens = mask.sum() if mask is not None else ids.numel() - filled if ids is not None else 0
         tokens = tokens * output.label_mask.any()  # the row without labels of a rank that has run out of rows
         tokens = tokens * self._data_ranks.is_counted
         balance = self._balance(output, inputs) if self.aux_loss_enabled else None
@@ -86,13 +88,15 @@ class StepLoss(StoppableRuns, ResumedRows):
 
     def _loss_is_plain(self) -> bool:
         """Whether the loss of this step is the plain negative log-likelihood, beside the routers' own."""
-        model = cast(nn.Module, self.model)
-        is_nll = (
+        return cast(nn.Module, self.model).training and self._is_nll()
+
+    def _is_nll(self) -> bool:
+        """Whether the loss of training steps is that one."""
+        return (
             cast(SFTConfig, self.args).loss_type == "nll"
             and self.compute_loss_func is None
             and self.label_smoother is None
         )
-        return model.training and is_nll
 
     def remember_figures(self) -> Callable[[], None]:
         """What forgets all figures that are noted from now on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from trl import SFTTrainer
 
 from pantheraml import FastLanguageModel, PantheraMLTrainer, PantheraMLTrainingArguments
 from pantheraml.errors import ConfigError
+from pantheraml.training.few_lengths import FILLED, filled_length, repeated_tokens
 from pantheraml.training.merging import FlatCollator, merge_batches
 from pantheraml.training.rank_batches import without_labels
+from pantheraml.training.sample_keys import KEYS
 
 WORDS = ["The", "quick", "brown", "fox", "and", "the", "lazy", "dog", "in", "the", "capital", "of", "France"]
 ROWS = Dataset.from_list(
@@ -56,16 +59,27 @@ def train(checkpoints, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_the_same_losses_and_gradient_norms_in_fewer_passes(train, family):
     merged, passes, ours = train(family, merge_micro_batches=True)
-    _, padded, theirs = train(family, merge_micro_batches=False)
+    unmerged, padded, theirs = train(family, merge_micro_batches=False)
     # 11 rows: an epoch has six micro-batches of two rows, the last of one row; a step takes three.
     assert len(passes) == 4 and len(padded) == 12
     assert all(rows == 1 for rows, _ in passes)
     assert sum(tokens for _, tokens in passes) < sum(rows * tokens for rows, tokens in padded)
     for (loss, norm), (their_loss, their_norm) in zip(ours, theirs, strict=True):
         assert math.isclose(loss, their_loss, rel_tol=1e-5) and math.isclose(norm, their_norm, rel_tol=1e-4)
-    before = [entry["num_tokens"] for entry in merged.state.log_history if "num_tokens" in entry]
-    assert before[-1] == sum(tokens for _, tokens in passes)
+    assert num_tokens(merged) == num_tokens(unmerged)
     assert math.isfinite(merged.evaluate()["eval_loss"])
+
+
+def test_passes_are_filled_up_to_few_lengths(train, monkeypatch):
+    rows = Dataset.from_list([{"text": " ".join(WORDS * 5)[: 90 + 37 * i % 211]} for i in range(11)])
+    monkeypatch.setattr(sys.modules[__name__], "ROWS", rows)
+    filled, passes, ours = train(merge_micro_batches=True)
+    _, _, theirs = train(merge_micro_batches=False)
+    real = num_tokens(filled)
+    assert all(tokens % (2 ** (tokens.bit_length() - 1) // 32) == 0 for _, tokens in passes)
+    assert real < sum(tokens for _, tokens in passes) < 1.03 * real, "what fills up is not counted"
+    for (loss, norm), (their_loss, their_norm) in zip(ours, theirs, strict=True):
+        assert math.isclose(loss, their_loss, rel_tol=1e-6) and math.isclose(norm, their_norm, rel_tol=1e-5)
 
 
 def test_a_pass_takes_at_most_so_many_tokens(train, monkeypatch):
@@ -109,6 +123,34 @@ def test_merged_batches():
     )
 
 
+def test_a_filled_pass():
+    collate = FlatCollator(collator())
+    sizes = (20, 30, 21)
+    batches = [
+        collate([{"input_ids": list(range(100 * n, 100 * n + size))}])
+        | {KEYS: torch.arange(size)[None] + 1000 * n}
+        for n, size in enumerate(sizes)
+    ]
+    alone, filled = (merge_batches(batches, 99, filled=filled)[2] for filled in (False, True))
+    assert FILLED not in alone and filled[FILLED] == 1 and filled["input_ids"].shape == (1, 72)
+    for name in ("input_ids", "position_ids", "labels", KEYS):
+        assert torch.equal(filled[name][:, :71], alone[name]), name
+    assert [filled[name][0, 71].item() for name in ("input_ids", "position_ids", "labels", KEYS)] == [
+        100, 0, -100, 1000,
+    ], "the longest document begins again"  # fmt: skip
+    assert filled["cu_seq_lens_q"].tolist() == [0, 20, 50, 71, 72] and filled["max_length_q"] == 30
+    assert torch.equal(filled["label_index"], alone["label_index"])
+    at_most = merge_batches(batches, 71, filled=True)[2]
+    assert FILLED not in at_most, "no pass is longer than memory allows"
+
+
+def test_few_lengths():
+    lengths = [filled_length(tokens, 16384) for tokens in range(1, 16385)]
+    assert all(1 <= length / tokens < 1 + 1 / 32 for tokens, length in enumerate(lengths, 1))
+    assert len(set(lengths)) == 320 and sorted(lengths) == lengths
+    assert repeated_tokens([2, 4, 3], 6) == [slice(2, 6), slice(2, 4)]
+
+
 def test_what_has_no_labels_is_left_out_while_something_stays():
     collate = FlatCollator(collator())
     none, some = (collate([{"input_ids": [7] * n}]) for n in (1, 3))
@@ -119,6 +161,10 @@ def test_what_has_no_labels_is_left_out_while_something_stays():
     grouped = merge_batches([masked, some], 99, grouped=True)[1]["router_groups"]
     assert grouped["index"].tolist() == [0] * 3 + [1] * 3 and grouped["labelled"].tolist() == [0.0, 1.0]
     assert merge_batches([none, none], 99)[1]["input_ids"].numel() == 1
+
+
+def num_tokens(trainer):
+    return [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry][-1]
 
 
 def collator():
