@@ -7,8 +7,9 @@ Rows are of Alpaca's lengths, so that hardly any step has the shape of another; 
 ``--save-steps`` steps and an evaluation run every ``--eval-steps``. What grows is told apart by leaving some out. Host
 memory is that of the process and its children, where pages that N of them share count as 1/N in each (PSS), without
 pages of files, which the system drops when it wants; the GPU's is what torch holds: allocated at the end of steps,
-reserved, and the peak between two looks. The first fifth of the time is left out of the slopes: caches fill. The exit
-code is 1 when a slope is above ``--most`` MiB a minute.
+reserved, and the peak between two looks. Slopes are those of the highest of each minute, without the first fifth of
+the time, in which caches fill, and in the second half. The exit code is 1 when one of the latter is above ``--most`` MiB
+a minute.
 """
 
 from __future__ import annotations
@@ -48,10 +49,29 @@ def look(seconds: float, step: int) -> dict[str, float]:
     return found
 
 
-def slope(looks: list[dict[str, float]], name: str) -> float:
-    """Growth of ``name`` in MiB a minute, by least squares, without the first fifth of the time."""
-    last = looks[-1]["seconds"]
-    points = [(one["seconds"] / 60, one[name] / MIB) for one in looks if one["seconds"] >= last / 5]
+def highest(looks: list[dict[str, float]], name: str) -> list[tuple[float, float]]:
+    """Minutes since the run began, and the most MiB of ``name`` in each of them, or in each twentieth of a short run.
+
+    Between two epochs there are no data loaders, and the longest row of five seconds is any: only the highest tells.
+    """
+    each = min(60.0, looks[-1]["seconds"] / 20) or 60.0
+    found: dict[int, float] = {}
+    for one in looks:
+        at = int(one["seconds"] / each)
+        found[at] = max(found.get(at, 0.0), one[name] / MIB)
+    return [(at * each / 60, most) for at, most in found.items()]
+
+
+def slope(looks: list[dict[str, float]], name: str, skipped: float = 0.2) -> float:
+    """Growth of the ``highest`` in MiB a minute, by least squares, without the first part of the time.
+
+    Args:
+        looks: of a run.
+        name: one of ``WATCHED``.
+        skipped: the share of the time that is left out.
+    """
+    begins = looks[-1]["seconds"] / 60 * skipped
+    points = [(minute, most) for minute, most in highest(looks, name) if minute >= begins]
     middle_x = sum(x for x, _ in points) / len(points)
     middle_y = sum(y for _, y in points) / len(points)
     square = sum((x - middle_x) ** 2 for x, _ in points)
@@ -130,7 +150,7 @@ def plot(looks: list[dict[str, float]], file: Path, beside: Path | None = None) 
             _draw(axes, json.loads(beside.read_text())["looks"], name, color="0.6", label=beside.stem)
         _draw(axes, looks, name, label="this run")
         axes.set_ylabel(f"{name}, GiB")
-        axes.set_title(f"{slope(looks, name):+.2f} MiB a minute", fontsize=9, loc="right")
+        axes.set_title(f"{slope(looks, name, 0.5):+.2f} MiB a minute in the second half", fontsize=9, loc="right")
         axes.grid(alpha=0.3)
     if beside is not None:
         panels[0, 0].legend(fontsize=8)
@@ -166,13 +186,17 @@ def main() -> int:
         looks = soak(options, model_of(options))
     if options.plot:
         plot(looks, options.plot, options.beside)
-    slopes = {name: slope(looks, name) for name in WATCHED if name in looks[0]}
     steps = int(looks[-1]["step"])
-    print(f"{steps} steps in {looks[-1]['seconds'] / 60:.1f} minutes; MiB a minute:")
-    for name, value in slopes.items():
-        print(f"{name}: {value:+.3f} ({looks[0][name] / MIB:,.0f} -> {looks[-1][name] / MIB:,.0f} MiB)")
-    # A peak depends on the rows between two looks.
-    return int(max(slopes[name] for name in slopes if name != "peak") > options.most)
+    print(f"{steps} steps in {looks[-1]['seconds'] / 60:.1f} minutes; MiB a minute, and in the second half:")
+    slopes: list[float] = []
+    for name in (name for name in WATCHED if name in looks[0]):
+        slopes.append(slope(looks, name, 0.5))
+        minutes = highest(looks, name)
+        print(
+            f"{name}: {slope(looks, name):+.2f}, {slopes[-1]:+.2f} (highest of a minute: first {minutes[0][1]:,.0f}, "
+            f"last {minutes[-1][1]:,.0f} MiB)"
+        )
+    return int(max(slopes) > options.most)
 
 
 if __name__ == "__main__":

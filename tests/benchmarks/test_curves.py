@@ -52,11 +52,3 @@ def test_soak(model, tmp_path, monkeypatch, capsys):
     assert len(looks) >= 2
     assert all(one["host"] > 50 * soak.MIB for one in looks)
     assert "MiB a minute" in capsys.readouterr().out
-
-
-def test_growth_is_told_from_a_full_cache():
-    looks = [
-        {"seconds": 60.0 * minute, "host": soak.MIB * (100.0 + 3 * minute - 500 * (minute < 2))}
-        for minute in range(11)
-    ]
-    assert soak.slope(looks, "host") == pytest.approx(3)
