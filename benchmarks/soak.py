@@ -150,7 +150,9 @@ def plot(looks: list[dict[str, float]], file: Path, beside: Path | None = None) 
             _draw(axes, json.loads(beside.read_text())["looks"], name, color="0.6", label=beside.stem)
         _draw(axes, looks, name, label="this run")
         axes.set_ylabel(f"{name}, GiB")
-        axes.set_title(f"{slope(looks, name, 0.5):+.2f} MiB a minute in the second half", fontsize=9, loc="right")
+        axes.set_title(
+            f"{slope(looks, name, 0.5):+.2f} MiB a minute in the second half", fontsize=9, loc="right"
+        )
         axes.grid(alpha=0.3)
     if beside is not None:
         panels[0, 0].legend(fontsize=8)
