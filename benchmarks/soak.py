@@ -8,8 +8,8 @@ Rows are of Alpaca's lengths, so that hardly any step has the shape of another; 
 memory is that of the process and its children, where pages that N of them share count as 1/N in each (PSS), without
 pages of files, which the system drops when it wants; the GPU's is what torch holds: allocated at the end of steps,
 reserved, and the peak between two looks. Slopes are those of the highest of each minute, without the first fifth of
-the time, in which caches fill, and in the second half. The exit code is 1 when one of the latter is above ``--most`` MiB
-a minute.
+the time, in which caches fill, and in the second half. The exit code is 1 when one of the latter is above ``--most``
+MiB a minute.
 """
 
 from __future__ import annotations
