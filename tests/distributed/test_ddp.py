@@ -46,11 +46,16 @@ def train(folder, output, reduce_dtype, evaluate_first=False):
     return seen.found.numpy()
 
 
+def train_all(folder, output, runs):
+    return [train(folder, output, *run) for run in runs]
+
+
 def test_lora_gradients_are_reduced_in_the_dtype_that_was_asked_for(tmp_path):
     folder = tiny.save_checkpoint(tmp_path / "model", "llama")
-    found = {}
-    for dtype in (None, "float32", "bfloat16"):
-        one, other = map(torch.from_numpy, run_ranks(2, train, folder, tmp_path, dtype))
+    found, dtypes = {}, (None, "float32", "bfloat16")
+    ranks = run_ranks(2, train_all, folder, tmp_path, [(dtype,) for dtype in dtypes])
+    for dtype, *gradients in zip(dtypes, *ranks, strict=True):
+        one, other = map(torch.from_numpy, gradients)
         assert torch.equal(one, other)
         found[dtype] = one
     exact, rounded = found[None], found["bfloat16"]
@@ -64,8 +69,7 @@ def test_lora_gradients_are_reduced_in_the_dtype_that_was_asked_for(tmp_path):
 def test_evaluating_first_leaves_the_model_to_ddp(tmp_path):
     """accelerate takes a model that was evaluated for prepared, and would not wrap it for training."""
     folder = tiny.save_checkpoint(tmp_path / "model", "llama")
-    want = run_ranks(2, train, folder, tmp_path, None)[0]
-    for found in run_ranks(2, train, folder, tmp_path, None, True):
+    for want, found in run_ranks(2, train_all, folder, tmp_path, [(None,), (None, True)]):
         assert (found == want).all()
 
 

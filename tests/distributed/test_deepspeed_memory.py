@@ -91,9 +91,10 @@ def left_over(folder, output, stages):
     return found
 
 
-def test_nothing_of_the_engine_outlives_its_trainer(folders, tmp_path):
+@pytest.mark.parametrize("stages", [(3, 0), pytest.param((0, 1, 2), marks=pytest.mark.slow)])
+def test_nothing_of_the_engine_outlives_its_trainer(folders, tmp_path, stages):
     """Neither beside a model that does, nor, behind both of them, at all."""
-    for found in run_ranks(2, left_over, folders["ends"], tmp_path, (3, 0, 1, 2)):
+    for found in run_ranks(2, left_over, folders["ends"], tmp_path, stages):
         whole = found[0][1]
         for stage, (there, held, left) in found.items():
             assert there == (False, False), stage

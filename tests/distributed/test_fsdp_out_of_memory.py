@@ -118,7 +118,7 @@ def train_all(folder, output, kind, runs, *sizes):
 
 
 @pytest.mark.parametrize(
-    "kind", ["lora", "full", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(RUNS)[2:])]
+    "kind", ["lora", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(RUNS)[1:])]
 )
 def test_the_step_is_repeated_with_the_same_gradient(folder, tmp_path, kind):
     ranks = run_ranks(2, train_all, folder, tmp_path, kind, RUNS[kind])

@@ -17,12 +17,12 @@ from tests.distributed.test_out_of_memory import FITS
 RECOMPUTED = dict(gradient_checkpointing=True)
 # What fits, by rank, and settings.
 RUNS = [
-    ({1: IN_A_LAYER}, {}),
     ({0: IN_ITS_BACKWARD}, MERGED),
     # Apart, and where nothing has been summed yet.
     ({0: dict(most=FITS, at="norm", backward=True), 1: dict(most=FITS, at="embed_tokens")}, {}),
 ]
 OTHERS = [
+    ({1: IN_A_LAYER}, {}),
     ({}, MERGED),
     # In the middle of a layer that is computed again.
     ({0: IN_A_LAYER, 1: dict(most=FITS, at="layers.0.mlp", backward=True)}, RECOMPUTED),
