@@ -32,12 +32,12 @@ class StepLoss(StoppableRuns, ResumedRows):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """TRL's loss; in the plain case its figures stay on the device until they are logged."""
+        filled = inputs.pop(FILLED, 0)
         if return_outputs or not self._loss_is_plain():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        filled = inputs.pop(FILLED, 0)
         output = model(**inputs, fused_lm_head=True)
         labels = output.label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")

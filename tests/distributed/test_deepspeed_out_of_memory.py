@@ -98,7 +98,7 @@ def test_the_step_is_repeated_with_the_same_gradient(folder, tmp_path):
 @pytest.mark.parametrize(
     ("way", "runs"),
     [
-        (LORA, [(zero(0), {1: IN_A_LAYER}, {}), (zero(2, cpu_offload=True), {0: IN_ITS_BACKWARD, 1: IN_A_LAYER}, MERGED)]),
+        (LORA, [(zero(0), {1: IN_A_LAYER}, {}), (zero(2, cpu_offload=True), APART, MERGED)]),
         (LORA, [(zero(0), RECOMPUTES, {}), (zero(1), {0: IN_ITS_BACKWARD}, MERGED), (zero(2), RECOMPUTES, {})]),
         (LORA, [(zero(1), APART, overlapping(1)), (zero(2), {0: IN_ITS_BACKWARD}, overlapping(2))]),
         (FULL, [(zero(0), APART, MERGED), (zero(1, cpu_offload=True), {1: IN_ITS_BACKWARD}, {})]),

@@ -99,13 +99,16 @@ def test_cuts_and_recompute_drop_the_same(kind, folders, tmp_path, one):
         assert_same(train(kind, folders[kind], tmp_path, **settings), wanted)
 
 
-def test_ranks_drop_the_same_and_go_on_as_one(folders, tmp_path, one):
+@pytest.mark.parametrize(
+    "kinds", [("gpt2", "llama"), pytest.param(KINDS, marks=pytest.mark.slow)], ids=["two kinds", "all"]
+)
+def test_ranks_drop_the_same_and_go_on_as_one(folders, tmp_path, one, kinds):
     """Two ranks for all, which then save; one goes on from there, and two from what one has saved."""
-    wanted = {kind: one(kind)[0] for kind in KINDS}
+    wanted = {kind: one(kind)[0] for kind in kinds}
     packed = {kind: one(kind, **PACKED)[0] for kind in ("gpt2", "llama")}
     checkpoints = {kind: one(kind)[1] for kind in ("gpt2", "llama")}
-    for found, joined, gone_on in run_ranks(2, train_all, folders, tmp_path, checkpoints):
-        for kind in KINDS:
+    for found, joined, gone_on in run_ranks(2, train_all, folders, tmp_path, kinds, checkpoints):
+        for kind in kinds:
             assert_same(found[kind], wanted[kind])
         for kind, logs in packed.items():
             assert_same(joined[kind], logs)
@@ -115,8 +118,8 @@ def test_ranks_drop_the_same_and_go_on_as_one(folders, tmp_path, one):
         assert_same(train(kind, folders[kind], tmp_path / "on", resume=resume), wanted[kind])
 
 
-def train_all(folders, output, checkpoints):
-    found = {kind: train(kind, folders[kind], output / kind) for kind in KINDS}
+def train_all(folders, output, kinds, checkpoints):
+    found = {kind: train(kind, folders[kind], output / kind) for kind in kinds}
     packed = {kind: train(kind, folders[kind], output / "packed", **PACKED) for kind in checkpoints}
     gone_on = {
         kind: train(kind, folders[kind], output / "two", resume=str(checkpoint))

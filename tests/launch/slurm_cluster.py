@@ -6,6 +6,7 @@ To install it on Debian: apt-get install --no-install-recommends slurmctld slurm
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -111,6 +112,24 @@ class Cluster:
             timeout=seconds,
             check=False,
         )
+
+    def submit(self, *words: str | Path, variables: dict[str, str] | None = None) -> str:
+        """Give ``words`` to sbatch; the number of the job."""
+        done = self.run("sbatch", "--parsable", *words, variables=variables)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def states(self, job: str) -> set[str]:
+        """Of a job, or of all jobs of an array."""
+        return set(re.findall(r"JobState=(\w+)", self.run("scontrol", "show", "job", job).stdout))
+
+    def end(self, job: str, seconds: float = 200) -> set[str]:
+        """The states of a job when it has come to its end. ``sbatch --wait`` looks ever more seldom."""
+        latest = time.monotonic() + seconds
+        while (states := self.states(job)) & {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING"}:
+            assert time.monotonic() < latest, states
+            time.sleep(0.2)
+        return states
 
     def type(self, typed: str, *command: str | Path, seconds: float = 60) -> str:
         """Run a command that opens a shell where users log in, type into it, and return what is shown.

@@ -16,6 +16,7 @@ ORDERS = [
     "torch transformers pantheraml arguments ranks trl",  # as guides print it
     "ranks pantheraml trl arguments transformers torch",
     "trl arguments transformers ranks torch pantheraml",
+    "arguments trl pantheraml torch ranks transformers",
 ]
 
 
@@ -27,9 +28,10 @@ def train(model, output, order):
 
 
 @pytest.mark.promise("B3")
-def test_every_order_trains_the_same(llama, tmp_path):
+@pytest.mark.parametrize("orders", [ORDERS[:2], pytest.param(ORDERS, marks=pytest.mark.slow)], ids=["2", "4"])
+def test_every_order_trains_the_same(llama, tmp_path, orders):
     """Losses and gradient norms, to the last bit."""
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(train, repeat(llama), map(tmp_path.joinpath, "abc"), ORDERS))
+        found = list(pool.map(train, repeat(llama), map(tmp_path.joinpath, "abcd"), orders))
     assert len(found[0]["figures"]) == 2 and found[0]["is_one_state"]
-    assert found == [found[0]] * len(ORDERS)
+    assert found == [found[0]] * len(orders)

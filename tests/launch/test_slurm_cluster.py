@@ -49,10 +49,10 @@ def batch(cluster: Cluster, folder: Path, options: str, *lines: str) -> list[dic
     """What the processes of a batch script say."""
     script = folder / "job.sbatch"
     script.write_text("\n".join(["#!/bin/bash", *lines, ""]))
-    done = cluster.run("sbatch", "--wait", f"--output={folder}/%j.out", *options.split(), script)
+    cluster.end(cluster.submit(f"--output={folder}/%j.out", *options.split(), script))
     text = "".join(file.read_text() for file in sorted(folder.glob("*.out")))
     found = said(text)
-    assert found, done.stderr + text
+    assert found, text
     return found
 
 
@@ -129,8 +129,11 @@ def test_a_batch_script_submitted_from_within_a_step(cluster, tmp_path):
     """It inherits that step's variables, which are not its own."""
     script = tmp_path / "inner.sbatch"
     script.write_text(f"#!/bin/bash\n{DETECT}\n")
-    submit = f"sbatch --wait --nodes=1 --nodelist=node2 --output={tmp_path}/inner.out {script}"
-    cluster.run("srun", "--nodes=1", "--ntasks=1", "--nodelist=node1", "sh", "-c", submit)
+    submit = f"sbatch --parsable --nodes=1 --nodelist=node2 --output={tmp_path}/inner.out {script}"
+    job = cluster.run(
+        "srun", "--nodes=1", "--ntasks=1", "--nodelist=node1", "sh", "-c", submit
+    ).stdout.strip()
+    cluster.end(job)
     (found,) = said((tmp_path / "inner.out").read_text())
     assert (found["kind"], found["host"], found["num_nodes"]) == ("python", "node2", 1)
     assert "the GPUs of node2 alone" in found["note"]

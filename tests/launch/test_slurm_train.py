@@ -65,7 +65,7 @@ def test_a_rank_that_fails_ends_the_job_with_its_code(cluster, options):
 
 
 def sbatch(cluster, folder, script, options, *words, **variables):
-    """Submit a batch script of the examples, which prints to ``job.out`` in the folder that it runs in.
+    """The number of the job of a batch script of the examples, which prints to ``job.out`` in the folder it runs in.
 
     ``words`` are what stands behind the script's name.
     """
@@ -74,10 +74,18 @@ def sbatch(cluster, folder, script, options, *words, **variables):
         (folder / name).symlink_to(ROOT / name)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     variables |= dict(PATH=path, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-    return cluster.run(
-        "sbatch", "--parsable", f"--output={folder / 'job.out'}", f"--chdir={folder}", *options.split(),
-        ROOT / "examples" / script, *words, variables=variables, seconds=200,
+    return cluster.submit(
+        f"--output={folder / 'job.out'}", f"--chdir={folder}", *options.split(), ROOT / "examples" / script, *words,
+        variables=variables,
     )  # fmt: skip
+
+
+def end(cluster, folder, job):
+    """What a job that ends well has printed."""
+    states = cluster.end(job)
+    text = (folder / "job.out").read_text()
+    assert states == {"COMPLETED"}, text
+    return text
 
 
 @pytest.mark.promise("E4")
@@ -90,9 +98,7 @@ def sbatch(cluster, folder, script, options, *words, **variables):
 )
 def test_the_batch_scripts_of_the_examples(cluster, tmp_path, script, options, ranks):
     """As they are printed, but for the sizes of these nodes."""
-    done = sbatch(cluster, tmp_path, f"slurm/{script}.sbatch", f"--wait {options}", MAX_STEPS="2")
-    text = (tmp_path / "job.out").read_text()
-    assert done.returncode == 0, text
+    text = end(cluster, tmp_path, sbatch(cluster, tmp_path, f"slurm/{script}.sbatch", options, MAX_STEPS="2"))
     assert f"2 x 4 x {ranks} = {8 * ranks} rows a step" in text
     assert (tmp_path / "outputs/multi-gpu/adapter/adapter_model.safetensors").is_file()
 
@@ -104,18 +110,16 @@ def test_the_batch_script_of_any_model(cluster, tmp_path):
     words = "mixed_precision=no grid_size=5 episode_length=5 n_transit=20 unseen_goals=4 learners_per_goal=2 " \
         "learner_episodes=4 tf_n_embd=16 train_batch_size=4 num_workers=0 train_steps=2"  # fmt: skip
     script = "algorithm_distillation/multi_gpu_train.slurm"
-    options = "--wait --nodes=2 --gpus-per-node=2 --cpus-per-task=1"
-    done = sbatch(cluster, tmp_path, script, options, *words.split())
-    text = (tmp_path / "job.out").read_text()
-    assert done.returncode == 0, text
+    options = "--nodes=2 --gpus-per-node=2 --cpus-per-task=1"
+    text = end(cluster, tmp_path, sbatch(cluster, tmp_path, script, options, *words.split()))
     assert text.count("Histories a step: 4 x 2 x 1 = 8 ") == 1 and text.count("step 2: return") == 1
     assert (tmp_path / "runs/darkroom/checkpoint.pt").is_file()
 
 
 def wait_for(there, seconds=200):
-    end = time.monotonic() + seconds
+    latest = time.monotonic() + seconds
     while not there():
-        assert time.monotonic() < end
+        assert time.monotonic() < latest
         time.sleep(0.2)
 
 
@@ -131,20 +135,16 @@ def test_a_job_that_is_asked_to_is_saved_requeued_and_goes_on(cluster, tmp_path)
     """With the losses of a job that was left alone."""
     options, size = "--gpus-per-node=2 --cpus-per-task=1", dict(MAX_STEPS="40")
     asked, alone = tmp_path / "asked", tmp_path / "alone"
-    job = sbatch(cluster, asked, "slurm/requeue.sbatch", options, **size).stdout.strip()
-    other = sbatch(cluster, alone, "slurm/requeue.sbatch", options, **size).stdout.strip()
-
-    def says(number, word):
-        return word in cluster.run("scontrol", "show", "job", number).stdout
+    job = sbatch(cluster, asked, "slurm/requeue.sbatch", options, **size)
+    other = sbatch(cluster, alone, "slurm/requeue.sbatch", options, **size)
 
     wait_for(lambda: len(steps(asked)) > 1)
     cluster.run("scancel", "--signal=USR1", job)
-    wait_for(lambda: says(job, "Reason=BeginTime"))
+    wait_for(lambda: "Reason=BeginTime" in cluster.run("scontrol", "show", "job", job).stdout)
     time.sleep(3)  # SLURM itself would wait for two minutes
     cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
-    for number in (job, other):
-        wait_for(lambda number=number: says(number, "JobState=COMPLETED"))
-    text = (asked / "job.out").read_text()
+    end(cluster, alone, other)
+    text = end(cluster, asked, job)
     stopped = int(re.search(r"SIGUSR1: stopped after step (\d+) of 40, saved in outputs", text)[1])
     mine, theirs = steps(asked), steps(alone)
     assert sorted(mine.keys() | theirs.keys()) == sorted({*theirs, stopped}) and 10 <= stopped < 35
