@@ -14,20 +14,17 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test quick lint unit coverage oldest test-oldest test-slow test-gpu clean
 
-# What is imported is compiled then: of all that is installed that is a part, and compiling all takes half of the time.
-INSTALL := -m pip install --quiet --no-compile
-
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python $(INSTALL) --editable '.[dev,triton]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,triton]'
 	touch $@
 
-# The oldest supported libraries, on top of the same torch.
+# The oldest supported libraries, on top of the same torch; few tests import them, and what they import is compiled then.
 $(OLDEST)/installed: pyproject.toml constraints/oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
-	$(OLDEST)/bin/python $(INSTALL) --editable '.[dev]' --constraint constraints/oldest.txt
+	$(OLDEST)/bin/python -m pip install --quiet --no-compile --editable '.[dev]' --constraint constraints/oldest.txt
 	touch $@
 
 demo: $(VENV)/installed

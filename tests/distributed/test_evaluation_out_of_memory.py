@@ -64,7 +64,7 @@ def evaluate_all(folder, output, kind, runs):
     return [evaluate(folder, output, kind, starve) for starve in runs]
 
 
-@pytest.mark.parametrize("kind", SPREAD)
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("tensor parallel", marks=pytest.mark.slow)])
 def test_all_ranks_go_on_with_fewer_rows(folder, tmp_path, kind):
     starved = (
         {1: IN_A_LAYER} if kind == "fsdp" else {0: dict(most=FITS, at="norm"), 1: IN_A_LAYER | dict(most=60)}
