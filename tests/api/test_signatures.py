@@ -102,7 +102,7 @@ trainer = PantheraMLTrainer(model, args, train_dataset=rows, tokenizer=tokenizer
 trainer.train()
 print("RESULT", json.dumps([[entry["loss"], entry["grad_norm"]] for entry in trainer.state.log_history[:2]]))
 """
-# The first and the last way that there is to begin, and two in between.
+# The first and the last way that there is to begin, and two in between; ranks in two orders are tried in tests/launch.
 ORDERS = [
     "pantheraml,torch,transformers,peft,trl",
     "trl,peft,transformers,torch,pantheraml",
@@ -112,8 +112,8 @@ ORDERS = [
 
 
 @pytest.mark.promise("B3")
-@pytest.mark.parametrize("orders", [ORDERS[:2], pytest.param(ORDERS, marks=pytest.mark.slow)], ids=["2", "4"])
-def test_the_order_of_imports_changes_no_number(llama, tmp_path, orders):
+@pytest.mark.slow
+def test_the_order_of_imports_changes_no_number(llama, tmp_path):
     def train(order: str) -> str:
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", TRAINING, order, str(llama), str(tmp_path / order)],
@@ -126,7 +126,7 @@ def test_the_order_of_imports_changes_no_number(llama, tmp_path, orders):
         return done.stdout.split("RESULT ")[1]
 
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(train, orders))
+        results = list(pool.map(train, ORDERS))
     losses = json.loads(results[0])
     assert len(losses) == 2 and losses[0] != losses[1] and all(value > 0 for pair in losses for value in pair)
-    assert results == [results[0]] * len(orders)
+    assert results == [results[0]] * len(ORDERS)

@@ -251,7 +251,7 @@ def as_before(checkpoint, folder):
     return old
 
 
-@pytest.mark.parametrize("kind", ["lora", "qlora", "full"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("qlora", marks=pytest.mark.slow), "full"])
 def test_saved_whole_and_gone_on_with_by_any_number_of_ranks(folder, tmp_path, kind):
     found = run_ranks(2, save_on_all, folder, tmp_path, kind)
     assert all(one["sharded"] for one in found)

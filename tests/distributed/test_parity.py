@@ -90,7 +90,7 @@ def reference(folder, output):
         pytest.param(4, 1, 2, {}, marks=pytest.mark.slow),
         (1, 3, 1, dict(global_batch_size=8)),
         (2, 3, 1, dict(global_batch_size=8, merge_micro_batches=True)),
-        (3, 2, 1, dict(global_batch_size=8)),
+        pytest.param(3, 2, 1, dict(global_batch_size=8), marks=pytest.mark.slow),
         (3, 1, 1, dict(global_batch_size=8)),
         pytest.param(2, 2, 2, dict(batch_split=(3, 1)), marks=pytest.mark.promise("B9")),
     ],
