@@ -142,19 +142,20 @@ def plot(looks: list[dict[str, float]], file: Path, beside: Path | None = None) 
     import matplotlib.pyplot as plt
 
     names = [name for name in WATCHED if name in looks[0]]
+    grey = [] if beside is None else [(beside.stem, json.loads(beside.read_text())["looks"])]
     figure, panels = plt.subplots(
         len(names), 1, figsize=(8, 2.2 * len(names)), sharex=True, squeeze=False, layout="constrained"
     )
     for axes, name in zip(panels[:, 0], names, strict=True):
-        if beside is not None:
-            _draw(axes, json.loads(beside.read_text())["looks"], name, color="0.6", label=beside.stem)
+        for label, others in grey:
+            _draw(axes, others, name, color="0.6", label=label)
         _draw(axes, looks, name, label="this run")
         axes.set_ylabel(f"{name}, GiB")
         axes.set_title(
             f"{slope(looks, name, 0.5):+.2f} MiB a minute in the second half", fontsize=9, loc="right"
         )
         axes.grid(alpha=0.3)
-    if beside is not None:
+    if grey:
         panels[0, 0].legend(fontsize=8)
     panels[-1, 0].set_xlabel("minutes")
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ from pantheraml.models.recompute_plan import most_tokens
 from pantheraml.models.sharded_linear import tensor_group_of
 from pantheraml.models.state import get_state
 from pantheraml.training.few_lengths import FILLED, filled_length, repeated_tokens
-from pantheraml.training.rank_batches import LABEL_AT
+from pantheraml.training.rank_batches import LABEL_AT, without_labels
 from pantheraml.training.router_balance import Groups
 from pantheraml.training.sample_keys import KEYS, NUMBERS
 from pantheraml.training.step_loss import StepLoss
@@ -123,12 +123,16 @@ def _joined(group: list[Batch], *, grouped: bool, most: int) -> Batch:
     if not grouped:
         group = [batch for batch in group if batch[LABEL_AT].size] or group[:1]
     lengths = [length for batch in group for length in batch["lengths"]]
+    beside: Batch = {}
+    is_even = len(set(lengths)) == 1
+    count = 0 if is_even else filled_length(sum(lengths), most) - sum(lengths)
+    if count:
+        group, beside = [*group, *_filling(group, count)], {FILLED: count}
     sizes, device = [batch["input_ids"].numel() for batch in group], group[0]["input_ids"].device
     starts = list(accumulate(sizes, initial=0))
     names = [name for name in _OF_TOKENS if all(name in batch for batch in group)]
     tokens = {name: torch.cat([batch[name] for batch in group], dim=1) for name in names}
     label_at = np.concatenate([batch[LABEL_AT] + start for batch, start in zip(group, starts, strict=False)])
-    beside: Batch = {}
     if all(NUMBERS in batch for batch in group):
         beside[NUMBERS] = np.concatenate([batch[NUMBERS] for batch in group])
     if grouped:
@@ -137,33 +141,26 @@ def _joined(group: list[Batch], *, grouped: bool, most: int) -> Batch:
         beside["router_groups"] = Groups(
             index=_sent(numbers, device), labelled=_sent(labelled, device), count=len(group)
         )
-    if len(set(lengths)) == 1:
+    if is_even:
         names = [name for name in names if name != "position_ids"]
         rows = {name: tokens[name].view(len(lengths), lengths[0]) for name in names}
         return rows | beside | {"label_index": _sent(label_at - label_at // lengths[0] - 1, device)}
     offsets: list[Tensor] = [group[0]["cu_seq_lens_q"][:1]]
     offsets += [batch["cu_seq_lens_q"][1:] + start for batch, start in zip(group, starts, strict=False)]
     beside |= {"cu_seq_lens_q": torch.cat(offsets), "max_length_q": max(lengths)}
-    whole = tokens | beside | {"label_index": _sent(label_at - 1, device)}
-    return _filled(whole, lengths, filled_length(starts[-1], most))
+    return tokens | beside | {"label_index": _sent(label_at - 1, device)}
 
 
-def _filled(batch: Batch, lengths: list[int], length: int) -> Batch:
-    """A row of documents of these ``lengths``, with others behind them that have no labels; ``length`` tokens."""
-    tokens = sum(lengths)
-    if length == tokens:
-        return batch
-    parts = repeated_tokens(lengths, length - tokens)
-    found = {
-        name: torch.cat([batch[name], *(batch[name][:, part] for part in parts)], dim=1)
-        for name in _OF_TOKENS
-        if name in batch
-    }
-    found["labels"][:, tokens:] = -100
-    offsets = batch["cu_seq_lens_q"]
-    ends = np.cumsum([tokens, *(part.stop - part.start for part in parts)], dtype=np.int32)[1:]
-    found["cu_seq_lens_q"] = torch.cat([offsets, _sent(ends, offsets.device)])
-    return batch | found | {FILLED: length - tokens}
+def _filling(group: list[Batch], count: int) -> list[Batch]:
+    """Batches of ``count`` tokens together, one document each, without labels (``few_lengths``)."""
+    batch = max(group, key=lambda one: max(one["lengths"]))
+    nothing, found = batch["cu_seq_lens_q"][:1], []
+    for part in repeated_tokens(batch["lengths"], count):
+        size = part.stop - part.start
+        one = batch | {name: batch[name][:, part] for name in _OF_TOKENS if name in batch}
+        one |= {"lengths": [size], "cu_seq_lens_q": torch.cat([nothing, nothing + size])}
+        found.append(without_labels(one))
+    return found
 
 
 def _sent(numbers: Any, device: torch.device) -> Tensor:
