@@ -6,7 +6,8 @@ A row of M is that of the query's key (``keyed_dropout``), and its column is the
 in their sample: neither says where in the batch the sample lies, behind how much padding, or what it was cut off from.
 Two keys as far before as behind a query share a bit, of which a causal mask leaves one.
 
-Nothing of the size rows x rows is kept: the backward computes probabilities and masks again, some heads at a time.
+Nothing of the size rows x rows is kept: the backward computes probabilities and masks again, on a GPU by tiles
+(``dropping_tiles``), else some heads at a time.
 
 Shapes: q (B, H, T, D), k (B, H, S, D), v (B, H, S, E), probabilities (B, H, T, S), keys (B, T); S = T.
 """
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pantheraml.kernels.dropping_tiles import Tiles, signed, takes
 from pantheraml.kernels.keyed_dropout import dropped
 
 # Probabilities that are computed at a time.
@@ -99,6 +101,13 @@ class _Mask(NamedTuple):
     causal: bool
     scale: float
 
+    def tiles(self, drop: HeadDropout) -> Tiles:
+        """For the kernels."""
+        seeds = signed(drop.seeds)
+        if drop.keys.device.type == "cuda":
+            seeds = seeds.pin_memory().to(drop.keys.device, non_blocking=True)
+        return Tiles(self.bias, self.causal, self.scale, drop.p, seeds, drop.keys.contiguous())
+
     def probabilities(self, q: Tensor, k: Tensor, heads: slice, queries: slice) -> Tensor:
         """Of these heads and queries, float32 or wider; 0 for a query that sees no key."""
         scores = q[:, heads, queries] @ k[:, heads].transpose(-1, -2)
@@ -113,11 +122,16 @@ class _Mask(NamedTuple):
 
 
 class _Attention(torch.autograd.Function):
-    """O of q, k, v, which are what is kept."""
+    """O of q, k, v, which are what is kept; beside what tiles need."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: _Mask, drop: HeadDropout) -> Tensor:
         """(B, H, T, E), in the dtype of v."""
+        ctx.tiles = mask.tiles(drop) if takes(q, v) else None
+        if ctx.tiles is not None:
+            out, lse = ctx.tiles.forward(q, k, v)
+            ctx.save_for_backward(q, k, v, out, lse)
+            return out
         ctx.save_for_backward(q, k, v)
         ctx.mask, ctx.drop = mask, drop
         out = v.new_empty(*q.shape[:3], v.shape[-1])
@@ -129,6 +143,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Of q, k and v; sums over queries are in float32 or wider."""
+        if ctx.tiles is not None:
+            return *ctx.tiles.backward(gradient, *ctx.saved_tensors), None, None
         q, k, v = ctx.saved_tensors
         wide = torch.promote_types(q.dtype, torch.float32)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)

@@ -21,11 +21,11 @@ from torch import Tensor
 from pantheraml.kernels.launch import jit, launching_on, runs_triton, tl
 
 # Enough for every statistical test that the generator's authors know; 10 are their default.
-_ROUNDS = 7
-_LANES = 256
+ROUNDS = 7
+LANES = 256
 _BITS = 16
 _PER = 128 // _BITS  # columns that one call of the generator serves
-_BLOCKS = {"BLOCK_M": 4, "LANES": _LANES, "ROUNDS": _ROUNDS, "num_warps": 4}
+_BLOCKS = {"BLOCK_M": 4, "LANES": LANES, "ROUNDS": ROUNDS, "num_warps": 4}
 
 
 @jit
@@ -65,16 +65,16 @@ def triton_drop(
     rows, cols = x.shape
     if x.numel() == 0:
         return
-    (first_row, first_column), group = first, _LANES * _PER
+    (first_row, first_column), group = first, LANES * _PER
     grid = (-(-rows // _BLOCKS["BLOCK_M"]), -(-(first_column + cols) // group) - first_column // group)
     _drop_kernel[grid](
         x, out, x if keys is None else keys, x.stride(0), out.stride(0), rows, cols, seed, first_row, first_column,
-        *_threshold_and_scale(p), KEYED=keys is not None, ADD=add, **_BLOCKS,
+        *threshold_and_scale(p), KEYED=keys is not None, ADD=add, **_BLOCKS,
         enable_fp_fusion=False,  # the sum is rounded as in plain PyTorch
     )  # fmt: skip
 
 
-def _threshold_and_scale(p: float) -> tuple[int, float]:
+def threshold_and_scale(p: float) -> tuple[int, float]:
     """From which 16 bits on a value is kept, and what it is multiplied by then."""
     return round(p * 2**_BITS), 0.0 if p == 1.0 else 1.0 / (1.0 - p)
 
@@ -83,7 +83,7 @@ def _philox(counter: list[Tensor], seed: int) -> list[Tensor]:
     """Four words for each counter; all are int64 tensors that hold 32 bits, and broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         # Products of 64 bits wrap around; shifts keep the sign, which the mask takes off.
         first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1 = ((second >> 32) & 0xFFFFFFFF) ^ c1 ^ k0, second & 0xFFFFFFFF
@@ -94,14 +94,14 @@ def _philox(counter: list[Tensor], seed: int) -> list[Tensor]:
 
 def kept_values(keys: Tensor, cols: int, p: float, seed: int) -> Tensor:
     """The mask by plain PyTorch: (T, cols) bool, True for what stays; ``keys`` (T,) int64 are the rows' numbers."""
-    groups, lanes = -(-cols // (_LANES * _PER)), min(cols, _LANES)  # narrow rows leave lanes out
+    groups, lanes = -(-cols // (LANES * _PER)), min(cols, LANES)  # narrow rows leave lanes out
     counter = torch.arange(groups * lanes, device=keys.device)[None, :]
     low, high = keys[:, None] & 0xFFFFFFFF, (keys[:, None] >> 32) & 0xFFFFFFFF
     words = _philox([counter, low, high, torch.zeros_like(low)], seed)
     parts = [(word >> shift) & 0xFFFF for word in words for shift in (0, _BITS)]
     # (T, groups, 8, lanes): the eighth of a group that a column lies in says which 16 bits are its own.
     bits = torch.stack([part.unflatten(1, (groups, lanes)) for part in parts], dim=2)
-    return bits.flatten(1)[:, :cols] >= _threshold_and_scale(p)[0]
+    return bits.flatten(1)[:, :cols] >= threshold_and_scale(p)[0]
 
 
 def _eager_drop(
@@ -111,7 +111,7 @@ def _eager_drop(
     first_row, first_column = first
     keys = torch.arange(first_row, first_row + x.shape[0], device=x.device) if keys is None else keys
     kept = kept_values(keys, first_column + x.shape[1], p, seed)[:, first_column:]
-    y = x.to(torch.promote_types(x.dtype, torch.float32)) * _threshold_and_scale(p)[1]
+    y = x.to(torch.promote_types(x.dtype, torch.float32)) * threshold_and_scale(p)[1]
     y = torch.where(kept, y, 0.0)
     out.copy_(out + y if add else y)
 
