@@ -1,13 +1,11 @@
-"""Dropout of attention's probabilities; the mask is a function of (seed of the head, token of the query, distance).
+"""Dropout of attention's probabilities; the mask is a function of (seed of the head, token of the query, offset).
 
     P' = M * softmax(scale Q K^T + bias) / (1 - p)        O = P' V
 
-A row of M is that of the query's key (``keyed_dropout``), and its column is the distance of the places of both tokens
-in their sample: neither says where in the batch the sample lies, behind how much padding, or what it was cut off from.
-Two keys as far before as behind a query share a bit, of which a causal mask leaves one.
+M is drawn bit by bit (``drop_bits``): it does not say where in the batch a sample lies, or what it was cut off from.
 
-Nothing of the size rows x rows is kept: the backward computes probabilities and masks again, on a GPU by tiles
-(``dropping_tiles``), else some heads at a time.
+Probabilities are not kept: the backward computes them and masks again, on a GPU by tiles (``dropping_tiles``), else
+some heads at a time.
 
 Shapes: q (B, H, T, D), k (B, H, S, D), v (B, H, S, E), probabilities (B, H, T, S), keys (B, T); S = T.
 """
@@ -21,12 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.dropping_tiles import Tiles, signed, takes
-from pantheraml.kernels.keyed_dropout import dropped
+from pantheraml.kernels.drop_bits import drawn_bits, signed, unpacked
+from pantheraml.kernels.dropping_tiles import Tiles, takes
 
 # Probabilities that are computed at a time.
 _AT_A_TIME = 2**23
-_PLACE = 0xFFFFFFFF
 
 
 class HeadDropout(NamedTuple):
@@ -35,7 +32,7 @@ class HeadDropout(NamedTuple):
     Attributes:
         p: the share.
         seeds: of the heads, 64 bits each.
-        keys: (B, T) int64: of each token, whose lower 32 bits are its place in its sample.
+        keys: (B, T) int64: of each token; those that see each other lie side by side, as in their sample.
     """
 
     p: float
@@ -45,23 +42,15 @@ class HeadDropout(NamedTuple):
     def parts(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Heads, queries, and what their probabilities (B, heads, queries, S) are multiplied by, float32; in turn."""
         rows, tokens = self.keys.shape
-        places = self.keys & _PLACE
         queries = max(1, min(tokens, _AT_A_TIME // (rows * tokens)))
         heads = max(1, min(len(self.seeds), _AT_A_TIME // (rows * tokens * queries)))
-        ones = torch.ones(1, tokens, device=self.keys.device)
+        keys, seeds = self.keys.contiguous(), signed(self.seeds, self.keys.device)
         for start in range(0, tokens, queries):
-            some = slice(start, min(start + queries, tokens))
-            keys = self.keys[:, some].reshape(-1)
-            # Of two tokens of one sample in a row of S tokens it is below S; others do not see each other.
-            far = (places[:, some, None] - places[:, None, :]).abs().clamp(max=tokens - 1)
+            some = range(start, min(start + queries, tokens))
             for first in range(0, len(self.seeds), heads):
-                seeds = self.seeds[first : first + heads]
-                by_distance = torch.empty(len(seeds), len(keys), tokens, device=ones.device)
-                for out, seed in zip(by_distance, seeds, strict=True):
-                    dropped(ones.expand(len(keys), -1), self.p, seed, keys=keys, out=out)
-                kept = by_distance.view(len(seeds), *far.shape).transpose(0, 1)
-                found = kept.gather(-1, far[:, None].expand(-1, len(seeds), -1, -1))
-                yield slice(first, first + len(seeds)), some, found
+                bits = drawn_bits(keys, seeds[first : first + heads], self.p, some)
+                found = unpacked(bits, tokens, self.p, some)
+                yield slice(first, first + found.shape[1]), slice(some.start, some.stop), found
 
 
 class _Dropped(torch.autograd.Function):
@@ -103,9 +92,7 @@ class _Mask(NamedTuple):
 
     def tiles(self, drop: HeadDropout) -> Tiles:
         """For the kernels."""
-        seeds = signed(drop.seeds)
-        if drop.keys.device.type == "cuda":
-            seeds = seeds.pin_memory().to(drop.keys.device, non_blocking=True)
+        seeds = signed(drop.seeds, drop.keys.device)
         return Tiles(self.bias, self.causal, self.scale, drop.p, seeds, drop.keys.contiguous())
 
     def probabilities(self, q: Tensor, k: Tensor, heads: slice, queries: slice) -> Tensor:

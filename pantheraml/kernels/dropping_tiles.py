@@ -1,57 +1,33 @@
-"""Attention that drops probabilities, by tiles (Dao et al. 2022): nothing of the size rows x rows is stored.
+"""Attention that drops probabilities, by tiles (Dao et al. 2022): no probability is stored.
 
     S = scale Q K^T + bias      P = softmax(S)      O = (M * P) V / (1 - p)
 
     dV = (M * P)^T dO / (1 - p)             dP = M * (dO V^T) / (1 - p)
     dS = P * (dP - rowsum(dO * O))          dQ = scale dS K         dK = scale dS^T Q
 
-The mask M is that of ``attention_dropout``: its bits are drawn anew in each tile of each kernel, a call of the
-generator for each probability, of which one part in eight is used. lse = log sum exp S of each query is kept.
+The bits of M are drawn before a kernel reads them (``drop_bits``), again in the backward, of so many heads at a time
+that they stay in the GPU's cache. Of each query log2 sum exp S is kept. Exponents are of 2: S is in units of log 2.
 
 Shapes: q (B, H, T, D), k (B, H, T, D), v (B, H, T, E), bias (B, H, T, T) of any strides, keys (B, T), seeds (H,).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pantheraml.kernels.keyed_dropout import LANES, ROUNDS, threshold_and_scale
+from pantheraml.kernels.drop_bits import drawn_bits
+from pantheraml.kernels.keyed_dropout import threshold_and_scale
 from pantheraml.kernels.launch import jit, launching_on, runs_triton, tl
 
+_LOG2_E = 1.4426950408889634
 _MOST_WIDTH = 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@jit
-def _factors(seed, low, high, far, threshold, keep_scale, LANES: tl.constexpr, ROUNDS: tl.constexpr):
-    # As keyed_dropout's kernel draws column ``far`` of the row whose key is (low, high).
-    zero = tl.zeros_like(far).to(tl.uint32)
-    counter = ((far // (LANES * 8)) * LANES + far % LANES).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, counter, zero + low[:, None], zero + high[:, None], zero, ROUNDS)
-    part = (far // LANES) % 8
-    word = tl.where(part < 4, tl.where(part < 2, w0, w1), tl.where(part < 6, w2, w3))
-    bits = (word >> (16 * (part % 2)).to(tl.uint32)) & 0xFFFF
-    return tl.where(bits.to(tl.int32) >= threshold, keep_scale, 0.0)
-
-
-@jit
-def _scores(
-    q, k, row, col, tokens, bias_ptr, bias_row, bias_col, scale, BIAS: tl.constexpr, CAUSAL: tl.constexpr,
-):  # fmt: skip
-    seen = (row < tokens)[:, None] & (col < tokens)[None, :]
-    if CAUSAL:
-        seen = seen & (col[None, :] <= row[:, None])
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    at = bias_ptr + row[:, None].to(tl.int64) * bias_row + col[None, :].to(tl.int64) * bias_col
-    if BIAS == "seen":
-        seen = seen & (tl.load(at, mask=seen, other=0) != 0)
-    if BIAS == "added":
-        s += tl.load(at, mask=seen, other=0.0).to(tl.float32)
-    return tl.where(seen, s, float("-inf"))
+# Of bits at a time; an H200 has 50 MiB of cache.
+_AT_A_TIME = 2**25
 
 
 @jit
@@ -70,124 +46,144 @@ def _put(ptr, x, row, tokens, width, BLOCK: tl.constexpr):
 
 
 @jit
-def _distance(place, other, tokens):
-    far = tl.abs(place[:, None] - other[None, :])
-    return tl.minimum(far, tokens - 1).to(tl.int32)
+def _scores(s, row, col, tokens, bias_ptr, bias_row, bias_col, BIAS: tl.constexpr, CAUSAL: tl.constexpr):
+    # row and col broadcast to s, which is scaled; what is not seen is -inf.
+    seen = (col <= row) if CAUSAL else (col < tokens)
+    if BIAS != "none":
+        at, there = (
+            bias_ptr + row.to(tl.int64) * bias_row + col.to(tl.int64) * bias_col,
+            seen & (row < tokens),
+        )
+        if BIAS == "seen":
+            seen = seen & (tl.load(at, mask=there, other=0) != 0)
+        else:
+            s += tl.load(at, mask=there, other=0.0).to(tl.float32) * 1.4426950408889634
+    return tl.where(seen, s, float("-inf"))
+
+
+@jit
+def _halves(bits_ptr, row, tokens, word):
+    # Of each row the bits of 64 keys, from key 64 word on.
+    words, there, shift = (tokens + 126) // 64, row < tokens, ((-row) & 63).to(tl.uint64)
+    at = bits_ptr + row.to(tl.int64) * words + word
+    one = tl.load(at, mask=there, other=0).to(tl.uint64)
+    two = tl.load(at + 1, mask=there & (word + 1 < words), other=0).to(tl.uint64)
+    both = (one >> shift) | ((two << 1) << (63 - shift))
+    return both.to(tl.uint32), (both >> 32).to(tl.uint32)
+
+
+@jit
+def _kept(low, high, place):
+    word = tl.where(place < 32, low, high)
+    return ((word >> (place & 31).to(tl.uint32)) & 1) != 0
 
 
 @jit
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, bias_ptr, keys_ptr, seeds_ptr, bias_b, bias_h, bias_row, bias_col, heads,
-    tokens, width, out_width, scale, threshold, keep_scale, BIAS: tl.constexpr, CAUSAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, LANES: tl.constexpr,
-    ROUNDS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, bits_ptr, bias_ptr, bias_b, bias_h, bias_row, bias_col, heads, first, some,
+    tokens, width, out_width, scale, keep_scale, BIAS: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    first = (b * heads + h) * tokens
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = _tile(q_ptr + first * width, row, tokens, width, BLOCK_D)
-    key = tl.load(keys_ptr + b * tokens + row, mask=row < tokens, other=0)
-    low, high = (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
-    seed = tl.load(seeds_ptr + h)
+    b, h = (tl.program_id(1) // some).to(tl.int64), (first + tl.program_id(1) % some).to(tl.int64)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with most to do go first
+    begin = (b * heads + h) * tokens
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = _tile(q_ptr + begin * width, row, tokens, width, BLOCK_D)
     bias_ptr += b * bias_b + h * bias_h
+    bits_ptr += tl.program_id(1).to(tl.int64) * tokens * ((tokens + 126) // 64)
     most = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     out = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    end = tl.minimum(tokens, (tl.program_id(0) + 1) * BLOCK_M) if CAUSAL else tokens
+    end = tl.minimum(tokens, (tile + 1) * BLOCK_M) if CAUSAL else tokens
     for start in range(0, end, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)
-        k = _tile(k_ptr + first * width, col, tokens, width, BLOCK_D)
-        s = _scores(q, k, row, col, tokens, bias_ptr, bias_row, bias_col, scale, BIAS, CAUSAL)
-        other = tl.load(keys_ptr + b * tokens + col, mask=col < tokens, other=0) & 0xFFFFFFFF
-        far = _distance(key & 0xFFFFFFFF, other, tokens)
+        k = _tile(k_ptr + begin * width, col, tokens, width, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        s = _scores(s, row[:, None], col[None, :], tokens, bias_ptr, bias_row, bias_col, BIAS, CAUSAL)
         larger = tl.maximum(most, tl.max(s, 1))
         above = tl.where(larger == float("-inf"), 0.0, larger)  # nothing is seen yet
-        p = tl.exp(s - above[:, None])
-        shrunk = tl.exp(most - above)
+        p = tl.exp2(s - above[:, None])
+        shrunk = tl.exp2(most - above)
         total = total * shrunk + tl.sum(p, 1)
-        p *= _factors(seed, low, high, far, threshold, keep_scale, LANES, ROUNDS)
-        v = _tile(v_ptr + first * out_width, col, tokens, out_width, BLOCK_E)
+        low, high = _halves(bits_ptr, row, tokens, start // 64)
+        p = tl.where(_kept(low[:, None], high[:, None], (col % 64)[None, :]), p, 0.0)
+        v = _tile(v_ptr + begin * out_width, col, tokens, out_width, BLOCK_E)
         out = out * shrunk[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         most = larger
-    out = out / tl.where(total == 0.0, 1.0, total)[:, None]
-    _put(out_ptr + first * out_width, out, row, tokens, out_width, BLOCK_E)
+    out = out * (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+    _put(out_ptr + begin * out_width, out, row, tokens, out_width, BLOCK_E)
     # Of a query that sees nothing, so that its probabilities are 0 in the backward.
-    lse = tl.where(total == 0.0, float("inf"), most + tl.log(tl.where(total == 0.0, 1.0, total)))
-    tl.store(lse_ptr + first + row, lse, mask=row < tokens)
+    lse = tl.where(total == 0.0, float("inf"), most + tl.log2(tl.where(total == 0.0, 1.0, total)))
+    tl.store(lse_ptr + begin + row, lse, mask=row < tokens)
 
 
 @jit
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, bias_ptr, keys_ptr, seeds_ptr, bias_b, bias_h, bias_row,
-    bias_col, heads, tokens, width, out_width, scale, threshold, keep_scale, BIAS: tl.constexpr, CAUSAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, LANES: tl.constexpr,
-    ROUNDS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, bits_ptr, bias_ptr, bias_b, bias_h, bias_row,
+    bias_col, heads, first, some, tokens, width, out_width, scale, keep_scale, BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    first = (b * heads + h) * tokens
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = _tile(q_ptr + first * width, row, tokens, width, BLOCK_D)
-    dout = _tile(dout_ptr + first * out_width, row, tokens, out_width, BLOCK_E)
-    at = first + row
-    lse = tl.load(lse_ptr + at, mask=row < tokens, other=float("inf"))
-    delta = tl.load(delta_ptr + at, mask=row < tokens, other=0.0)
-    key = tl.load(keys_ptr + b * tokens + row, mask=row < tokens, other=0)
-    low, high = (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
-    seed = tl.load(seeds_ptr + h)
+    b, h = (tl.program_id(1) // some).to(tl.int64), (first + tl.program_id(1) % some).to(tl.int64)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    begin = (b * heads + h) * tokens
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = _tile(q_ptr + begin * width, row, tokens, width, BLOCK_D)
+    dout = _tile(dout_ptr + begin * out_width, row, tokens, out_width, BLOCK_E)
+    out = _tile(out_ptr + begin * out_width, row, tokens, out_width, BLOCK_E)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta_ptr + begin + row, delta, mask=row < tokens)
+    lse = tl.load(lse_ptr + begin + row, mask=row < tokens, other=float("inf"))
     bias_ptr += b * bias_b + h * bias_h
+    bits_ptr += tl.program_id(1).to(tl.int64) * tokens * ((tokens + 126) // 64)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    end = tl.minimum(tokens, (tl.program_id(0) + 1) * BLOCK_M) if CAUSAL else tokens
+    end = tl.minimum(tokens, (tile + 1) * BLOCK_M) if CAUSAL else tokens
     for start in range(0, end, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)
-        k = _tile(k_ptr + first * width, col, tokens, width, BLOCK_D)
-        v = _tile(v_ptr + first * out_width, col, tokens, out_width, BLOCK_E)
-        s = _scores(q, k, row, col, tokens, bias_ptr, bias_row, bias_col, scale, BIAS, CAUSAL)
-        other = tl.load(keys_ptr + b * tokens + col, mask=col < tokens, other=0) & 0xFFFFFFFF
-        far = _distance(key & 0xFFFFFFFF, other, tokens)
-        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
-        dp *= _factors(seed, low, high, far, threshold, keep_scale, LANES, ROUNDS)
-        ds = tl.exp(s - lse[:, None]) * (dp - delta[:, None]) * scale
+        k = _tile(k_ptr + begin * width, col, tokens, width, BLOCK_D)
+        v = _tile(v_ptr + begin * out_width, col, tokens, out_width, BLOCK_E)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        s = _scores(s, row[:, None], col[None, :], tokens, bias_ptr, bias_row, bias_col, BIAS, CAUSAL)
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee") * keep_scale
+        low, high = _halves(bits_ptr, row, tokens, start // 64)
+        dp = tl.where(_kept(low[:, None], high[:, None], (col % 64)[None, :]), dp, 0.0)
+        ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
-    _put(dq_ptr + first * width, dq, row, tokens, width, BLOCK_D)
+    _put(dq_ptr + begin * width, dq * (scale * 0.6931471805599453), row, tokens, width, BLOCK_D)
 
 
 @jit
 def _dk_dv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, bias_ptr, keys_ptr, seeds_ptr, bias_b, bias_h,
-    bias_row, bias_col, heads, tokens, width, out_width, scale, threshold, keep_scale, BIAS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, bits_ptr, bias_ptr, bias_b, bias_h, bias_row,
+    bias_col, heads, first, some, tokens, width, out_width, scale, keep_scale, BIAS: tl.constexpr,
     CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    LANES: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    first = (b * heads + h) * tokens
+    # Tiles are keys x queries, so that probabilities need not be turned for the products.
+    b, h = (tl.program_id(1) // some).to(tl.int64), (first + tl.program_id(1) % some).to(tl.int64)
+    begin = (b * heads + h) * tokens
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = _tile(k_ptr + first * width, col, tokens, width, BLOCK_D)
-    v = _tile(v_ptr + first * out_width, col, tokens, out_width, BLOCK_E)
-    other = tl.load(keys_ptr + b * tokens + col, mask=col < tokens, other=0) & 0xFFFFFFFF
-    seed = tl.load(seeds_ptr + h)
+    k = _tile(k_ptr + begin * width, col, tokens, width, BLOCK_D)
+    v = _tile(v_ptr + begin * out_width, col, tokens, out_width, BLOCK_E)
     bias_ptr += b * bias_b + h * bias_h
+    bits_ptr += tl.program_id(1).to(tl.int64) * tokens * ((tokens + 126) // 64)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-    begin = tl.program_id(0) * BLOCK_N // BLOCK_M * BLOCK_M if CAUSAL else 0
-    for start in range(begin, tokens, BLOCK_M):
+    for start in range(tl.program_id(0) * BLOCK_N // BLOCK_M * BLOCK_M if CAUSAL else 0, tokens, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        q = _tile(q_ptr + first * width, row, tokens, width, BLOCK_D)
-        dout = _tile(dout_ptr + first * out_width, row, tokens, out_width, BLOCK_E)
-        at = first + row
-        lse = tl.load(lse_ptr + at, mask=row < tokens, other=float("inf"))
-        delta = tl.load(delta_ptr + at, mask=row < tokens, other=0.0)
-        key = tl.load(keys_ptr + b * tokens + row, mask=row < tokens, other=0)
-        low, high = (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
-        s = _scores(q, k, row, col, tokens, bias_ptr, bias_row, bias_col, scale, BIAS, CAUSAL)
-        far = _distance(key & 0xFFFFFFFF, other, tokens)
-        factors = _factors(seed, low, high, far, threshold, keep_scale, LANES, ROUNDS)
-        p = tl.exp(s - lse[:, None])
-        dv += tl.dot(tl.trans((p * factors).to(dout.dtype)), dout, input_precision="ieee")
-        dp = tl.dot(dout, tl.trans(v), input_precision="ieee") * factors
-        ds = p * (dp - delta[:, None]) * scale
-        dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee")
-    _put(dk_ptr + first * width, dk, col, tokens, width, BLOCK_D)
-    _put(dv_ptr + first * out_width, dv, col, tokens, out_width, BLOCK_E)
+        q = _tile(q_ptr + begin * width, row, tokens, width, BLOCK_D)
+        dout = _tile(dout_ptr + begin * out_width, row, tokens, out_width, BLOCK_E)
+        lse = tl.load(lse_ptr + begin + row, mask=row < tokens, other=float("inf"))
+        delta = tl.load(delta_ptr + begin + row, mask=row < tokens, other=0.0)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+        s = _scores(s, row[None, :], col[:, None], tokens, bias_ptr, bias_row, bias_col, BIAS, CAUSAL)
+        low, high = _halves(bits_ptr, row, tokens, tl.program_id(0) * BLOCK_N // 64)
+        kept = _kept(low[None, :], high[None, :], (col % 64)[:, None])
+        p = tl.exp2(s - lse[None, :])
+        dv += tl.dot(tl.where(kept, p, 0.0).to(dout.dtype), dout, input_precision="ieee")
+        dp = tl.where(kept, tl.dot(v, tl.trans(dout), input_precision="ieee") * keep_scale, 0.0)
+        ds = p * (dp - delta[None, :])
+        dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
+    _put(dk_ptr + begin * width, dk * (scale * 0.6931471805599453), col, tokens, width, BLOCK_D)
+    _put(dv_ptr + begin * out_width, dv * keep_scale, col, tokens, out_width, BLOCK_E)
 
 
 def takes(q: Tensor, v: Tensor) -> bool:
@@ -195,9 +191,10 @@ def takes(q: Tensor, v: Tensor) -> bool:
     return runs_triton(q) and q.dtype in _DTYPES and max(q.shape[-1], v.shape[-1]) <= _MOST_WIDTH
 
 
-def signed(seeds: Sequence[int]) -> Tensor:
-    """Seeds of 64 bits as int64, on the CPU."""
-    return torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed in seeds])
+def _blocks(widest: int, dtype: torch.dtype) -> dict[str, int]:
+    """Sides of tiles, which divide or are 64 along keys, and warps."""
+    block = 32 if widest > 128 or dtype == torch.float32 else 64
+    return {"BLOCK_M": block, "BLOCK_N": block, "num_warps": 4 if widest <= 64 else 8}
 
 
 class Tiles(NamedTuple):
@@ -209,7 +206,7 @@ class Tiles(NamedTuple):
         scale: of the scores.
         p: the share that is dropped.
         seeds: (H,) int64, on the device.
-        keys: (B, T) int64.
+        keys: (B, T) int64, contiguous.
     """
 
     bias: Tensor | None
@@ -220,11 +217,11 @@ class Tiles(NamedTuple):
     keys: Tensor
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """O (B, H, T, E) in the dtype of v, and lse (B, H, T) in float32."""
+        """O (B, H, T, E) in the dtype of v, and log2 sum exp S (B, H, T) in float32."""
         q, k, v = (one.contiguous() for one in (q, k, v))
         out, lse = torch.empty_like(v), q.new_empty(q.shape[:3], dtype=torch.float32)
-        with launching_on(q):
-            self._launch(_forward_kernel, q, k, v, out, lse)
+        for first, bits in self._bits():
+            self._launch(_forward_kernel, first, bits, q, k, v, out, lse)
         return out, lse
 
     def backward(
@@ -232,29 +229,37 @@ class Tiles(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Of q, k and v, in their dtypes."""
         q, k, v, dout = (one.contiguous() for one in (q, k, v, dout))
-        delta = (dout.float() * out.float()).sum(-1)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        with launching_on(q):
-            self._launch(_dq_kernel, q, k, v, dout, lse, delta, dq)
-            self._launch(_dk_dv_kernel, q, k, v, dout, lse, delta, dk, dv)
+        delta, dq, dk, dv = (torch.empty_like(one) for one in (lse, q, k, v))
+        for first, bits in self._bits():
+            self._launch(_dq_kernel, first, bits, q, k, v, dout, out, lse, delta, dq)
+            self._launch(_dk_dv_kernel, first, bits, q, k, v, dout, lse, delta, dk, dv)
         return dq, dk, dv
 
-    def _launch(self, kernel: Any, *tensors: Tensor) -> None:
+    def _bits(self) -> Iterator[tuple[int, Tensor]]:
+        """First heads, and the bits of theirs and the following ones (B, heads, T, W); in turn."""
+        batch, tokens = self.keys.shape
+        heads = max(1, _AT_A_TIME // (batch * tokens * (tokens // 8 + 8)))
+        for first in range(0, len(self.seeds), heads):
+            seeds = self.seeds[first : first + heads]
+            yield first, drawn_bits(self.keys, seeds, self.p, range(tokens), causal=self.causal)
+
+    def _launch(self, kernel: Any, first: int, bits: Tensor, *tensors: Tensor) -> None:
         q, _, v = tensors[:3]
-        batch, heads, tokens, width = q.shape
-        out_width = v.shape[-1]
+        (_, heads, tokens, width), out_width = q.shape, v.shape[-1]
+        batch, some = bits.shape[:2]
         kind, bias, strides = "none", q, (0, 0, 0, 0)
         if self.bias is not None:
             is_seen = self.bias.dtype == torch.bool
             kind, bias = "seen" if is_seen else "added", self.bias.view(torch.uint8) if is_seen else self.bias
             strides = self.bias.stride()
-        widest = max(width, out_width)
-        block = 32 if widest > 128 or q.dtype == torch.float32 else 64
+        blocks = _blocks(max(width, out_width), q.dtype)
+        side = blocks["BLOCK_N" if kernel is _dk_dv_kernel else "BLOCK_M"]
         sides = {
             name: max(16, 1 << (size - 1).bit_length()) for name, size in (("D", width), ("E", out_width))
         }
-        kernel[(-(-tokens // block), batch * heads)](
-            *tensors, bias, self.keys, self.seeds, *strides, heads, tokens, width, out_width, self.scale,
-            *threshold_and_scale(self.p), BIAS=kind, CAUSAL=self.causal, BLOCK_M=block, BLOCK_N=block,
-            BLOCK_D=sides["D"], BLOCK_E=sides["E"], LANES=LANES, ROUNDS=ROUNDS, num_warps=4 if widest <= 64 else 8,
-        )  # fmt: skip
+        with launching_on(q):
+            kernel[(-(-tokens // side), batch * some)](
+                *tensors, bits, bias, *strides, heads, first, some, tokens, width, out_width,
+                self.scale * _LOG2_E, threshold_and_scale(self.p)[1], BIAS=kind, CAUSAL=self.causal,
+                BLOCK_D=sides["D"], BLOCK_E=sides["E"], **blocks,
+            )  # fmt: skip

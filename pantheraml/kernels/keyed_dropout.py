@@ -22,10 +22,10 @@ from pantheraml.kernels.launch import jit, launching_on, runs_triton, tl
 
 # Enough for every statistical test that the generator's authors know; 10 are their default.
 ROUNDS = 7
-LANES = 256
+_LANES = 256
 _BITS = 16
 _PER = 128 // _BITS  # columns that one call of the generator serves
-_BLOCKS = {"BLOCK_M": 4, "LANES": LANES, "ROUNDS": ROUNDS, "num_warps": 4}
+_BLOCKS = {"BLOCK_M": 4, "LANES": _LANES, "ROUNDS": ROUNDS, "num_warps": 4}
 
 
 @jit
@@ -65,7 +65,7 @@ def triton_drop(
     rows, cols = x.shape
     if x.numel() == 0:
         return
-    (first_row, first_column), group = first, LANES * _PER
+    (first_row, first_column), group = first, _LANES * _PER
     grid = (-(-rows // _BLOCKS["BLOCK_M"]), -(-(first_column + cols) // group) - first_column // group)
     _drop_kernel[grid](
         x, out, x if keys is None else keys, x.stride(0), out.stride(0), rows, cols, seed, first_row, first_column,
@@ -79,7 +79,7 @@ def threshold_and_scale(p: float) -> tuple[int, float]:
     return round(p * 2**_BITS), 0.0 if p == 1.0 else 1.0 / (1.0 - p)
 
 
-def _philox(counter: list[Tensor], seed: int) -> list[Tensor]:
+def philox(counter: list[Tensor], seed: int) -> list[Tensor]:
     """Four words for each counter; all are int64 tensors that hold 32 bits, and broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
@@ -94,10 +94,10 @@ def _philox(counter: list[Tensor], seed: int) -> list[Tensor]:
 
 def kept_values(keys: Tensor, cols: int, p: float, seed: int) -> Tensor:
     """The mask by plain PyTorch: (T, cols) bool, True for what stays; ``keys`` (T,) int64 are the rows' numbers."""
-    groups, lanes = -(-cols // (LANES * _PER)), min(cols, LANES)  # narrow rows leave lanes out
+    groups, lanes = -(-cols // (_LANES * _PER)), min(cols, _LANES)  # narrow rows leave lanes out
     counter = torch.arange(groups * lanes, device=keys.device)[None, :]
     low, high = keys[:, None] & 0xFFFFFFFF, (keys[:, None] >> 32) & 0xFFFFFFFF
-    words = _philox([counter, low, high, torch.zeros_like(low)], seed)
+    words = philox([counter, low, high, torch.zeros_like(low)], seed)
     parts = [(word >> shift) & 0xFFFF for word in words for shift in (0, _BITS)]
     # (T, groups, 8, lanes): the eighth of a group that a column lies in says which 16 bits are its own.
     bits = torch.stack([part.unflatten(1, (groups, lanes)) for part in parts], dim=2)

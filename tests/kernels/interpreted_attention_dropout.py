@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
-from pantheraml.kernels import dropping_tiles
+from pantheraml.kernels import drop_bits, dropping_tiles
 from pantheraml.kernels.attention_dropout import HeadDropout, dropping_attention
-from pantheraml.kernels.keyed_dropout import LANES, ROUNDS, kept_values
 
 SEEDS = (2**62 + 1, 2**64 - 3, 5, 2**63)
 
@@ -89,31 +86,35 @@ def test_in_16_bits():
         torch.testing.assert_close(mine.double(), exact, rtol=4e-3, atol=4e-3)
 
 
-@triton.jit
-def _column_kernel(
-    far_ptr, out_ptr, seed, low, high, N: tl.constexpr, LANES: tl.constexpr, ROUNDS: tl.constexpr
-):
-    at = tl.arange(0, N)
-    row = tl.zeros((1,), tl.int64)
-    far = tl.load(far_ptr + at)[None, :]
-    found = dropping_tiles._factors(
-        seed, (row + low).to(tl.uint32), (row + high).to(tl.uint32), far, 2**15, 2.0, LANES, ROUNDS
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("tokens", "queries"), [(1, range(1)), (70, range(70)), (130, range(60, 70))])
+def test_bits_are_those_of_plain_pytorch(tokens, queries, causal):
+    seeds = drop_bits.signed(SEEDS, torch.device("cpu"))
+    told = keys(2, tokens, cut=19 if tokens > 19 else None), seeds, 0.3, queries
+    plain = drop_bits._eager_bits(*told, 8 * ((tokens + 126) // 64)).view(torch.int64)
+    mine, exact = (
+        drop_bits.unpacked(bits, tokens, 0.3, queries)
+        for bits in (drop_bits.drawn_bits(*told, causal=causal), plain)
     )
-    tl.store(out_ptr + at[None, :], found)
+    if causal:
+        mine, exact = (one.tril(queries.start) for one in (mine, exact))
+    assert torch.equal(mine, exact)
 
 
-def test_distances_past_a_group_of_columns():
-    far, out = torch.arange(4096, dtype=torch.int32), torch.empty(4096)
-    seed, key = 2**62 + 1, (3 << 32) + 9
-    _column_kernel[(1,)](far, out, seed, key & 0xFFFFFFFF, key >> 32, N=4096, LANES=LANES, ROUNDS=ROUNDS)
-    assert torch.equal(out > 0, kept_values(torch.tensor([key]), 4096, 0.5, seed)[0])
+def test_heads_in_turn(monkeypatch):
+    """As many at a time as their bits have room."""
+    drop, tensors, results_of = HeadDropout(0.3, SEEDS, keys(2, 37)), make((2, 4, 37, 16, 16)), []
+    for room in (1, dropping_tiles._AT_A_TIME):
+        monkeypatch.setattr(dropping_tiles, "_AT_A_TIME", room)
+        results_of.append(results(tensors, torch.float32, drop, dict(causal=True)))
+    assert all(map(torch.equal, *results_of))
 
 
 def test_a_wrong_kernel_is_seen(monkeypatch):
     tensors = make((1, 2, 37, 16, 16))
     drop = HeadDropout(0.3, SEEDS[:2], keys(1, 37))
     exact = results(tensors, torch.float64, drop, {})
-    monkeypatch.setattr(dropping_tiles, "ROUNDS", 6)
+    monkeypatch.setattr(dropping_tiles, "_LOG2_E", dropping_tiles._LOG2_E * 1.001)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(
             results(tensors, torch.float32, drop, {})[0].double(), exact[0], rtol=1e-5, atol=2e-6

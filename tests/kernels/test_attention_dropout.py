@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from pantheraml.kernels import attention_dropout as op
 from pantheraml.kernels.attention_dropout import HeadDropout, dropped_probabilities, dropping_attention
-from pantheraml.kernels.keyed_dropout import kept_values
+from pantheraml.kernels.keyed_dropout import philox
 
 B, H, K, T, D, E = 2, 4, 2, 13, 8, 6
 SEEDS = tuple(2**62 + 2 * head + 1 for head in range(H))
@@ -40,13 +42,15 @@ def biases():
 
 def factors(p):
     """What probabilities are multiplied by, from the definition: one query and key at a time."""
-    found = torch.zeros(B, H, T, T, dtype=torch.float64)
-    for head, seed in enumerate(SEEDS):
-        kept = kept_values(keys().flatten(), T, p, seed).view(B, T, T)
-        for query in range(T):
-            for key in range(T):
-                found[:, head, query, key] = kept[:, query, abs(query - key)] / (1 - p)
-    return found
+    found = torch.zeros(B, H, T, T)
+    for batch, head, query, key in itertools.product(*map(range, found.shape)):
+        row, column = keys()[batch, query], torch.tensor(key - query)
+        words = philox(
+            [(column >> 3) & 0xFFFFFFFF, row & 0xFFFFFFFF, row >> 32, torch.tensor(0)], SEEDS[head]
+        )
+        bits = (int(words[int(column) % 8 // 2]) >> int(column) % 2 * 16) & 0xFFFF
+        found[batch, head, query, key] = (bits >= round(p * 2**16)) / (1 - p)
+    return found.double()
 
 
 def plain(q, k, v, factors, bias=None, causal=False, scale=None):
@@ -120,6 +124,7 @@ def test_masks_follow_tokens_wherever_they_are():
     assert torch.equal(found[:, :, 4:, 4:], whole)
     assert len({tuple(head.flatten().tolist()) for head in whole[0]}) == H, "heads have masks of their own"
     assert abs(float((whole == 0).float().mean()) - 0.5) < 0.05
+    assert not torch.equal(whole, whole.transpose(-1, -2)), "a key before a query is not one behind it"
 
 
 def test_16_bits_are_as_near_as_torchs():
