@@ -191,8 +191,8 @@ def takes(q: Tensor, v: Tensor) -> bool:
     return runs_triton(q) and q.dtype in _DTYPES and max(q.shape[-1], v.shape[-1]) <= _MOST_WIDTH
 
 
-def _blocks(widest: int, dtype: torch.dtype) -> dict[str, int]:
-    """Sides of tiles, which divide or are 64 along keys, and warps."""
+def _blocks(kernel: Any, widest: int, dtype: torch.dtype) -> dict[str, int]:
+    """Sides of tiles, of which those along keys divide 64, and what the compiler is told."""
     block = 32 if widest > 128 or dtype == torch.float32 else 64
     return {"BLOCK_M": block, "BLOCK_N": block, "num_warps": 4 if widest <= 64 else 8}
 
@@ -252,7 +252,7 @@ class Tiles(NamedTuple):
             is_seen = self.bias.dtype == torch.bool
             kind, bias = "seen" if is_seen else "added", self.bias.view(torch.uint8) if is_seen else self.bias
             strides = self.bias.stride()
-        blocks = _blocks(max(width, out_width), q.dtype)
+        blocks = _blocks(kernel, max(width, out_width), q.dtype)
         side = blocks["BLOCK_N" if kernel is _dk_dv_kernel else "BLOCK_M"]
         sides = {
             name: max(16, 1 << (size - 1).bit_length()) for name, size in (("D", width), ("E", out_width))

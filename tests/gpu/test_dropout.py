@@ -159,20 +159,42 @@ def test_masks_of_attention_are_those_of_the_cpu():
         assert torch.equal(mine[2].cpu(), theirs[2])
 
 
-@pytest.mark.parametrize("grouped", [1, 2])
-def test_attention_with_dropout_errs_as_the_formula_in_16_bits(grouped):
+@pytest.mark.parametrize(
+    ("grouped", "tokens", "width", "seen"),
+    [
+        (1, 300, 64, "causal"),
+        (2, 300, 64, "causal"),
+        (2, 517, 128, "bool"),
+        (1, 300, 80, "added"),
+        (1, 130, 256, "all"),
+    ],
+)
+def test_attention_with_dropout_errs_as_the_formula_in_16_bits(grouped, tokens, width, seen):
     """Values and gradients in bf16, beside the eager formula in bf16, against float64 on the CPU."""
-    shape, results = (3, 4, 300, 64), {}
+    shape, results = (3, 4, tokens, width), {}
     generator = torch.Generator().manual_seed(0)
+    hidden = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    hidden = (
+        hidden | (torch.rand(3, 1, tokens, tokens, generator=generator) < 0.2) if seen == "bool" else hidden
+    )
+    bias = torch.zeros(tokens, tokens).masked_fill(hidden, -3.0)
     given = [
         torch.randn(3, 4 // (grouped if part else 1), *shape[2:], generator=generator) for part in range(3)
     ]
     weight = torch.randn(shape, generator=generator)
 
-    def eager(q, k, v, drop, causal):
+    def how(x):
+        hides, adds = ~hidden.to(x.device), bias.to(x)
+        return {"causal": dict(causal=True), "bool": dict(bias=hides), "added": dict(bias=adds), "all": {}}[
+            seen
+        ]
+
+    def eager(q, k, v, drop, **_):
         k, v = (one.repeat_interleave(grouped, dim=1) for one in (k, v))
-        hidden = torch.ones(300, 300, dtype=torch.bool, device=q.device).triu(1)
-        scores = (q @ k.transpose(-1, -2) * 64**-0.5).masked_fill(hidden, torch.finfo(q.dtype).min)
+        scores = q @ k.transpose(-1, -2) * width**-0.5
+        scores = scores + bias.to(q) if seen == "added" else scores
+        if seen in ("causal", "bool"):
+            scores = scores.masked_fill(hidden.to(q.device), torch.finfo(q.dtype).min)
         probabilities = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         return dropped_probabilities(probabilities, drop) @ v
 
@@ -182,7 +204,7 @@ def test_attention_with_dropout_errs_as_the_formula_in_16_bits(grouped):
         ("theirs", "cuda", torch.bfloat16, eager),
     ):
         rounded = [one.bfloat16().to(device, dtype).requires_grad_() for one in given]
-        out = attend(*rounded, head_dropout(device), causal=True)
+        out = attend(*rounded, head_dropout(device, tokens=tokens), **how(rounded[0]))
         gradients = torch.autograd.grad((out * weight.to(device, dtype)).sum(), rounded)
         results[name] = [one.detach().cpu().double() for one in (out, *gradients)]
     for exact, mine, theirs in zip(*results.values(), strict=True):
