@@ -174,9 +174,8 @@ def test_attention_with_dropout_errs_as_the_formula_in_16_bits(grouped, tokens, 
     shape, results = (3, 4, tokens, width), {}
     generator = torch.Generator().manual_seed(0)
     hidden = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
-    hidden = (
-        hidden | (torch.rand(3, 1, tokens, tokens, generator=generator) < 0.2) if seen == "bool" else hidden
-    )
+    if seen == "bool":
+        hidden = hidden | (torch.rand(3, 1, tokens, tokens, generator=generator) < 0.2).tril(-1)
     bias = torch.zeros(tokens, tokens).masked_fill(hidden, -3.0)
     given = [
         torch.randn(3, 4 // (grouped if part else 1), *shape[2:], generator=generator) for part in range(3)
@@ -184,10 +183,8 @@ def test_attention_with_dropout_errs_as_the_formula_in_16_bits(grouped, tokens, 
     weight = torch.randn(shape, generator=generator)
 
     def how(x):
-        hides, adds = ~hidden.to(x.device), bias.to(x)
-        return {"causal": dict(causal=True), "bool": dict(bias=hides), "added": dict(bias=adds), "all": {}}[
-            seen
-        ]
+        biases = {"bool": dict(bias=~hidden.to(x.device)), "added": dict(bias=bias.to(x))}
+        return biases.get(seen, dict(causal=seen == "causal"))
 
     def eager(q, k, v, drop, **_):
         k, v = (one.repeat_interleave(grouped, dim=1) for one in (k, v))
