@@ -14,6 +14,7 @@ Shapes: q (B, H, T, D), k (B, H, T, D), v (B, H, T, E), bias (B, H, T, T) of any
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -31,18 +32,17 @@ _AT_A_TIME = 2**25
 
 
 @jit
-def _tile(ptr, row, tokens, width, BLOCK: tl.constexpr):
+def _tile(ptr, row, tokens, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     col = tl.arange(0, BLOCK)
-    there = (row < tokens)[:, None] & (col < width)[None, :]
-    return tl.load(ptr + row[:, None].to(tl.int64) * width + col[None, :], mask=there, other=0.0)
+    there = (row < tokens)[:, None] & (col < WIDTH)[None, :]
+    return tl.load(ptr + row[:, None] * WIDTH + col[None, :], mask=there, other=0.0)
 
 
 @jit
-def _put(ptr, x, row, tokens, width, BLOCK: tl.constexpr):
+def _put(ptr, x, row, tokens, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     col = tl.arange(0, BLOCK)
-    there = (row < tokens)[:, None] & (col < width)[None, :]
-    at = ptr + row[:, None].to(tl.int64) * width + col[None, :]
-    tl.store(at, x.to(ptr.dtype.element_ty), mask=there)
+    there = (row < tokens)[:, None] & (col < WIDTH)[None, :]
+    tl.store(ptr + row[:, None] * WIDTH + col[None, :], x.to(ptr.dtype.element_ty), mask=there)
 
 
 @jit
@@ -81,14 +81,14 @@ def _kept(low, high, place):
 @jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, bits_ptr, bias_ptr, bias_b, bias_h, bias_row, bias_col, heads, first, some,
-    tokens, width, out_width, scale, keep_scale, BIAS: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    tokens, scale, keep_scale, BIAS: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     b, h = (tl.program_id(1) // some).to(tl.int64), (first + tl.program_id(1) % some).to(tl.int64)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with most to do go first
     begin = (b * heads + h) * tokens
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = _tile(q_ptr + begin * width, row, tokens, width, BLOCK_D)
+    q = _tile(q_ptr + begin * D, row, tokens, D, BLOCK_D)
     bias_ptr += b * bias_b + h * bias_h
     bits_ptr += tl.program_id(1).to(tl.int64) * tokens * ((tokens + 126) // 64)
     most = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -97,7 +97,7 @@ def _forward_kernel(
     end = tl.minimum(tokens, (tile + 1) * BLOCK_M) if CAUSAL else tokens
     for start in range(0, end, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)
-        k = _tile(k_ptr + begin * width, col, tokens, width, BLOCK_D)
+        k = _tile(k_ptr + begin * D, col, tokens, D, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         s = _scores(s, row[:, None], col[None, :], tokens, bias_ptr, bias_row, bias_col, BIAS, CAUSAL)
         larger = tl.maximum(most, tl.max(s, 1))
@@ -107,11 +107,11 @@ def _forward_kernel(
         total = total * shrunk + tl.sum(p, 1)
         low, high = _halves(bits_ptr, row, tokens, start // 64)
         p = tl.where(_kept(low[:, None], high[:, None], (col % 64)[None, :]), p, 0.0)
-        v = _tile(v_ptr + begin * out_width, col, tokens, out_width, BLOCK_E)
+        v = _tile(v_ptr + begin * E, col, tokens, E, BLOCK_E)
         out = out * shrunk[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         most = larger
     out = out * (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
-    _put(out_ptr + begin * out_width, out, row, tokens, out_width, BLOCK_E)
+    _put(out_ptr + begin * E, out, row, tokens, E, BLOCK_E)
     # Of a query that sees nothing, so that its probabilities are 0 in the backward.
     lse = tl.where(total == 0.0, float("inf"), most + tl.log2(tl.where(total == 0.0, 1.0, total)))
     tl.store(lse_ptr + begin + row, lse, mask=row < tokens)
@@ -120,16 +120,17 @@ def _forward_kernel(
 @jit
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, bits_ptr, bias_ptr, bias_b, bias_h, bias_row,
-    bias_col, heads, first, some, tokens, width, out_width, scale, keep_scale, BIAS: tl.constexpr,
-    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    bias_col, heads, first, some, tokens, scale, keep_scale, BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     b, h = (tl.program_id(1) // some).to(tl.int64), (first + tl.program_id(1) % some).to(tl.int64)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     begin = (b * heads + h) * tokens
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = _tile(q_ptr + begin * width, row, tokens, width, BLOCK_D)
-    dout = _tile(dout_ptr + begin * out_width, row, tokens, out_width, BLOCK_E)
-    out = _tile(out_ptr + begin * out_width, row, tokens, out_width, BLOCK_E)
+    q = _tile(q_ptr + begin * D, row, tokens, D, BLOCK_D)
+    dout = _tile(dout_ptr + begin * E, row, tokens, E, BLOCK_E)
+    out = _tile(out_ptr + begin * E, row, tokens, E, BLOCK_E)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + begin + row, delta, mask=row < tokens)
     lse = tl.load(lse_ptr + begin + row, mask=row < tokens, other=float("inf"))
@@ -139,8 +140,8 @@ def _dq_kernel(
     end = tl.minimum(tokens, (tile + 1) * BLOCK_M) if CAUSAL else tokens
     for start in range(0, end, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)
-        k = _tile(k_ptr + begin * width, col, tokens, width, BLOCK_D)
-        v = _tile(v_ptr + begin * out_width, col, tokens, out_width, BLOCK_E)
+        k = _tile(k_ptr + begin * D, col, tokens, D, BLOCK_D)
+        v = _tile(v_ptr + begin * E, col, tokens, E, BLOCK_E)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         s = _scores(s, row[:, None], col[None, :], tokens, bias_ptr, bias_row, bias_col, BIAS, CAUSAL)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee") * keep_scale
@@ -148,29 +149,30 @@ def _dq_kernel(
         dp = tl.where(_kept(low[:, None], high[:, None], (col % 64)[None, :]), dp, 0.0)
         ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
-    _put(dq_ptr + begin * width, dq * (scale * 0.6931471805599453), row, tokens, width, BLOCK_D)
+    _put(dq_ptr + begin * D, dq * (scale * 0.6931471805599453), row, tokens, D, BLOCK_D)
 
 
 @jit
 def _dk_dv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, bits_ptr, bias_ptr, bias_b, bias_h, bias_row,
-    bias_col, heads, first, some, tokens, width, out_width, scale, keep_scale, BIAS: tl.constexpr,
-    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    bias_col, heads, first, some, tokens, scale, keep_scale, BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     # Tiles are keys x queries, so that probabilities need not be turned for the products.
     b, h = (tl.program_id(1) // some).to(tl.int64), (first + tl.program_id(1) % some).to(tl.int64)
     begin = (b * heads + h) * tokens
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = _tile(k_ptr + begin * width, col, tokens, width, BLOCK_D)
-    v = _tile(v_ptr + begin * out_width, col, tokens, out_width, BLOCK_E)
+    k = _tile(k_ptr + begin * D, col, tokens, D, BLOCK_D)
+    v = _tile(v_ptr + begin * E, col, tokens, E, BLOCK_E)
     bias_ptr += b * bias_b + h * bias_h
     bits_ptr += tl.program_id(1).to(tl.int64) * tokens * ((tokens + 126) // 64)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     for start in range(tl.program_id(0) * BLOCK_N // BLOCK_M * BLOCK_M if CAUSAL else 0, tokens, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        q = _tile(q_ptr + begin * width, row, tokens, width, BLOCK_D)
-        dout = _tile(dout_ptr + begin * out_width, row, tokens, out_width, BLOCK_E)
+        q = _tile(q_ptr + begin * D, row, tokens, D, BLOCK_D)
+        dout = _tile(dout_ptr + begin * E, row, tokens, E, BLOCK_E)
         lse = tl.load(lse_ptr + begin + row, mask=row < tokens, other=float("inf"))
         delta = tl.load(delta_ptr + begin + row, mask=row < tokens, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
@@ -182,8 +184,8 @@ def _dk_dv_kernel(
         dp = tl.where(kept, tl.dot(v, tl.trans(dout), input_precision="ieee") * keep_scale, 0.0)
         ds = p * (dp - delta[None, :])
         dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
-    _put(dk_ptr + begin * width, dk * (scale * 0.6931471805599453), col, tokens, width, BLOCK_D)
-    _put(dv_ptr + begin * out_width, dv * keep_scale, col, tokens, out_width, BLOCK_E)
+    _put(dk_ptr + begin * D, dk * (scale * 0.6931471805599453), col, tokens, D, BLOCK_D)
+    _put(dv_ptr + begin * E, dv * keep_scale, col, tokens, E, BLOCK_E)
 
 
 def takes(q: Tensor, v: Tensor) -> bool:
@@ -191,10 +193,28 @@ def takes(q: Tensor, v: Tensor) -> bool:
     return runs_triton(q) and q.dtype in _DTYPES and max(q.shape[-1], v.shape[-1]) <= _MOST_WIDTH
 
 
-def _blocks(kernel: Any, widest: int, dtype: torch.dtype) -> dict[str, int]:
-    """Sides of tiles, of which those along keys divide 64, and what the compiler is told."""
-    block = 32 if widest > 128 or dtype == torch.float32 else 64
-    return {"BLOCK_M": block, "BLOCK_N": block, "num_warps": 4 if widest <= 64 else 8}
+def _blocks(kernel: Any, widest: int, dtype: torch.dtype, small: bool) -> dict[str, int]:
+    """Sides of tiles, of which those along keys divide 64, and what the compiler is told; measured on an H200."""
+    if small or widest > 128 or dtype == torch.float32:
+        side = 16 if small and (widest > 128 or dtype == torch.float32) else 32
+        return {"BLOCK_M": side, "BLOCK_N": side, "num_warps": 4 if small else 8}
+    if kernel is _dk_dv_kernel:
+        return {"BLOCK_M": 64 if widest <= 64 else 32, "BLOCK_N": 64, "num_warps": 4}
+    if widest <= 64:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}
+    if kernel is _forward_kernel:
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8}
+    return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4}
+
+
+@lru_cache(maxsize=16)
+def _is_small(device: torch.device) -> bool:
+    """Whether a program may use 64 KiB of shared memory and no more, as on Turing."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+
+
+def _padded(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
 
 
 class Tiles(NamedTuple):
@@ -252,14 +272,11 @@ class Tiles(NamedTuple):
             is_seen = self.bias.dtype == torch.bool
             kind, bias = "seen" if is_seen else "added", self.bias.view(torch.uint8) if is_seen else self.bias
             strides = self.bias.stride()
-        blocks = _blocks(kernel, max(width, out_width), q.dtype)
+        blocks = _blocks(kernel, max(width, out_width), q.dtype, _is_small(q.device))
         side = blocks["BLOCK_N" if kernel is _dk_dv_kernel else "BLOCK_M"]
-        sides = {
-            name: max(16, 1 << (size - 1).bit_length()) for name, size in (("D", width), ("E", out_width))
-        }
         with launching_on(q):
             kernel[(-(-tokens // side), batch * some)](
-                *tensors, bits, bias, *strides, heads, first, some, tokens, width, out_width,
-                self.scale * _LOG2_E, threshold_and_scale(self.p)[1], BIAS=kind, CAUSAL=self.causal,
-                BLOCK_D=sides["D"], BLOCK_E=sides["E"], **blocks,
+                *tensors, bits, bias, *strides, heads, first, some, tokens, self.scale * _LOG2_E,
+                threshold_and_scale(self.p)[1], BIAS=kind, CAUSAL=self.causal, D=width, E=out_width,
+                BLOCK_D=_padded(width), BLOCK_E=_padded(out_width), **blocks,
             )  # fmt: skip
