@@ -174,7 +174,8 @@ def dropping_attention(
     device, heads = q.device.type, q.shape[1]
     if torch.is_autocast_enabled(device):
         q, k, v = (one.to(torch.get_autocast_dtype(device)) for one in (q, k, v))
-    k, v = (one.repeat_interleave(heads // one.shape[1], dim=1) for one in (k, v))
+    if k.shape[1] != heads:
+        k, v = (one.repeat_interleave(heads // one.shape[1], dim=1) for one in (k, v))
     whole = None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
     mask = _Mask(whole, causal, q.shape[-1] ** -0.5 if scale is None else scale)
     with torch.autocast(device, enabled=False):

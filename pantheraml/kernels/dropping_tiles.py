@@ -25,8 +25,8 @@ from pantheraml.kernels.keyed_dropout import threshold_and_scale
 from pantheraml.kernels.launch import jit, launching_on, runs_triton, tl
 
 _LOG2_E = 1.4426950408889634
-_MOST_WIDTH = 256
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Of heads whose tiles have room in shared memory.
+_MOST_WIDTH = {torch.float32: 128, torch.float16: 256, torch.bfloat16: 256}
 # Of bits at a time; an H200 has 50 MiB of cache.
 _AT_A_TIME = 2**25
 
@@ -189,22 +189,22 @@ def _dk_dv_kernel(
 
 
 def takes(q: Tensor, v: Tensor) -> bool:
-    """Whether the kernels compute attention of these: on a GPU, of no more than 32 bits, heads of up to 256 numbers."""
-    return runs_triton(q) and q.dtype in _DTYPES and max(q.shape[-1], v.shape[-1]) <= _MOST_WIDTH
+    """Whether the kernels compute attention of these: on a GPU, in a dtype and of heads that tiles have room for."""
+    return runs_triton(q) and max(q.shape[-1], v.shape[-1]) <= _MOST_WIDTH.get(q.dtype, 0)
 
 
 def _blocks(kernel: Any, widest: int, dtype: torch.dtype, small: bool) -> dict[str, int]:
     """Sides of tiles, of which those along keys divide 64, and what the compiler is told; measured on an H200."""
-    if small or widest > 128 or dtype == torch.float32:
-        side = 16 if small and (widest > 128 or dtype == torch.float32) else 32
-        return {"BLOCK_M": side, "BLOCK_N": side, "num_warps": 4 if small else 8}
-    if kernel is _dk_dv_kernel:
-        return {"BLOCK_M": 64 if widest <= 64 else 32, "BLOCK_N": 64, "num_warps": 4}
-    if widest <= 64:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}
-    if kernel is _forward_kernel:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8}
-    return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4}
+    wide = (widest > 64) + (widest > 128)  # of up to 64, 128, 256 numbers
+    if dtype == torch.float32:
+        queries = keys = (32, 16)[wide]
+    elif small:
+        queries = keys = (64, 32, 16)[wide]
+    elif kernel is _dk_dv_kernel:
+        queries, keys = ((64, 64), (32, 64), (32, 32))[wide]
+    else:
+        queries, keys = ((64, 64), (64, 32), (32, 32))[wide]
+    return {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": 4 if small or wide < 2 else 8}
 
 
 @lru_cache(maxsize=16)

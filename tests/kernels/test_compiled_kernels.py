@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from pantheraml.kernels import (
     add_norm,
     cross_entropy,
+    drop_bits,
+    dropping_tiles,
     keyed_dropout,
     layer_norm,
     place_factors,
@@ -157,3 +160,45 @@ def test_dropping_compiles(capability, dtype, add, keyed):
     compiled = compile_for(keyed_dropout._drop_kernel, types, constants, capability, warps)
     assert f"sm_{capability}" in compiled.asm["ptx"] and compiled.asm["cubin"]
     assert compiled.metadata.shared == 0
+
+
+DROPPING = (dropping_tiles._forward_kernel, dropping_tiles._dq_kernel, dropping_tiles._dk_dv_kernel)
+# What a program may ask for: KiB of an RTX 3090 or 4090, of a T4.
+MOST = {75: 64, 80: 99, 90: 99}
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "bias"),
+    [
+        (80, "bf16", 128, "seen"),
+        *[pytest.param(75, "fp16", width, "seen", marks=slow) for width in (64, 128, 256)],
+        *[pytest.param(80, "bf16", width, "added", marks=slow) for width in (64, 128, 256)],
+        *[pytest.param(90, "fp32", width, "none", marks=slow) for width in (64, 128)],
+        *[pytest.param(75, "fp32", width, "none", marks=slow) for width in (64, 128)],
+    ],
+)
+def test_attention_that_drops_compiles(capability, dtype, width, bias):
+    """Its products of whole tiles take more shared memory than 48 KiB."""
+    kinds = {**KINDS, "lse_ptr": "*fp32", "delta_ptr": "*fp32", "bits_ptr": "*i64", "keep_scale": "fp32"}
+    kinds |= dict.fromkeys(("bias_b", "bias_h", "bias_row", "bias_col"), "i64")
+    kinds["bias_ptr"] = "*u8" if bias == "seen" else f"*{dtype}"
+    of_torch = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    for kernel in DROPPING:
+        blocks, warps = split(dropping_tiles._blocks(kernel, width, of_torch, small=capability < 80))
+        constants = {"BIAS": bias, "CAUSAL": bias == "none", "D": width, "E": width, **blocks}
+        constants |= {"BLOCK_D": width, "BLOCK_E": width}
+        types = types_of(kernel, constants, dtype) | {n: k for n, k in kinds.items() if n in kernel.arg_names}
+        compiled = compile_for(kernel, types, constants, capability, warps)
+        assert f"sm_{capability}" in compiled.asm["ptx"] and compiled.asm["cubin"]
+        assert compiled.metadata.shared <= MOST[capability] * 1024
+
+
+def test_bits_compile():
+    blocks, warps = split(drop_bits._BLOCKS)
+    types = {"out_ptr": "*u8", "keys_ptr": "*i64", "seeds_ptr": "*i64"}
+    types |= dict.fromkeys(("heads", "tokens", "first", "queries", "threshold"), "i32")
+    for capability, causal in zip((75, 80, 90), (True, False, True), strict=True):
+        constants = {"CAUSAL": causal, "ROUNDS": drop_bits.ROUNDS, **blocks}
+        compiled = compile_for(drop_bits._draw_kernel, types, constants, capability, warps)
+        assert compiled.asm["cubin"] and compiled.metadata.shared <= SHARED
