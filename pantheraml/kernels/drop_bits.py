@@ -46,11 +46,8 @@ def _draw_kernel(
         kept = ((word >> (16 * (part % 2))) & 0xFFFF).to(tl.int32) >= threshold
         byte |= tl.where(kept, 1 << part, 0)
     row = (tl.program_id(2).to(tl.int64) * queries + at) * calls
-    tl.store(
-        out_ptr + row[:, None] + call[None, :],
-        byte.to(tl.uint8),
-        mask=here[:, None] & (call < calls)[None, :],
-    )
+    there = here[:, None] & (call < calls)[None, :]
+    tl.store(out_ptr + row[:, None] + call[None, :], byte.to(tl.uint8), mask=there)
 
 
 def _eager_bits(keys: Tensor, seeds: Tensor, p: float, queries: range, calls: int) -> Tensor:

@@ -29,6 +29,7 @@ _LOG2_E = 1.4426950408889634
 _MOST_WIDTH = {torch.float32: 128, torch.float16: 256, torch.bfloat16: 256}
 # Of bits at a time; an H200 has 50 MiB of cache.
 _AT_A_TIME = 2**25
+_MOST_PROGRAMS = 2**16 - 1  # along the second axis of a launch
 
 
 @jit
@@ -50,14 +51,12 @@ def _scores(s, row, col, tokens, bias_ptr, bias_row, bias_col, BIAS: tl.constexp
     # row and col broadcast to s, which is scaled; what is not seen is -inf.
     seen = (col <= row) if CAUSAL else (col < tokens)
     if BIAS != "none":
-        at, there = (
-            bias_ptr + row.to(tl.int64) * bias_row + col.to(tl.int64) * bias_col,
-            seen & (row < tokens),
-        )
+        at = bias_ptr + row.to(tl.int64) * bias_row + col.to(tl.int64) * bias_col
+        there = seen & (row < tokens)
         if BIAS == "seen":
             seen = seen & (tl.load(at, mask=there, other=0) != 0)
         else:
-            s += tl.load(at, mask=there, other=0.0).to(tl.float32) * 1.4426950408889634
+            s += tl.load(at, mask=there, other=0.0).to(tl.float32) * 1.4426950408889634  # log2 e
     return tl.where(seen, s, float("-inf"))
 
 
@@ -149,6 +148,7 @@ def _dq_kernel(
         dp = tl.where(_kept(low[:, None], high[:, None], (col % 64)[None, :]), dp, 0.0)
         ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+    # scale is in units of log 2.
     _put(dq_ptr + begin * D, dq * (scale * 0.6931471805599453), row, tokens, D, BLOCK_D)
 
 
@@ -258,7 +258,7 @@ class Tiles(NamedTuple):
     def _bits(self) -> Iterator[tuple[int, Tensor]]:
         """First heads, and the bits of theirs and the following ones (B, heads, T, W); in turn."""
         batch, tokens = self.keys.shape
-        heads = max(1, _AT_A_TIME // (batch * tokens * (tokens // 8 + 8)))
+        heads = max(1, min(_AT_A_TIME // (batch * tokens * (tokens // 8 + 8)), _MOST_PROGRAMS // batch))
         for first in range(0, len(self.seeds), heads):
             seeds = self.seeds[first : first + heads]
             yield first, drawn_bits(self.keys, seeds, self.p, range(tokens), causal=self.causal)
