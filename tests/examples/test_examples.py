@@ -264,6 +264,7 @@ def test_the_recipe_of_the_guide_is_one_for_grpo():
 
 
 @pytest.mark.promise("C3")
+@pytest.mark.slow
 def test_direct_trainer_usage_on_two_ranks(tmp_path):
     run = subprocess.run(
         [sys.executable, str(ROOT / "examples/direct_trainer_usage.py"), "--max-steps", "3", "--num-gpus", "2"],

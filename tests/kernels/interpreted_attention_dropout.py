@@ -38,7 +38,6 @@ def biases(batch, heads, tokens):
     return {
         "none": {},
         "causal": dict(causal=True),
-        "seen": dict(bias=seen),
         "added": dict(bias=added, scale=0.3),
         "seen, causal": dict(bias=seen, causal=True),
     }
@@ -57,7 +56,7 @@ def results(tensors, dtype, drop, how):
 @pytest.mark.parametrize(
     ("shape", "kind"),
     [
-        *[((2, 2, 37, 24, 16), kind) for kind in biases(1, 1, 5)],
+        *[((2, 2, 37, 24, 16), kind) for kind in ("none", "seen, causal")],
         *[((1, 2, 70, 100, 40), kind) for kind in ("causal", "added")],
         ((1, 2, 1, 16, 16), "causal"),
     ],
@@ -103,7 +102,7 @@ def test_bits_are_those_of_plain_pytorch(tokens, queries, causal):
 
 def test_heads_in_turn(monkeypatch):
     """As many at a time as their bits have room."""
-    drop, tensors, results_of = HeadDropout(0.3, SEEDS, keys(2, 37)), make((2, 4, 37, 16, 16)), []
+    drop, tensors, results_of = HeadDropout(0.3, SEEDS, keys(1, 20)), make((1, 4, 20, 16, 16)), []
     for room in (1, dropping_tiles._AT_A_TIME):
         monkeypatch.setattr(dropping_tiles, "_AT_A_TIME", room)
         results_of.append(results(tensors, torch.float32, drop, dict(causal=True)))
